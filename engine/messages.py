@@ -1,0 +1,106 @@
+"""Everything that crosses between an API process and an engine, as tagged msgspec structs.
+
+The transport's routing identity tells API processes apart, so several can share an engine; a
+request id needs to be unique only within one of them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from scheduler.request import FinishReason, Load, Output, Request
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    """Start a request. Times inside are on the sender's clock and only differences are used."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """End a request, or one choice of it. Idempotent; an unknown id is ignored.
+
+    `reason=STOP` is a natural end found on text (a stop string): `tokens_kept` says how many
+    output tokens belong to the answer.
+    """
+
+    request_id: str
+    choice: int | None = None
+    reason: FinishReason = FinishReason.ABORT
+    tokens_kept: int | None = None
+
+
+class Drain(msgspec.Struct, tag=True, frozen=True):
+    """Accept nothing new, finish what runs, abort the rest after `seconds`, then exit."""
+
+    seconds: float
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    """What the API process needs to know of the engine it talks to."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_logprobs: int
+    device: str
+    dtype: str
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The engine has loaded its model and takes requests. Also the answer to a reconnect."""
+
+    facts: EngineFacts
+
+
+class Step(msgspec.Struct, tag=True, frozen=True):
+    """What one settled step (or a batch of aborts) brought. Also sent about once a second while
+    work is queued but nothing was produced: the API process reads it as forward progress."""
+
+    outputs: tuple[Output, ...]
+    load: Load
+    step_seconds: float = 0.0
+    step_tokens: int = 0
+
+
+class Rejected(msgspec.Struct, tag=True, frozen=True):
+    """A request that was never accepted; no `Output` follows."""
+
+    request_id: str
+    code: str  # "queue_full", "context_length_exceeded", "draining", "invalid"
+    message: str
+    retry_after: float | None = None  # seconds
+
+
+class Dead(msgspec.Struct, tag=True, frozen=True):
+    """The engine's last words."""
+
+    message: str
+
+
+ToEngine = Submit | Abort | Drain
+FromEngine = Ready | Step | Rejected | Dead
+
+_to_engine_encoder = msgspec.msgpack.Encoder()
+_to_engine_decoder = msgspec.msgpack.Decoder(Submit | Abort | Drain)
+_from_engine_encoder = msgspec.msgpack.Encoder()
+_from_engine_decoder = msgspec.msgpack.Decoder(Ready | Step | Rejected | Dead)
+
+
+def encode_to_engine(message: ToEngine) -> bytes:
+    return _to_engine_encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Raises `msgspec.DecodeError` or `msgspec.ValidationError` on malformed input."""
+    return _to_engine_decoder.decode(data)
+
+
+def encode_from_engine(message: FromEngine) -> bytes:
+    return _from_engine_encoder.encode(message)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    return _from_engine_decoder.decode(data)

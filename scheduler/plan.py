@@ -1,0 +1,69 @@
+"""What the scheduler tells the worker (`StepPlan`, a diff) and what comes back (`StepResult`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.request import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """A slot gets a new owner. Everything the worker cannot know and will not be told again."""
+
+    slot: int  # >= 1; slot 0 is the null slot
+    epoch: int  # unique per admission: rows of an older epoch are stale
+    params: SamplingParams
+    choice: int  # a word of the noise counter
+    prompt_len: int  # tokens before this position are prompt, the rest output (penalties)
+    pages: tuple[int, ...]  # pages of the cached prefix
+    cached: tuple[int, ...]  # the tokens whose KV those pages hold, len = pages * page_size
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's work in a step.
+
+    With a chunk: append these tokens. Without: continue from the slot's own last token with up to
+    `drafts` drafted tokens. A live row has no absolute position: under pipelining only the device
+    knows it.
+    """
+
+    slot: int
+    epoch: int
+    chunk: tuple[int, ...] | None
+    samples: bool  # False for a chunk that does not reach the end of the known tokens
+    drafts: int = 0  # a cap
+    next_token: int | None = None  # the known token after the chunk; only prompt logprobs need it
+    new_pages: tuple[int, ...] = ()  # appended to the slot's page table before the row runs
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: admissions first, then rows."""
+
+    step: int
+    admits: tuple[Admit, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row committed: between 0 (no sampling) and 1 + drafts tokens."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, when the slot's parameters ask
+    # For a chunk of a prompt_logprobs request: entry i is about the prompt token that follows the
+    # chunk's token i; the last token of the prompt has no entry.
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    proposed: int = 0  # drafts verified
+    error: str = ""  # the row failed (its logits were not finite); nothing was committed
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The settled outcome of one `StepPlan`, row by row in the plan's order."""
+
+    step: int
+    rows: tuple[RowResult, ...]
+    seconds: float = 0.0  # wall time of the forward

@@ -1,0 +1,180 @@
+"""What a client asks for (`SamplingParams`, `Request`) and how each choice of it ends (`Finish`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. Each sequence ends exactly once; whoever ends it decides the reason."""
+
+    STOP = "stop"  # stop token, end token or, reported by the API process, a stop string
+    LENGTH = "length"  # max_tokens or the context limit
+    ABORT = "abort"  # the client left, a deadline passed, or the server drained
+    ERROR = "error"  # the request failed inside the engine
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen for one request. Validated at construction (raises `ValueError`).
+
+    Out-of-vocabulary ids are checked where the vocabulary is known: `server/translate.py` and
+    `engine/llm.py`.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    seed: int = 0  # 64-bit key of the sampling noise; drawn by the server when the client gave none
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    allowed_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: frozenset[int] = frozenset()  # end tokens included unless ignore_eos
+    logprobs: int | None = None  # None: none; n: the token's own and the n most likely
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, what: str) -> None:
+            if not ok:
+                raise ValueError(what)
+
+        floats = (
+            self.temperature,
+            self.top_p,
+            self.min_p,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.repetition_penalty,
+            *(bias for _, bias in self.logit_bias),
+        )
+        check(all(math.isfinite(x) for x in floats), "sampling parameters must be finite numbers")
+        check(self.max_tokens >= 1, "max_tokens must be at least 1")
+        check(
+            0 <= self.min_tokens <= self.max_tokens, "min_tokens must be between 0 and max_tokens"
+        )
+        check(self.temperature >= 0, "temperature must not be negative")
+        check(0 < self.top_p <= 1, "top_p must be in (0, 1]")
+        check(self.top_k >= 0, "top_k must be 0 (off) or positive")
+        check(0 <= self.min_p <= 1, "min_p must be in [0, 1]")
+        check(0 <= self.seed < 2**64, "seed must fit 64 bits")
+        check(self.repetition_penalty > 0, "repetition_penalty must be positive")
+        check(all(self.bad_words), "bad_words must not contain an empty sequence")
+        check(self.allowed_token_ids != (), "allowed_token_ids must not be empty")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"{name} must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as submitted; crosses the process boundary unchanged.
+
+    `n` choices share the prompt and differ in the `choice` word of the sampling noise. `produced`
+    holds, per choice, the tokens committed before an engine restart: they are part of the text so
+    far, but count as output for penalties, limits and usage.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    arrival: float  # seconds on the engine's clock
+    n: int = 1
+    priority: int = 0  # lower runs sooner
+    tenant: str = ""
+    cache_salt: bytes = b""  # isolates the prefix cache: part of every page hash
+    adapter: str = ""  # part of every page hash
+    deadline: float | None = None  # seconds on the engine's clock; past it the request is aborted
+    produced: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("prompt must hold at least one token")
+        if self.n < 1:
+            raise ValueError("n must be at least 1")
+        if self.produced and len(self.produced) != self.n:
+            raise ValueError("produced must hold one token list per choice")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities at one position, of the raw model distribution (before any processing)."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The single terminal value of one sequence. Times are seconds on the engine's clock."""
+
+    reason: FinishReason
+    stop_token: int | None = None  # the stop token that ended it; it is not part of the output
+    message: str = ""  # for ERROR: what to tell the client
+    prompt_tokens: int = 0
+    completion_tokens: int = 0  # a stop token counts, as it was generated
+    cached_tokens: int = 0  # prompt positions whose KV came from the prefix cache
+    preemptions: int = 0
+    arrival: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one settled step brought for one choice: tokens, and at the end one `Finish`."""
+
+    request_id: str
+    choice: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token, when asked for
+    # With the first output, when asked for: one entry per prompt token, None for the first.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Gauges and counters of one scheduler, for metrics, `/load` and admission."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0  # prompt tokens not yet computed, over all waiting sequences
+    pages_total: int = 0
+    pages_held: int = 0  # referenced by a sequence, or fenced until a step settles
+    pages_cached: int = 0  # unreferenced but reusable through the prefix index
+    # Counters since start.
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits and policy of one scheduler."""
+
+    num_pages: int  # page 0, the null page, included
+    page_size: int = 16  # token positions
+    max_num_seqs: int = 64  # slots; slot 0, the null slot, is not one of them
+    max_step_tokens: int = 2048  # token budget of one step, prefill chunks and decodes together
+    max_model_len: int = 8192
+    enable_prefix_cache: bool = True
+    hash_root: bytes = b""  # model, weights, KV format: what makes pages comparable
+    max_queued_requests: int = 2048
+    lookahead: int = 8  # how many waiting sequences may be tried behind one that does not fit
+    priority_ageing: float = 30.0  # seconds of waiting that equal one level of priority
+    long_prefill_rows: int = field(default=4)  # prefill rows in one step, so decodes stay quick
