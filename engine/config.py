@@ -53,6 +53,7 @@ class DeviceConfig:
     device: str = "auto"  # auto, cpu, cuda
     threads: int | None = None  # CPU threads of the worker; default: all cores
     compile: bool = True  # build native CPU kernels in the background when a compiler is found
+    cache_dir: str | None = None  # where compiled kernels are kept; None: compile every time
     deterministic: bool = False  # batch-invariant linear layers: same text in any batch
 
 

@@ -1,0 +1,77 @@
+"""The device, chosen once at start-up: where tensors live, how much memory there is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from worker.sizing import GIB
+
+# A CPU machine is shared with everything else on it; a larger pool has to be asked for.
+CPU_POOL_CAP = 4 * GIB
+
+
+class DeviceError(Exception):
+    """The configured device or dtype is not there. The message is one sentence for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Facts of the device the worker computes on."""
+
+    torch_device: torch.device
+    name: str
+    total_memory: int
+    pool_cap: int | None
+
+    def available_memory(self) -> int:
+        """Bytes that could be allocated now."""
+        if self.torch_device.type == "cuda":
+            return torch.cuda.mem_get_info(self.torch_device)[0]
+        return _available_host_memory()
+
+    def default_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        """The checkpoint's dtype where the device computes it natively, else float32."""
+        if checkpoint != torch.float32 and self.torch_device.type == "cpu":
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return torch.bfloat16 if native else torch.float32
+        return checkpoint
+
+
+def resolve_device(name: str) -> Device:
+    """`auto` takes CUDA when there is a GPU. Raises `DeviceError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device {name!r} was asked for, but torch finds no CUDA GPU.")
+        device = torch.device(name)
+        facts = torch.cuda.get_device_properties(device)
+        return Device(device, facts.name, facts.total_memory, None)
+    if name != "cpu":
+        raise DeviceError(f"device {name!r} is not one of auto, cpu, cuda.")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(torch.device("cpu"), "cpu", total, CPU_POOL_CAP)
+
+
+def _available_host_memory() -> int:
+    try:
+        with open("/proc/meminfo") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}

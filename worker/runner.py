@@ -1,0 +1,40 @@
+"""`Runner`: a model bound to one arithmetic. A sequence keeps its runner from admission to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kernels.ops import AttentionBatch, Ops
+from models.decoder import Decoder
+
+
+class Runner(Protocol):
+    """What the worker needs of a model."""
+
+    name: str
+
+    def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
+        """ids: [tokens] int64 -> hidden states after the final norm, [tokens, hidden]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden] -> [rows, vocab] fp32."""
+        ...
+
+
+class EagerRunner:
+    """The decoder, operation by operation, on one implementation of `Ops`."""
+
+    def __init__(self, decoder: Decoder, ops: Ops) -> None:
+        self.name = ops.name
+        self._decoder = decoder
+        self._ops = ops
+
+    def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
+        return self._decoder(ids, batch, kv, self._ops)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._decoder.logits(hidden)

@@ -1,0 +1,179 @@
+"""`Worker`: carries out plans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kernels.sampling.accept import accepted_counts
+from scheduler.plan import Row, RowResult, StepPlan, StepResult
+from scheduler.request import SamplingParams, TokenLogprob
+from worker.batch import StepBatch, build_batch
+from worker.executor import PendingStep, ThreadExecutor
+from worker.runner import Runner
+from worker.sampler import Sampled, Sampler
+from worker.slots import SlotTable
+
+NOT_FINITE = "the model produced logits that are not finite"
+# Prompt log-probabilities need a logits row per prompt token; this many at a time.
+PROMPT_LOGPROB_ROWS = 256
+
+
+class Worker:
+    """Holds the device state and turns each `StepPlan` into a `StepResult`.
+
+    Everything below `launch` runs on the executor's thread, in the order of the plans.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        kv: Sequence[Tensor],
+        slots: SlotTable,
+        sampler: Sampler,
+        executor: ThreadExecutor,
+    ) -> None:
+        self._kv = kv
+        self._slots = slots
+        self._sampler = sampler
+        self._executor = executor
+        self._runner = runner  # for sequences admitted from now on
+        self._runners: list[Runner] = [runner] * len(slots.epoch)  # by slot
+        self._params: list[SamplingParams | None] = [None] * len(slots.epoch)
+        self._prompt_len = [0] * len(slots.epoch)
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Starts a step and returns at once."""
+        return self._executor.submit(lambda: self._execute(plan))
+
+    def use(self, runner: Runner) -> None:
+        """Gives sequences admitted from now on another runner.
+
+        Running ones keep theirs to their end, so that no stream changes arithmetic midway.
+        """
+        self._executor.call(lambda: setattr(self, "_runner", runner))
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for admit in plan.admits:
+                self._slots.admit(admit)
+                self._sampler.slots.admit(
+                    admit.slot, admit.params, admit.choice, admit.prompt_len
+                )
+                self._runners[admit.slot] = self._runner
+                self._params[admit.slot] = admit.params
+                self._prompt_len[admit.slot] = admit.prompt_len
+            for row in plan.rows:
+                self._slots.add_pages(row.slot, row.new_pages)
+            results: dict[int, RowResult] = {}
+            for runner, indices in self._by_runner(plan.rows):
+                rows = [plan.rows[i] for i in indices]
+                results.update(zip(indices, self._forward(runner, rows), strict=True))
+        return StepResult(
+            step=plan.step,
+            rows=tuple(results[i] for i in range(len(plan.rows))),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _by_runner(self, rows: Sequence[Row]) -> list[tuple[Runner, list[int]]]:
+        """Row indices by runner; more than one only while a swap is under way."""
+        groups: dict[int, tuple[Runner, list[int]]] = {}
+        for i, row in enumerate(rows):
+            runner = self._runners[row.slot]
+            groups.setdefault(id(runner), (runner, []))[1].append(i)
+        return list(groups.values())
+
+    def _forward(self, runner: Runner, rows: Sequence[Row]) -> list[RowResult]:
+        first = [self._slots.bound[row.slot] for row in rows]  # exact for rows with a chunk
+        batch = build_batch(rows, self._slots)
+        hidden = runner.forward(batch.ids, batch.attention, self._kv)
+        prompt_logprobs = {
+            i: self._prompt_logprobs(runner, hidden, batch, i, first[i])
+            for i, row in enumerate(rows)
+            if row.chunk is not None and self._wants_prompt_logprobs(row)
+        }
+        if not batch.sample_slots:
+            self._slots.computed[batch.row_slots] += batch.advance
+            return [
+                RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))
+            ]
+        read = hidden if batch.sample_tokens is None else hidden[batch.sample_tokens]
+        logits = runner.logits(read)
+        sampled = self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
+        return self._commit(batch, sampled, prompt_logprobs)
+
+    def _commit(
+        self,
+        batch: StepBatch,
+        sampled: Sampled,
+        prompt_logprobs: dict[int, tuple[TokenLogprob, ...]],
+    ) -> list[RowResult]:
+        """Verifies drafts, advances the slots and reads the outcome back.
+
+        Row `j` of a sequence's logits rows judges draft `j`, which stands in the token table at
+        that row's sampled position; the last row has no draft to judge. The commit is the longest
+        match plus one; decode is the case of no drafts.
+        """
+        slots, rows = self._slots, batch.rows
+        sampling = [i for i, row in enumerate(rows) if row.samples]
+        slot_of_sample = torch.tensor(batch.sample_slots, device=sampled.tokens.device)
+        accepted = None
+        if len(batch.sample_slots) > len(sampling):
+            drafts = slots.tokens[slot_of_sample, batch.sample_positions].long()
+            accepted = accepted_counts(sampled.tokens, drafts, batch.sample_starts)
+        slots.tokens[slot_of_sample, batch.sample_positions] = sampled.tokens.to(torch.int32)
+        slots.computed[batch.row_slots] += batch.advance
+        if accepted is not None:
+            at = torch.tensor(sampling, device=accepted.device)
+            slots.computed[batch.row_slots[at]] += accepted
+
+        tokens, finite = sampled.tokens.tolist(), sampled.finite.tolist()
+        kept = [0] * len(sampling) if accepted is None else accepted.tolist()
+        results = [
+            RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))
+        ]
+        spans = pairwise(batch.sample_starts)
+        for i, (start, end), matched in zip(sampling, spans, kept, strict=True):
+            row, committed = rows[i], slice(start, start + matched + 1)
+            slots.bound[row.slot] -= row.drafts - matched
+            if not all(finite[committed]):
+                results[i] = RowResult(error=NOT_FINITE)
+                continue
+            results[i] = RowResult(
+                tokens=tuple(tokens[committed]),
+                logprobs=sampled.logprobs_of(committed),
+                prompt_logprobs=prompt_logprobs.get(i, ()),
+                proposed=end - start - 1,
+            )
+        return results
+
+    def _wants_prompt_logprobs(self, row: Row) -> bool:
+        params = self._params[row.slot]
+        return params is not None and params.prompt_logprobs is not None
+
+    def _prompt_logprobs(
+        self, runner: Runner, hidden: Tensor, batch: StepBatch, i: int, first: int
+    ) -> tuple[TokenLogprob, ...]:
+        """About each prompt token that follows one of row `i`'s chunk, which starts at `first`."""
+        row = batch.rows[i]
+        params = self._params[row.slot]
+        assert row.chunk is not None and params is not None and params.prompt_logprobs is not None
+        following = row.chunk[1:] + (() if row.next_token is None else (row.next_token,))
+        wanted = min(len(following), self._prompt_len[row.slot] - first - 1)
+        start = sum(len(r.chunk) if r.chunk is not None else 1 + r.drafts for r in batch.rows[:i])
+        found: list[TokenLogprob] = []
+        for a in range(0, wanted, PROMPT_LOGPROB_ROWS):
+            b = min(a + PROMPT_LOGPROB_ROWS, wanted)
+            logits = runner.logits(hidden[start + a : start + b])
+            found += self._sampler.prompt_logprobs(
+                logits, following[a:b], params.prompt_logprobs
+            )
+        return tuple(found)
