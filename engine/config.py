@@ -1,60 +1,137 @@
 """The configuration: one frozen tree by composition, resolved once by `cli/`.
 
-Nothing below reads the environment or a file. A field's meaning stands in its docstring-comment;
-`docs/configuration.md` is generated from this module.
+Nothing below reads the environment or a file. Each option is declared once, with the text that
+`foresight serve --help` and the generated `docs/configuration.md` show and the names that users of
+other servers know it by.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(
+    default: T, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()
+) -> T:
+    """A dataclass field with its documentation.
+
+    The flag is the field's name with dashes; `aliases` are further flags for it. Typed as the
+    default's type, so that a class body reads like plain assignments.
+    """
+    made: Any = field(
+        default=default, metadata={"help": help, "aliases": aliases, "choices": choices}
+    )
+    return made
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Which checkpoint, under which names, in which arithmetic."""
 
-    model: str = "assets/demo/target"  # a folder in the Hugging Face layout, or a hub id
-    served_model_name: tuple[str, ...] = ()  # default: the folder's or hub id's own name
-    revision: str | None = None  # of a hub id
-    tokenizer: str | None = None  # default: the model's
-    chat_template: str | None = None  # a Jinja file instead of the checkpoint's template
-    dtype: str = "auto"  # auto, bfloat16, float16, float32
-    max_model_len: int | None = None  # default: the checkpoint's context
-    seed: int | None = None  # for requests without one: drawn from this; default: from the system
-    generation_config: bool = True  # take defaults of omitted fields from generation_config.json
-    load_format: str = "safetensors"  # safetensors, or dummy: random weights of the real shapes
+    model: str = option(
+        "assets/demo/target", "A folder in the Hugging Face layout, or a hub id to download."
+    )
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "Names clients may use in `model`; the first is the one shown. Default: the folder's name.",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    tokenizer: str | None = option(None, "Another folder or hub id for the tokenizer.")
+    chat_template: str | None = option(
+        None, "A Jinja file to use instead of the checkpoint's chat template."
+    )
+    dtype: str = option(
+        "auto",
+        "Arithmetic of weights and activations. `auto`: the checkpoint's where the device computes"
+        " it natively, else float32.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    max_model_len: int | None = option(
+        None, "Longest sequence in tokens, prompt and output. Default: the checkpoint's context."
+    )
+    seed: int | None = option(
+        None,
+        "Seeds of requests that bring none are drawn from this. Default: from the system, so that"
+        " they differ from start to start.",
+    )
+    generation_config: bool = option(
+        True,
+        "Take defaults of omitted sampling fields from the checkpoint's generation_config.json.",
+    )
+    load_format: str = option(
+        "safetensors",
+        "Where weights come from. `dummy`: random weights of the real shapes, for measurements.",
+        choices=("safetensors", "dummy"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """The KV pool."""
 
-    page_size: int = 16  # token positions a page
-    kv_dtype: str = "auto"  # auto: the model's dtype
-    memory_fraction: float = 0.9  # of the device's memory, weights and activations included
-    kv_bytes: int | None = None  # an exact size of the pool instead of a fraction
-    num_pages: int | None = None  # an exact number of pages instead (tests)
-    enable_prefix_cache: bool = True
+    page_size: int = option(
+        16, "Token positions in one page of the KV pool.", aliases=("block-size",)
+    )
+    kv_dtype: str = option(
+        "auto",
+        "Format keys and values are kept in. `auto`: the model's dtype.",
+        aliases=("kv-cache-dtype",),
+    )
+    memory_fraction: float = option(
+        0.9,
+        "Share of the device's memory to use, weights and activations included.",
+        aliases=("gpu-memory-utilization",),
+    )
+    kv_bytes: int | None = option(
+        None,
+        "Exact size of the KV pool in bytes, instead of a fraction.",
+        aliases=("kv-cache-memory-bytes",),
+    )
+    num_pages: int | None = option(
+        None, "Exact number of pages, instead of a size.", aliases=("num-gpu-blocks-override",)
+    )
+    enable_prefix_cache: bool = option(
+        True,
+        "Keep the KV of finished requests and reuse it for prompts that begin alike.",
+        aliases=("enable-prefix-caching",),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
     """Limits of the scheduler; see scheduler.request.SchedulerConfig."""
 
-    max_num_seqs: int = 64
-    max_step_tokens: int = 2048
-    max_queued_requests: int = 2048
+    max_num_seqs: int = option(64, "Sequences that run at the same time.")
+    max_step_tokens: int = option(
+        2048,
+        "Tokens computed in one step, prompt chunks and decodes together.",
+        aliases=("max-num-batched-tokens",),
+    )
+    max_queued_requests: int = option(
+        2048, "Requests waiting beyond this are answered 429 with Retry-After."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
     """Where and how the worker computes."""
 
-    device: str = "auto"  # auto, cpu, cuda
-    threads: int | None = None  # CPU threads of the worker; default: all cores
-    compile: bool = True  # build native CPU kernels in the background when a compiler is found
-    cache_dir: str | None = None  # where compiled kernels are kept; None: compile every time
-    deterministic: bool = False  # batch-invariant linear layers: same text in any batch
+    device: str = option(
+        "auto", "`auto` takes the GPU when there is one.", choices=("auto", "cpu", "cuda")
+    )
+    threads: int | None = option(None, "CPU threads of the worker. Default: all cores.")
+    compile: bool = option(
+        True, "Build native CPU kernels in the background when a compiler is found."
+    )
+    cache_dir: str | None = option(
+        None, "Folder that keeps compiled kernels. Default: the user's cache folder."
+    )
+    deterministic: bool = option(
+        False, "Batch-invariant linear layers: a request's text does not depend on its neighbours."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +148,52 @@ class EngineConfig:
 class ServerConfig:
     """Everything the API process needs besides the engine's facts."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    api_key_file: str | None = None  # one key a line, optionally "tenant:key"
-    cors_origins: tuple[str, ...] = ()
-    root_path: str = ""
-    tls_certificate: str | None = None
-    tls_key: str | None = None
-    max_body_bytes: int = 16 * 1024 * 1024
-    max_json_depth: int = 64
-    max_logprobs: int = 20
-    max_choices: int = 128  # the largest n
-    strict_params: bool = False  # unknown fields are a 400 instead of a header
-    vllm_metrics: bool = False  # also export vllm: aliases
-    keep_alive_seconds: float = 15.0  # SSE comments while nothing is produced
-    drain_seconds: float = 30.0  # after SIGTERM
-    heartbeat_seconds: float = 30.0  # no engine progress with queued work for so long: unhealthy
-    request_timeout_seconds: float | None = None
-    tokenizer_threads: int = 1
-    log_level: str = "info"
-    log_prompts: bool = False
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+    port: int = option(8000, "Port to listen on; 0 picks a free one.")
+    api_keys: tuple[str, ...] = option(
+        (), "Keys clients must present; without any, no key is asked for.", aliases=("api-key",)
+    )
+    api_key_file: str | None = option(
+        None, "File with one key a line, optionally `tenant:key`; read again when it changes."
+    )
+    cors_origins: tuple[str, ...] = option(
+        (), "Web origins browsers may call from; `*` for any.", aliases=("allowed-origins",)
+    )
+    root_path: str = option("", "Path prefix a reverse proxy strips.")
+    tls_certificate: str | None = option(
+        None, "PEM file with the certificate chain; turns on https.", aliases=("ssl-certfile",)
+    )
+    tls_key: str | None = option(
+        None, "PEM file with the certificate's private key.", aliases=("ssl-keyfile",)
+    )
+    max_body_bytes: int = option(16 * 1024 * 1024, "Larger request bodies are answered 413.")
+    max_json_depth: int = option(64, "Deeper nested request bodies are answered 400.")
+    max_logprobs: int = option(20, "Largest `top_logprobs` a request may ask for.")
+    max_choices: int = option(128, "Largest `n` a request may ask for.")
+    strict_params: bool = option(
+        False, "Answer unknown request fields with 400 instead of naming them in a header."
+    )
+    vllm_metrics: bool = option(False, "Export metrics under vLLM's names too.")
+    keep_alive_seconds: float = option(
+        15.0, "A streamed answer sends a comment after so long without a token."
+    )
+    drain_seconds: float = option(
+        30.0, "After SIGTERM running requests get so long to finish.", aliases=("shutdown-timeout",)
+    )
+    heartbeat_seconds: float = option(
+        30.0, "/health turns red after so long without a settled step while work is queued."
+    )
+    request_timeout_seconds: float | None = option(
+        None, "Requests that take longer are ended. Default: no limit."
+    )
+    tokenizer_threads: int = option(1, "Threads that tokenize prompts.")
+    log_level: str = option(
+        "info",
+        "Least severe log lines to write.",
+        choices=("debug", "info", "warning", "error"),
+        aliases=("uvicorn-log-level",),
+    )
+    log_prompts: bool = option(False, "Write prompts and outputs to the log.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,10 @@ import msgspec
 from scheduler.request import FinishReason, Load, Output, Request
 
 
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """An API process introduces itself, first of all; the engine answers `Ready`."""
+
+
 class Submit(msgspec.Struct, tag=True, frozen=True):
     """Start a request. Times inside are on the sender's clock and only differences are used."""
 
@@ -50,14 +54,18 @@ class EngineFacts(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine has loaded its model and takes requests. Also the answer to a reconnect."""
+    """The engine has loaded its model and takes requests: the answer to `Hello`."""
 
     facts: EngineFacts
+    load: Load = Load()
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """What one settled step (or a batch of aborts) brought. Also sent about once a second while
-    work is queued but nothing was produced: the API process reads it as forward progress."""
+    """What one settled step (or a batch of aborts) brought.
+
+    Every settled step sends one to each API process with unfinished requests, even when it brought
+    them nothing: they read it as forward progress.
+    """
 
     outputs: tuple[Output, ...]
     load: Load
@@ -80,13 +88,13 @@ class Dead(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToEngine = Submit | Abort | Drain
+ToEngine = Hello | Submit | Abort | Drain
 FromEngine = Ready | Step | Rejected | Dead
 
 _to_engine_encoder = msgspec.msgpack.Encoder()
-_to_engine_decoder = msgspec.msgpack.Decoder(Submit | Abort | Drain)
+_to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
 _from_engine_encoder = msgspec.msgpack.Encoder()
-_from_engine_decoder = msgspec.msgpack.Decoder(Ready | Step | Rejected | Dead)
+_from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode_to_engine(message: ToEngine) -> bytes:
