@@ -186,6 +186,26 @@ class ServerConfig:
     request_timeout_seconds: float | None = option(
         None, "Requests that take longer are ended. Default: no limit."
     )
+    default_temperature: float | None = option(
+        None, "For requests without `temperature`. Default: generation_config.json's, else 1."
+    )
+    default_top_p: float | None = option(
+        None, "For requests without `top_p`. Default: generation_config.json's, else 1."
+    )
+    default_top_k: int | None = option(
+        None, "For requests without `top_k`. Default: generation_config.json's, else off."
+    )
+    default_min_p: float | None = option(
+        None, "For requests without `min_p`. Default: generation_config.json's, else off."
+    )
+    default_repetition_penalty: float | None = option(
+        None, "For requests without it. Default: generation_config.json's, else 1."
+    )
+    default_max_tokens: int | None = option(
+        None,
+        "For requests without a limit. Default: generation_config.json's, else what fits the"
+        " context (16 on /v1/completions).",
+    )
     tokenizer_threads: int = option(1, "Threads that tokenize prompts.")
     log_level: str = option(
         "info",
