@@ -23,3 +23,11 @@ class EngineDeadError(Exception):
     def __init__(self, message: str = "the engine stopped") -> None:
         super().__init__(message)
         self.message = message
+
+
+class StartupError(Exception):
+    """The engine cannot serve with this configuration. The message is one sentence for a person."""
+
+
+class EngineGoneError(Exception):
+    """The engine died again and again; it will not be started once more."""

@@ -1,0 +1,308 @@
+"""The engine's loop: joins the pure scheduler to a worker and to the API processes.
+
+    loop     plan 1  plan 2 | settle 1  publish 1  plan 3 | settle 2  publish 2  plan 4 | ...
+    worker          [ ----- step 1 ----- ][ ----- step 2 ----- ][ ----- step 3 ----- ][ ...
+
+Plan N + 1 is launched before the result of step N is read, so the worker finds its next step
+waiting and never idles for the loop. The loop sleeps in one place, `transport.receive`, which
+returns for a message, for a finished step (the worker's thread calls `wake`) or for the nearest
+deadline; nothing spins.
+
+A turn applies messages before it settles, so that an abort that arrived while a step ran already
+counts when its result is read: the row dies on its epoch and its tokens are not published.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from engine.messages import (
+    Abort,
+    Dead,
+    Drain,
+    EngineFacts,
+    FromEngine,
+    Hello,
+    Ready,
+    Rejected,
+    Step,
+    Submit,
+    ToEngine,
+)
+from engine.transport import EngineTransport
+from scheduler.plan import StepPlan, StepResult
+from scheduler.request import Output, Request
+from scheduler.scheduler import ContextTooLong, QueueFull, Scheduler
+
+log = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 2  # one step runs while the next waits: depth 1
+# The scheduler holds work but plans nothing although nothing is in flight: asked again after this.
+RETRY_SECONDS = 0.02
+# Bounds on what a refused client is told.
+MIN_RETRY_AFTER, MAX_RETRY_AFTER = 1.0, 60.0
+
+
+class PendingStep(Protocol):
+    """A launched step."""
+
+    def wait(self) -> StepResult:
+        """Blocks until the step is done; raises what the worker raised."""
+        ...
+
+    def done(self) -> bool: ...
+
+    def notify(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once the step is done (at once if it is), from any thread."""
+        ...
+
+
+class StepWorker(Protocol):
+    """What the loop needs of a worker."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Starts a step and returns at once; steps run in the order of their launch."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Route:
+    """Where the outputs of one live request go."""
+
+    client: bytes
+    request_id: str  # the client's name for it
+    choices_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    plan: StepPlan
+    pending: PendingStep
+
+
+class EngineCore:
+    """One scheduler, one worker, any number of API processes.
+
+    Request ids are unique per API process; where two collide, the scheduler knows the later one
+    under a longer name.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        worker: StepWorker,
+        transport: EngineTransport,
+        facts: EngineFacts,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._worker = worker
+        self._transport = transport
+        self._facts = facts
+        self._clock = clock
+        self._in_flight: deque[_InFlight] = deque()
+        self._clients: set[bytes] = set()
+        self._routes: dict[str, _Route] = {}  # by the scheduler's id
+        self._deadlines: list[float] = []  # a heap: when to wake; those of ended requests linger
+        self._outbox: dict[bytes, list[Output]] = {}
+        self._drain_until: float | None = None
+        self._finish_seconds = 0.0  # smoothed time between two finished requests
+        self._last_finish = clock()
+
+    def run(self) -> None:
+        """Serves until drained. Raises what the worker or the scheduler raised: a fault."""
+        while not self.drained:
+            self.turn()
+
+    @property
+    def drained(self) -> bool:
+        """No more work will be accepted and none is left."""
+        return self._drain_until is not None and not self._routes
+
+    def turn(self) -> None:
+        """Sleeps until something happened, then does everything that became possible."""
+        for client, message in self._transport.receive(self._patience()):
+            self._handle(client, message)
+        self._look_at_clock()
+        self._publish()
+        while self._in_flight and self._in_flight[0].pending.done():
+            self._settle(self._in_flight.popleft())
+        self._launch()
+        self._publish()
+
+    def drain(self, seconds: float) -> None:
+        """Refuses what comes from now on; `run` ends when the rest has finished or been aborted."""
+        until = self._clock() + seconds
+        self._drain_until = until if self._drain_until is None else min(self._drain_until, until)
+
+    def announce_death(self, message: str) -> None:
+        """The last words to every API process."""
+        for client in self._clients:
+            self._transport.send(client, Dead(message))
+
+    # -- sleeping ---------------------------------------------------------------------------
+
+    def _patience(self) -> float | None:
+        """Seconds until something has to be done even if nobody wakes the loop; None: no end."""
+        if not self._in_flight and self._scheduler.has_work():
+            return RETRY_SECONDS
+        limits = self._deadlines[:1]
+        if self._drain_until is not None:
+            limits.append(self._drain_until)
+        return max(min(limits) - self._clock(), 0.0) if limits else None
+
+    # -- messages ---------------------------------------------------------------------------
+
+    def _handle(self, client: bytes, message: ToEngine) -> None:
+        match message:
+            case Submit(request):
+                self._submit(client, request)
+            case Abort():
+                self._abort(self._find(client, message.request_id), message)
+            case Drain(seconds):
+                self.drain(seconds)
+            case Hello():
+                self._clients.add(client)
+                self._send(client, Ready(self._facts, self._scheduler.load()))
+
+    def _submit(self, client: bytes, request: Request) -> None:
+        self._clients.add(client)
+        now = self._clock()
+        if self._drain_until is not None:
+            refusal = Rejected(request.id, "draining", "the server is shutting down")
+            self._send(client, refusal)
+            return
+        name = request.id
+        if name in self._routes:
+            if self._routes[name].client == client:
+                self._send(client, Rejected(request.id, "invalid", "this id is already running"))
+                return
+            name = _long_name(client, request.id)
+        deadline = request.deadline
+        if deadline is not None:
+            deadline = now + (deadline - request.arrival)
+        admitted = replace(request, id=name, arrival=now, deadline=deadline)
+        try:
+            self._scheduler.add(admitted, now)
+        except QueueFull as error:
+            retry = self._retry_after()
+            self._send(client, Rejected(request.id, "queue_full", str(error), retry))
+            return
+        except ContextTooLong as error:
+            self._send(client, Rejected(request.id, "context_length_exceeded", str(error)))
+            return
+        except ValueError as error:
+            self._send(client, Rejected(request.id, "invalid", str(error)))
+            return
+        self._routes[name] = _Route(client, request.id, request.n)
+        if deadline is not None:
+            heapq.heappush(self._deadlines, deadline)
+
+    def _find(self, client: bytes, request_id: str) -> str | None:
+        """The scheduler's name for a client's request; None when it is not running."""
+        for name in (request_id, _long_name(client, request_id)):
+            route = self._routes.get(name)
+            if route is not None and route.client == client:
+                return name
+        return None
+
+    def _abort(self, name: str | None, abort: Abort) -> None:
+        if name is None:
+            return  # it ended meanwhile
+        outputs = self._scheduler.abort(
+            name, self._clock(), abort.choice, abort.reason, abort.tokens_kept
+        )
+        self._collect(outputs)
+
+    def _look_at_clock(self) -> None:
+        """The next plan ends overdue requests; the end of the drain is this loop's own matter."""
+        now = self._clock()
+        while self._deadlines and self._deadlines[0] <= now:
+            heapq.heappop(self._deadlines)
+        if self._drain_until is not None and now >= self._drain_until:
+            for name in list(self._routes):
+                self._collect(self._scheduler.abort(name, now))
+
+    # -- steps ------------------------------------------------------------------------------
+
+    def _launch(self) -> None:
+        while len(self._in_flight) < MAX_IN_FLIGHT:
+            plan = self._scheduler.plan(self._clock())
+            self._collect(self._scheduler.take_outputs())
+            if plan is None:
+                return
+            pending = self._worker.launch(plan)
+            self._in_flight.append(_InFlight(plan, pending))
+            pending.notify(self._transport.wake)
+
+    def _settle(self, step: _InFlight) -> None:
+        result = step.pending.wait()
+        self._collect(self._scheduler.settle(step.plan, result, self._clock()))
+        if not self._in_flight:
+            self._launch()  # the worker idles: feed it before the clients
+        tokens = sum(
+            1 + row.drafts if row.chunk is None else len(row.chunk) for row in step.plan.rows
+        )
+        self._publish(result.seconds, tokens)
+
+    # -- outputs ----------------------------------------------------------------------------
+
+    def _collect(self, outputs: Iterable[Output]) -> None:
+        for output in outputs:
+            name = output.request_id
+            route = self._routes.get(name)
+            if route is None:
+                continue  # its API process is gone
+            if route.request_id != name:
+                output = replace(output, request_id=route.request_id)
+            self._outbox.setdefault(route.client, []).append(output)
+            if output.finish is not None:
+                route.choices_left -= 1
+                if not route.choices_left:
+                    del self._routes[name]
+                    self._note_finish(output.finish.finished)
+
+    def _publish(self, seconds: float | None = None, tokens: int = 0) -> None:
+        """Sends what was collected. With `seconds`, a step settled: tell everyone who waits."""
+        clients = set(self._outbox)
+        if seconds is not None:
+            clients.update(route.client for route in self._routes.values())
+        if not clients:
+            return
+        outbox, self._outbox = self._outbox, {}
+        load = self._scheduler.load()
+        for client in clients:
+            outputs = tuple(outbox.get(client, ()))
+            self._send(client, Step(outputs, load, seconds or 0.0, tokens))
+
+    def _send(self, client: bytes, message: FromEngine) -> None:
+        if self._transport.send(client, message):
+            return
+        # The API process died or hangs: nobody will read what its requests produce.
+        self._clients.discard(client)
+        orphans = [name for name, route in self._routes.items() if route.client == client]
+        log.warning("lost an API process; aborting %d requests", len(orphans))
+        for name in orphans:
+            del self._routes[name]
+            self._scheduler.abort(name, self._clock())
+
+    def _note_finish(self, finished: float) -> None:
+        gap, self._last_finish = max(finished - self._last_finish, 0.0), finished
+        self._finish_seconds += 0.1 * (gap - self._finish_seconds)
+
+    def _retry_after(self) -> float:
+        """When half of the queue should be through, at the present pace."""
+        seconds = 0.5 * self._scheduler.load().waiting * self._finish_seconds
+        return min(max(seconds, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
+
+
+def _long_name(client: bytes, request_id: str) -> str:
+    return f"{client.hex()}/{request_id}"

@@ -1,0 +1,148 @@
+"""`RequestStream`: what one request brings, as the API process sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+from scheduler.request import Finish, FinishReason, Output, Request
+
+# A consumer that leaves so many tokens unread is ended: memory is bounded, and what nobody reads
+# need not be computed.
+MAX_UNREAD_TOKENS = 16_384
+TOO_SLOW = "the client reads too slowly"
+
+
+class RequestStream(AsyncIterator[Output]):
+    """The outputs of all choices of one request, in order; ends after the last choice's finish.
+
+    Iterating raises `RejectedError` or `EngineDeadError` after what arrived before. The consumer
+    is woken once per engine message; when it is behind, outputs of one choice are merged. As a
+    context manager it aborts what is unfinished when it is left.
+    """
+
+    def __init__(self, request: Request, abort: Callable[[], None]) -> None:
+        self.request = request
+        # Committed tokens by choice: with the request, all that continuing elsewhere would need.
+        self.tokens: list[list[int]] = [[] for _ in range(request.n)]
+        self._abort = abort
+        self._unfinished = set(range(request.n))
+        self._arrived: list[Output] = []
+        self._unread_tokens = 0
+        self._ready: deque[Output] = deque()
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """No more outputs will arrive; some may still be unread."""
+        return not self._unfinished or self._error is not None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Output:
+        if not self._ready:
+            self._ready.extend(await self.batch())
+        if not self._ready:
+            raise StopAsyncIteration
+        return self._ready.popleft()
+
+    async def batch(self) -> list[Output]:
+        """Waits until something is unread and returns all of it, one output per choice.
+
+        `[]` after the last choice's finish. Raises `RejectedError` or `EngineDeadError`.
+        """
+        while not self._arrived:
+            if self._error is not None:
+                raise self._error
+            if not self._unfinished:
+                return []
+            await self._wait()
+        arrived, self._arrived = self._arrived, []
+        self._unread_tokens = 0
+        return merged(arrived)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Aborts what is unfinished. Idempotent."""
+        if not self.finished:
+            self._abort()
+
+    def put(self, output: Output) -> None:
+        """Takes one output in. Called by the client for each that arrives."""
+        if output.choice not in self._unfinished or self._error is not None:
+            return
+        if output.finish is not None:
+            self._unfinished.discard(output.choice)
+        self.tokens[output.choice].extend(output.tokens)
+        self._arrived.append(output)
+        self._unread_tokens += len(output.tokens)
+        if self._unread_tokens > MAX_UNREAD_TOKENS and self._unfinished:
+            self._end_slow_reader()
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the stream with an error, unless it has ended."""
+        if not self.finished:
+            self._error = error
+            self._wake()
+
+    def _end_slow_reader(self) -> None:
+        self._abort()
+        for choice in sorted(self._unfinished):
+            finish = Finish(
+                FinishReason.ERROR,
+                message=TOO_SLOW,
+                prompt_tokens=len(self.request.prompt),
+                completion_tokens=len(self.tokens[choice]),
+            )
+            self._arrived.append(Output(self.request.id, choice, finish=finish))
+        self._unfinished.clear()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def merged(outputs: list[Output]) -> list[Output]:
+    """One output per choice, in order of first appearance."""
+    if len(outputs) == 1:
+        return outputs
+    by_choice: dict[int, list[Output]] = {}
+    for output in outputs:
+        by_choice.setdefault(output.choice, []).append(output)
+    return [_joined(group) for group in by_choice.values()]
+
+
+def _joined(group: list[Output]) -> Output:
+    if len(group) == 1:
+        return group[0]
+    return Output(
+        group[0].request_id,
+        group[0].choice,
+        tokens=tuple(token for output in group for token in output.tokens),
+        logprobs=tuple(entry for output in group for entry in output.logprobs),
+        prompt_logprobs=group[0].prompt_logprobs,
+        finish=group[-1].finish,
+    )
