@@ -1,9 +1,9 @@
-"""What a client asks for (`SamplingParams`, `Request`) and how each choice of it ends (`Finish`)."""
+"""What a client asks for (`SamplingParams`, `Request`), and how each choice ends (`Finish`)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -138,7 +138,8 @@ class Output:
     choice: int
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # one per token, when asked for
-    # With the first output, when asked for: one entry per prompt token, None for the first.
+    # With the first output of choice 0 (once per request, not again after a restart), when asked
+    # for: one entry per prompt token, None for the first.
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish: Finish | None = None
 
@@ -177,4 +178,20 @@ class SchedulerConfig:
     max_queued_requests: int = 2048
     lookahead: int = 8  # how many waiting sequences may be tried behind one that does not fit
     priority_ageing: float = 30.0  # seconds of waiting that equal one level of priority
-    long_prefill_rows: int = field(default=4)  # prefill rows in one step, so decodes stay quick
+    long_prefill_rows: int = 4  # prompts that may be partway through prefill at once
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, what: str) -> None:
+            if not ok:
+                raise ValueError(what)
+
+        check(self.num_pages >= 2, "num_pages must be at least 2: page 0 is the null page")
+        check(self.page_size >= 1, "page_size must be at least 1")
+        check(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
+        check(
+            self.max_step_tokens >= self.max_num_seqs,
+            "max_step_tokens must be at least max_num_seqs: each sequence gets a token per step",
+        )
+        check(self.priority_ageing > 0, "priority_ageing must be positive")
+        check(self.lookahead >= 0, "lookahead must not be negative")
+        check(self.long_prefill_rows >= 1, "long_prefill_rows must be at least 1")

@@ -1,0 +1,129 @@
+"""`PagePool`: who holds which page, and which page is given out next."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Sequence
+
+from scheduler.prefix import PrefixIndex
+
+NULL_PAGE = 0  # padded rows read and write here; it is never given out
+
+
+class PagePool:
+    """Reference counts and reuse order of `num_pages` pages, of which page 0 is never given out.
+
+    A page is in exactly one place:
+
+    - held: referenced by one or more sequences;
+    - fenced: released while a step was in flight, out of reach until that step settles;
+    - cached: unreferenced, still named by the prefix index, oldest release first;
+    - blank: unreferenced and nameless.
+
+    Blank pages are given out before cached ones, and cached ones oldest first. Sequences release
+    their pages last page first, so the end of a cached prefix goes before its beginning.
+    """
+
+    __slots__ = ("_blank", "_cached", "_fence_of", "_fences", "_index", "_refs")
+
+    def __init__(self, num_pages: int, index: PrefixIndex) -> None:
+        self._index = index
+        self._refs = [0] * num_pages
+        self._blank = deque(range(1, num_pages))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._fences: dict[int, list[int]] = {}  # by step: the pages released under it
+        self._fence_of: dict[int, int] = {}  # by fenced page: the step that must settle
+
+    @property
+    def total(self) -> int:
+        return len(self._refs) - 1
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give now."""
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def fenced(self) -> int:
+        """Pages that become available when the steps in flight settle."""
+        return len(self._fence_of)
+
+    def take(self, count: int) -> tuple[int, ...]:
+        """`count` pages for one new owner. The caller has made sure that they are available."""
+        return tuple([self._take() for _ in range(count)])
+
+    def _take(self) -> int:
+        if self._blank:
+            page = self._blank.popleft()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            self._index.forget(page)
+        self._refs[page] = 1
+        return page
+
+    def pin(self, pages: Iterable[int]) -> None:
+        """One more reference to each page of a prefix hit, wherever the page is now."""
+        for page in pages:
+            if self._refs[page] == 0 and self._fence_of.pop(page, None) is None:
+                del self._cached[page]
+            self._refs[page] += 1
+
+    def drop(self, pages: Sequence[int], fence: int | None) -> None:
+        """One reference less to each page, last page first.
+
+        `fence` is the newest step in flight: it may still write to what is released here.
+        """
+        for page in reversed(pages):
+            self._refs[page] -= 1
+            if self._refs[page]:
+                continue
+            if fence is None:
+                self._rest(page)
+            else:
+                self._fence_of[page] = fence
+                self._fences.setdefault(fence, []).append(page)
+
+    def lift(self, step: int) -> bool:
+        """Makes the pages available that waited for this step. True if there were any."""
+        pages = self._fences.pop(step, ())
+        for page in pages:
+            if self._fence_of.get(page) == step:  # else pinned meanwhile
+                del self._fence_of[page]
+                self._rest(page)
+        return bool(pages)
+
+    def _rest(self, page: int) -> None:
+        if page in self._index:
+            self._cached[page] = None
+        else:
+            self._blank.append(page)
+
+    def cost_of_pinning(self, pages: Iterable[int], pinned: set[int]) -> int:
+        """By how much `available` shrinks when these pages, beyond `pinned`, are pinned."""
+        return sum(page in self._cached and page not in pinned for page in pages)
+
+    def freed_by_dropping(self, pages: Iterable[int], dropped: Counter[int]) -> int:
+        """How many pages lose their last reference when these are dropped after `dropped`.
+
+        Adds them to `dropped`, so that a page shared by two victims is counted once.
+        """
+        freed = 0
+        for page in pages:
+            dropped[page] += 1
+            freed += self._refs[page] == dropped[page]
+        return freed
+
+    def check(self, held: Counter[int]) -> None:
+        """Raises `AssertionError` unless every page is in exactly one place.
+
+        `held` counts the references of all sequences.
+        """
+        places = [*self._blank, *self._cached, *self._fence_of, *held]
+        assert sorted(places) == list(range(1, len(self._refs))), "a page is lost or in two places"
+        assert all(self._refs[page] == held[page] for page in range(len(self._refs))), "references"
+        assert all(page in self._index for page in self._cached), "a cached page without a name"
+        assert not any(page in self._index for page in self._blank), "a blank page with a name"

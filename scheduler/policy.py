@@ -1,0 +1,50 @@
+"""The scheduler's judgement calls, each a small pure function: order, room, chunks, drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scheduler.request import Request
+from scheduler.sequence import Sequence
+
+# Draft slots a live sequence may use in its next step. `k = 0` takes the same path as any other k.
+DraftCap = Callable[[Sequence], int]
+
+# (pages the candidate needs beyond its prefix hits, pages available, running sequences) -> admit?
+Room = Callable[[int, int, int], bool]
+
+
+def no_drafts(sequence: Sequence) -> int:
+    """Plain decoding."""
+    return 0
+
+
+def current_room(need: int, available: int, running: int) -> bool:
+    """Admits what fits now and leaves each running sequence a page to grow into.
+
+    Whoever is alone is always let in: `Scheduler.add` refuses what can't fit an empty pool.
+    """
+    return need <= available - running
+
+
+def order_of(request: Request, serial: int, ageing: float) -> tuple[float, int]:
+    """Rank in every queue; lower is served sooner, and nothing ranked lower is its victim.
+
+    Waiting `ageing` seconds makes up for one level of priority. Since everybody ages at the same
+    rate the order of two sequences never changes, so it is fixed at arrival: no re-sorting, and
+    whoever waits is outranked only by those who arrive within a bounded time after it.
+    """
+    return (request.priority * ageing + request.arrival, serial)
+
+
+def chunk_size(fed: int, known: int, budget: int, page_size: int) -> int:
+    """How many of the known tokens to feed next, `budget` at most.
+
+    A chunk that does not reach the end stops at a page boundary where it can: full pages become
+    shareable, and the next append starts on a page of its own.
+    """
+    end = fed + budget
+    if end >= known:
+        return known - fed
+    aligned = end // page_size * page_size
+    return (aligned if aligned > fed else end) - fed

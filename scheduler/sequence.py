@@ -1,0 +1,115 @@
+"""`Sequence`: one choice of a request on its way through the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+from scheduler.plan import Row
+from scheduler.prefix import HashChain
+from scheduler.request import Request, SamplingParams, TokenLogprob
+
+NO_ROW = Row(slot=0, epoch=0, chunk=None, samples=False)
+
+
+class Phase(Enum):
+    """Where a sequence is kept. Not what it does: there are no prefill and decode states."""
+
+    PARKED = auto()  # waits for its request's first choice to compute the prompt
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One number line, mutated by the scheduler alone.
+
+        registered <= computed <= fed <= len(tokens)        pending_min <= pending_max
+
+    `fed` known tokens were handed to the worker; `computed` positions have settled KV; when all
+    known tokens are fed the sequence is live, the worker continues it alone, and
+    `pending_min`/`pending_max` bound what the steps in flight will add. Positions below
+    `registered` are in the prefix index. Pages cover every position a launched row may write.
+    """
+
+    request: Request
+    choice: int
+    tokens: list[int]  # prompt, produced and settled output; append-only
+    order: tuple[float, int]  # rank in every queue: lower is served sooner, preempted later
+    limit: int  # len(tokens) at which it ends for length
+    chain: HashChain
+    prompt_logprobs: list[TokenLogprob | None] | None  # gathered over chunks; None: not wanted
+
+    phase: Phase = Phase.WAITING
+    slot: int = 0  # the null slot while it does not run
+    epoch: int = 0  # of the current admission; 0 while it does not run: its rows are stale
+    plain_row: Row = NO_ROW  # its most common row while it runs: no drafts, no new pages
+    pages: list[int] = field(default_factory=list)
+    fed: int = 0
+    computed: int = 0
+    registered: int = 0
+    pending_min: int = 0
+    pending_max: int = 0
+
+    overtaken: int = 0  # sequences admitted past it while it was the blocked head of the queue
+    preemptions: int = 0
+    cached_tokens: int = 0  # of the prompt, at the first admission
+    admitted: float | None = None
+    first_token: float | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        """What the worker is told: prompt log-probabilities only where they are still wanted."""
+        params = self.request.params
+        if params.prompt_logprobs is None or self.prompt_logprobs is not None:
+            return params
+        return replace(params, prompt_logprobs=None)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def enter(self, slot: int, epoch: int, hits: list[int], cached: int) -> None:
+        """Starts to run in a slot, with pages whose KV is valid up to `cached`."""
+        self.phase = Phase.RUNNING
+        self.slot, self.epoch = slot, epoch
+        self.plain_row = Row(slot, epoch, None, True)
+        self.pages = list(hits)
+        self.fed = self.computed = self.registered = cached
+
+    def leave(self) -> None:
+        """Gives up the slot: what was computed is lost, except through the prefix index."""
+        self.slot = self.epoch = 0
+        self.plain_row = NO_ROW
+        self.pages = []
+        self.fed = self.computed = self.registered = 0
+        self.pending_min = self.pending_max = 0
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Hands the gathered prompt log-probabilities out, once."""
+        if self.prompt_logprobs is None:
+            return None
+        taken, self.prompt_logprobs = tuple(self.prompt_logprobs), None
+        return taken
+
+    def check(self, page_size: int) -> None:
+        """Raises `AssertionError` unless the number line is in order and the pages cover it."""
+        known = len(self.tokens)
+        assert self.phase is Phase.RUNNING
+        assert self.slot > 0
+        assert self.epoch > 0
+        assert 0 <= self.registered <= self.computed <= self.fed <= known < self.limit
+        assert self.registered % page_size == 0
+        assert self.registered < known, "the last token must be computed for its logits"
+        assert 0 <= self.pending_min <= self.pending_max
+        assert self.fed == known or not self.pending_max, "only the last chunk samples"
+        assert len(self.pages) == len(set(self.pages))
+        # The newest token is fed by the next row only; with it, a page more may be needed.
+        assert len(self.pages) * page_size >= known + self.pending_max - 1
