@@ -1,0 +1,234 @@
+"""Causal grouped-query attention over paged KV, in plain torch.
+
+`attend_reference` is the specification. `PagedAttention` is the form that runs: keys are gathered
+a fixed tile of positions at a time and the tiles' softmaxes merged by their running maxima
+(Milakov & Gimelshein 2018), so the memory it needs is bounded whatever the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.kv.dense import gather, page_rows
+from kernels.ops import AttentionBatch, AttentionLayer
+
+# Positions of a tile. Tiles start at multiples of it counted from position 0, never from the
+# row's or the chunk's start: a token's arithmetic must not depend on how the prompt was cut.
+TILE = 256
+# Rows with more queries than this are cut into blocks of BLOCK; the rest are padded together.
+SHORT_QUERY = 16
+BLOCK = 64
+# Query rows of one matrix product in fp32 are padded to a multiple of this. Products of a few
+# rows take other paths through the BLAS library, with another order of summation.
+EXACT_ROWS = 16
+# What a hidden position scores: finite, so that a tile of hidden positions only merges with
+# weight exp(HIDDEN - maximum) = 0 and no infinity is ever subtracted from another.
+HIDDEN = -1e30
+
+
+def attend_reference(q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
+    """The specification: row by row, head by head, one softmax over all positions in fp32.
+
+    Shapes as in `kernels.ops.Ops.attend`.
+    """
+    out = torch.empty_like(q)
+    group = layer.num_heads // layer.num_kv_heads
+    starts = batch.query_starts.tolist()
+    for row, length in enumerate(batch.kv_lengths.tolist()):
+        tokens = slice(starts[row], starts[row + 1])
+        pages = kv[batch.page_table[row].long()].float()
+        keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+        at = batch.positions[tokens, None]
+        position = torch.arange(length, device=q.device)
+        hidden = position > at
+        if layer.window is not None:
+            hidden |= position <= at - layer.window
+        for head in range(layer.num_heads):
+            scores = q[tokens, head].float() @ keys[head // group].T * layer.scale
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            out[tokens, head] = (weights @ values[head // group]).to(q.dtype)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class QueryGroup:
+    """Query blocks of one padded length, computed together.
+
+    A block is a run of one row's tokens; a long chunk is several blocks over the same pages.
+    """
+
+    tokens: Tensor | None  # [blocks, length] int64 token rows; None: all tokens in their order
+    valid: Tensor | None  # [blocks, length] bool; None: no padding
+    positions: Tensor  # [blocks, length] int64
+    rows: Tensor  # [blocks, kv_heads, pages] of `kernels.kv.dense.page_rows`
+    max_kv: int  # no block sees more positions
+
+
+def plan_queries(batch: AttentionBatch, kv: Tensor) -> tuple[QueryGroup, ...]:
+    """Sorts a step's rows into at most two groups: short ones, and blocks of long ones.
+
+    A step whose rows are all equally short, plain decoding for one, is a single group without any
+    gathering. Other steps read the query lengths on the host.
+    """
+    rows = batch.page_table.shape[0]
+    total = batch.positions.shape[0]
+    if batch.max_query <= SHORT_QUERY and batch.max_query * rows == total:
+        positions = batch.positions.view(rows, batch.max_query)
+        index = page_rows(batch.page_table, kv)
+        return (QueryGroup(None, None, positions, index, batch.max_kv),)
+    starts = batch.query_starts.long()
+    lengths = starts[1:] - starts[:-1]
+    short = lengths <= SHORT_QUERY
+    picks = (short.nonzero().flatten(), (~short).nonzero().flatten())
+    return tuple(_group(batch, kv, starts, lengths, pick) for pick in picks if pick.numel() > 0)
+
+
+def _group(
+    batch: AttentionBatch, kv: Tensor, starts: Tensor, lengths: Tensor, pick: Tensor
+) -> QueryGroup:
+    device = starts.device
+    picked = lengths[pick]
+    longest = int(picked.max())
+    length = longest if longest <= SHORT_QUERY else BLOCK
+    blocks = (picked + length - 1) // length
+    row = torch.repeat_interleave(pick, blocks)
+    first = torch.repeat_interleave(blocks.cumsum(0) - blocks, blocks)
+    done = (torch.arange(row.shape[0], device=device) - first) * length
+    offset = torch.arange(length, device=device)
+    valid = offset < (lengths[row] - done)[:, None]
+    # Padding repeats a block's first token, so that it widens no block's view.
+    tokens = (starts[row] + done)[:, None] + torch.where(valid, offset, 0)
+    positions = batch.positions[tokens]
+    index = page_rows(batch.page_table[row], kv)
+    return QueryGroup(tokens, valid, positions, index, int(positions.max()) + 1)
+
+
+def attend_group(
+    q: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int = TILE
+) -> Tensor:
+    """q: [blocks, length, heads, head_dim] of a group -> the same shape."""
+    blocks, length, heads, head_dim = q.shape
+    kv_heads = layer.num_kv_heads
+    # Query heads that share a KV head become rows of one matrix product with its keys.
+    grouped = q.view(blocks, length, kv_heads, heads // kv_heads, head_dim).transpose(1, 2)
+    folded = grouped.reshape(blocks, kv_heads, -1, head_dim)
+    positions = group.positions.repeat_interleave(heads // kv_heads, dim=1)
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        out = _attend_tiles_fused(folded, positions, kv, layer, group, tile)
+    else:
+        out = _attend_tiles(folded, positions, kv, layer, group, tile)
+    out = out.view(blocks, kv_heads, length, heads // kv_heads, head_dim).transpose(1, 2)
+    return out.reshape(blocks, length, heads, head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Keys and values [blocks, kv_heads, n, head_dim] of one tile, and who sees them."""
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor  # [blocks, 1, queries, n] bool
+
+
+class _Tiles:
+    """The tiles a group has to look at, in the order of their positions."""
+
+    def __init__(
+        self, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int
+    ) -> None:
+        page_size = kv.shape[3]
+        self._positions, self._kv, self._window = positions, kv, layer.window
+        self._rows, self._page_size = group.rows, page_size
+        self._pages = max(1, tile // page_size)
+        tile = self._pages * page_size
+        used = min(group.rows.shape[2], -(-group.max_kv // page_size))
+        self._used = used
+        self.count = -(-used // self._pages)
+        self._first: Tensor | None = None  # [blocks], each block's first tile
+        if layer.window is not None:
+            # Blocks skip the tiles that have left their window; those of one block that others
+            # still need are hidden and change nothing.
+            lowest = positions.amin(1) - layer.window + 1
+            span = int(layer.window) + group.positions.shape[1] - 1
+            needed = (span + tile - 2) // tile + 1
+            if needed < self.count:
+                self.count = needed
+                self._first = lowest.clamp(min=0) // tile
+
+    def __getitem__(self, i: int) -> _Tile:
+        offset = torch.arange(self._page_size, device=self._rows.device)
+        if self._first is None:
+            start, stop = i * self._pages, min((i + 1) * self._pages, self._used)
+            rows = self._rows[:, :, start:stop]
+            page = torch.arange(start, stop, device=rows.device)
+            keys_at = (page[:, None] * self._page_size + offset).view(1, 1, -1)
+        else:
+            step = torch.arange(self._pages, device=self._rows.device)
+            page = ((self._first + i) * self._pages)[:, None] + step
+            # Past the end of the table any page will do: its positions are after every query's.
+            columns = page.clamp(max=self._rows.shape[2] - 1)[:, None]
+            rows = self._rows.gather(2, columns.expand(-1, self._rows.shape[1], -1))
+            keys_at = (page[..., None] * self._page_size + offset).flatten(1)[:, None]
+        keys, values = gather(self._kv, rows)
+        at = self._positions[..., None]
+        visible = keys_at <= at
+        if self._window is not None:
+            visible &= keys_at > at - self._window
+        return _Tile(keys, values, visible[:, None])
+
+
+def _attend_tiles(
+    q: Tensor, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int
+) -> Tensor:
+    """q: [blocks, kv_heads, queries, head_dim] -> the same, in fp32 throughout.
+
+    A query's result depends on its own row alone: the products have the same shape in their
+    summed axes wherever the query stands, and hidden positions add exact zeros.
+    """
+    queries = q.shape[2]
+    padding = -queries % EXACT_ROWS
+    wide = F.pad(q.float() * layer.scale, (0, 0, 0, padding))
+    positions = torch.cat([positions, positions[:, -1:].expand(-1, padding)], dim=1)
+    best = wide.new_full(wide.shape[:-1], HIDDEN)
+    total = torch.zeros_like(best)
+    out = torch.zeros_like(wide)
+    tiles = _Tiles(positions, kv, layer, group, tile)
+    for i in range(tiles.count):
+        part = tiles[i]
+        scores = torch.matmul(wide, part.keys.float().mT)
+        scores.masked_fill_(~part.visible, -torch.inf)
+        higher = torch.maximum(best, scores.amax(-1))
+        weights = torch.exp(scores.sub_(higher[..., None]))
+        decay = torch.exp(best - higher)
+        total = total * decay + weights.sum(-1)
+        out = out * decay[..., None] + torch.matmul(weights, part.values.float())
+        best = higher
+    return (out / total[..., None])[:, :, :queries].to(q.dtype)
+
+
+def _attend_tiles_fused(
+    q: Tensor, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int
+) -> Tensor:
+    """As `_attend_tiles` for 16-bit floats on a CPU, each tile by torch's fused attention."""
+    tiles = _Tiles(positions, kv, layer, group, tile)
+    out: Tensor | None = None
+    best: Tensor | None = None
+    for i in range(tiles.count):
+        part = tiles[i]
+        mask = torch.zeros(part.visible.shape, dtype=torch.float32)
+        mask.masked_fill_(~part.visible, HIDDEN)
+        found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, part.keys.to(q.dtype), part.values.to(q.dtype), attn_mask=mask, scale=layer.scale
+        )
+        if out is None or best is None:
+            out, best = found, lse
+            continue
+        merged = torch.logaddexp(best, lse)
+        out = out * torch.exp(best - merged)[..., None] + found * torch.exp(lse - merged)[..., None]
+        best = merged
+    assert out is not None
+    return out.to(q.dtype)

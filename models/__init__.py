@@ -1,0 +1,1 @@
+"""Decoder-only language models: what is in a checkpoint and how a step runs through it."""

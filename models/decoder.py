@@ -1,0 +1,120 @@
+"""`Decoder`: the Llama family (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE), driven by its spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.linear.dense import DenseLinear
+from kernels.ops import AttentionBatch, Ops
+from models.layers import Attention, Mlp, Target, linear_targets, weight
+from models.moe import Moe
+from models.rope import cos_sin_table
+from models.spec import ModelSpec
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP. The residual is carried beside what is still to be added."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        index: int,
+        cos_sin: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self._eps = spec.norm_eps
+        self.input_norm = weight(spec.hidden_size, dtype, device)
+        self.attention = Attention(spec, index, cos_sin, dtype, device)
+        self.mlp_norm = weight(spec.hidden_size, dtype, device)
+        self.mlp: Mlp | Moe
+        if spec.moe is not None and index in spec.moe.layers:
+            self.mlp = Moe(spec.hidden_size, spec.moe, dtype, device)
+        else:
+            self.mlp = Mlp(spec.hidden_size, spec.intermediate_size, spec.mlp_bias, dtype, device)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, batch: AttentionBatch, kv: Tensor, ops: Ops
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: [tokens, hidden] -> what the layer adds, and the residual without it."""
+        if residual is None:
+            residual, x = x, ops.rms_norm(x, self.input_norm, self._eps)
+        else:
+            x, residual = ops.add_rms_norm(x, residual, self.input_norm, self._eps)
+        x = self.attention(x, batch, kv, ops)
+        x, residual = ops.add_rms_norm(x, residual, self.mlp_norm, self._eps)
+        return self.mlp(x, ops), residual
+
+    def targets(self, prefix: str) -> Iterator[Target]:
+        yield f"{prefix}.input_layernorm.weight", self.input_norm
+        yield f"{prefix}.post_attention_layernorm.weight", self.mlp_norm
+        yield from self.attention.targets(f"{prefix}.self_attn")
+        yield from self.mlp.targets(f"{prefix}.mlp")
+
+
+class Decoder(nn.Module):
+    """A causal language model over paged KV. Built uninitialised; `models.weights` fills it."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        """max_model_len: positions the rotary tables cover; default: the checkpoint's context."""
+        super().__init__()
+        device = device or torch.device("cpu")
+        self.spec = spec
+        table = cos_sin_table(spec.rope, spec.head_dim, max_model_len or spec.max_position)
+        table = table.to(device)
+        self.embedding = nn.Parameter(
+            torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device),
+            requires_grad=False,
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, i, table, dtype, device) for i in range(spec.num_layers)
+        )
+        self.norm = weight(spec.hidden_size, dtype, device)
+        # A tied head reads the embedding's own storage.
+        self.head = (
+            DenseLinear(self.embedding)
+            if spec.tied_embeddings
+            else DenseLinear.empty(spec.hidden_size, spec.vocab_size, dtype=dtype, device=device)
+        )
+
+    def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor], ops: Ops) -> Tensor:
+        """One ragged step.
+
+        ids: [tokens] int64; kv: per layer [pages, 2, kv_heads, page_size, head_dim], appended to
+        in place. Returns hidden states after the final norm, [tokens, hidden].
+        """
+        x = F.embedding(ids, self.embedding)
+        residual: Tensor | None = None
+        for layer, pages in zip(self.layers, kv, strict=True):
+            x, residual = layer(x, residual, batch, pages, ops)
+        assert residual is not None, "a decoder has at least one layer"
+        return ops.add_rms_norm(x, residual, self.norm, self.spec.norm_eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden] -> [rows, vocab] fp32."""
+        return self.head(hidden).float()
+
+    def targets(self) -> dict[str, Tensor]:
+        """Every tensor a checkpoint must hold -> the view it is copied to."""
+        found: dict[str, Tensor] = {
+            "model.embed_tokens.weight": self.embedding,
+            "model.norm.weight": self.norm,
+        }
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            found.update(layer.targets(f"model.layers.{i}"))
+        if not self.spec.tied_embeddings:
+            found.update(linear_targets("lm_head", self.head))
+        return found

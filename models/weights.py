@@ -1,0 +1,151 @@
+"""Checkpoints: from a folder or hub id to filled parameters. Safetensors only.
+
+Tensors are read one at a time and copied straight to their place in a fused parameter, so loading
+needs the memory of the model and of its largest tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.errors import CheckpointError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+# Tensors that older exports carry though they follow from the configuration.
+DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+DUMMY_STD = 0.02
+
+Progress = Callable[[str], None]
+
+
+def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `model` itself, or the hub's snapshot of it.
+
+    Raises `CheckpointError` when there is neither such a folder nor a snapshot to be had.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{model} is a file; a checkpoint is a folder with a config.json.")
+    if not HUB_ID.fullmatch(model) or model.startswith((".", "/")):
+        raise CheckpointError(f"there is no folder {model}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
+    except Exception as error:  # network, authentication, unknown id: many unrelated types
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"there is no folder {model}, and the hub has no snapshot of it for us "
+            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'})."
+        ) from error
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Raises `CheckpointError` when the file is missing or not a JSON object."""
+    path = folder / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {name}.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object.")
+    return found
+
+
+def load_weights(
+    folder: Path, targets: Mapping[str, Tensor], *, progress: Progress = lambda _: None
+) -> None:
+    """Copies a checkpoint's tensors to their targets, converting the dtype.
+
+    Raises `CheckpointError` when a file or a tensor is missing, damaged, of another shape, or when
+    the checkpoint holds tensors that have no place in the model.
+    """
+    files = _files(folder)
+    missing = set(targets)
+    unexpected: list[str] = []
+    for i, path in enumerate(files, 1):
+        progress(f"loading weights: {path.name} ({i} of {len(files)})")
+        for name, tensor in _tensors(path):
+            target = targets.get(name)
+            if target is None:
+                unexpected.append(name)
+                continue
+            if target.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{path.name}: {name} has shape {list(tensor.shape)} where config.json "
+                    f"implies {list(target.shape)}."
+                )
+            target.copy_(tensor)
+            missing.discard(name)
+    # A tied head may be stored all the same.
+    unexpected = [n for n in unexpected if n != "lm_head.weight" and not DERIVED.match(n)]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {_list(missing)}.")
+    if unexpected:
+        raise CheckpointError(
+            f"{folder} holds tensors this architecture has no place for: {_list(unexpected)}."
+        )
+
+
+def dummy_weights(targets: Mapping[str, Tensor], seed: int = 0) -> None:
+    """Random weights of the real shapes: matrices N(0, 0.02), norms one, biases zero."""
+    for i, (name, target) in enumerate(targets.items()):
+        if target.dim() > 1:
+            # One generator a tensor, so that a tensor does not depend on those before it.
+            generator = torch.Generator(target.device).manual_seed(seed + i)
+            target.normal_(0.0, DUMMY_STD, generator=generator)
+        else:
+            target.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order of their names."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(folder, index.name).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{index} has no weight_map.")
+        files = [folder / name for name in sorted(set(names.values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    absent = [path.name for path in files if not path.exists()]
+    if absent:
+        raise CheckpointError(f"{folder} lacks {_list(absent)}, which {index.name} names.")
+    if not files:
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise CheckpointError(
+                f"{folder} holds pickled weights (.bin or .pt) only; "
+                "convert them to safetensors, which cannot run code when loaded."
+            )
+        raise CheckpointError(f"{folder} has no safetensors file.")
+    return files
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or incomplete: {error}.") from error
+
+
+def _list(names: set[str] | list[str]) -> str:
+    """A few names and a count."""
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
