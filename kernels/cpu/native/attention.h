@@ -1,0 +1,399 @@
+// Paged causal attention over ragged rows: a few decode or verification queries, or a prompt chunk.
+//
+// A unit of work is a block of query tokens of one row against one KV head: its keys and values are
+// read once for all query heads of the group and all tokens of the block. Keys are taken in tiles
+// of kTile positions counted from position 0, with the online softmax of Milakov & Gimelshein
+// (2018); kSplit positions at a time start from nothing and are merged in order (as in Flash
+// decoding, Dao et al. 2023). Tiles and splits are laid by position alone, and a fully masked tile
+// changes no bit, so a token's result depends neither on the batch, nor on the chunk it came in,
+// nor on the number of threads.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "multiply.h"
+#include "pointwise.h"
+#include "team.h"
+
+namespace native {
+
+constexpr int kTile = 64;
+constexpr int kSplit = 512;
+constexpr int kQueryRows = 32;     // query tokens times heads of a group in one block
+constexpr float kNothing = -1e30f;  // the maximum of no scores; finite, so differences stay numbers
+
+struct Batch {
+    const int64_t* positions;     // [tokens]
+    const int32_t* query_starts;  // [rows + 1]
+    const int32_t* page_table;    // [rows, table_stride]
+    int64_t rows, table_stride;
+};
+
+// Query tokens [begin, end) of a row against key splits [first_split, last_split].
+struct Unit {
+    int64_t row, begin, end, first_split, last_split;
+    int64_t partial;  // where its partial results go; -1: it sees all its splits and finishes alone
+};
+
+// What remains of a softmax over some of the keys, for a block of query rows.
+struct Partial {
+    float* maximum;  // [rows]
+    float* total;    // [rows], sum of exp(score - maximum)
+    float* values;   // [rows, width], sum of exp(score - maximum) * value
+
+    void clear(int64_t rows, int64_t width) const {
+        for (int64_t r = 0; r < rows; r++) maximum[r] = kNothing, total[r] = 0;
+        std::memset(values, 0, rows * width * sizeof(float));
+    }
+
+    void merge(const Partial& next, int64_t rows, int64_t width) const {
+        for (int64_t r = 0; r < rows; r++) {
+            const float top = maximum[r] > next.maximum[r] ? maximum[r] : next.maximum[r];
+            const Floats a = exp(splat(maximum[r] - top)), b = exp(splat(next.maximum[r] - top));
+            maximum[r] = top;
+            total[r] = total[r] * a[0] + next.total[r] * b[0];
+            float *to = values + r * width, *from = next.values + r * width;
+            for (int64_t i = 0; i < width; i += kLanes)
+                store(to + i, load(to + i) * a + load(from + i) * b);
+        }
+    }
+};
+
+// Owns 64-byte aligned memory that only grows.
+class Buffer {
+  public:
+    template <class T>
+    T* take(int64_t count) {
+        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        if (bytes > size_) {
+            data_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+            size_ = bytes;
+        }
+        return reinterpret_cast<T*>(data_.get());
+    }
+
+  private:
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    std::unique_ptr<char, Free> data_;
+    size_t size_ = 0;
+};
+
+// The division of one batch into units; the same for all layers of equal shape.
+struct AttentionPlan {
+    std::vector<Unit> units;
+    std::vector<Unit> blocks;  // query blocks whose partial results are to be merged
+    int64_t group, head_dim, width, block_rows, partials = 0;
+    int64_t work = 0;  // multiply-adds, about
+    Buffer buffer;
+
+    AttentionPlan(const Batch& batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                  int64_t window, int threads)
+        : group(heads / kv_heads), head_dim(head_dim), width((head_dim + kPanel - 1) / kPanel * kPanel) {
+        const int64_t block = group < kQueryRows ? kQueryRows / group : 1;
+        block_rows = block * group;
+        for (int64_t row = 0; row < batch.rows; row++)
+            for (int64_t t = batch.query_starts[row]; t < batch.query_starts[row + 1]; t += block) {
+                const int64_t stop = batch.query_starts[row + 1];
+                const int64_t end = t + block < stop ? t + block : stop;
+                const int64_t oldest = window ? batch.positions[t] - window + 1 : 0;
+                const int64_t first = (oldest > 0 ? oldest : 0) / kSplit;
+                const int64_t last = batch.positions[end - 1] / kSplit;
+                blocks.push_back({row, t, end, first, last, -1});
+                work += (end - t) * heads * head_dim * (batch.positions[end - 1] + 1);
+            }
+        // Few blocks and long contexts: the splits are shared out as well.
+        const bool divide = threads > 1 && int64_t(blocks.size()) * kv_heads < 2 * threads;
+        for (Unit& block : blocks) {
+            if (!divide || block.first_split == block.last_split) {
+                units.push_back(block);
+                continue;
+            }
+            block.partial = partials;
+            for (int64_t s = block.first_split; s <= block.last_split; s++)
+                units.push_back({block.row, block.begin, block.end, s, s, partials++});
+        }
+        std::vector<Unit> divided;
+        for (const Unit& block : blocks)
+            if (block.partial >= 0) divided.push_back(block);
+        blocks = divided;
+    }
+
+    int64_t partial_size() const { return block_rows * (width + 2); }
+
+    // Room for the partial results of every head; called before the work is shared out.
+    void reserve(int64_t kv_heads) {
+        if (partials) buffer.take<float>(partials * kv_heads * partial_size());
+    }
+
+    Partial partial(int64_t index, int64_t kv_heads, int64_t head) {
+        float* at = buffer.take<float>(0) + (index * kv_heads + head) * partial_size();
+        return {at, at + block_rows, at + 2 * block_rows};
+    }
+};
+
+struct AttentionShape {
+    int64_t heads;
+    float scale;
+    int64_t window;  // 0: none
+};
+
+#if NATIVE_AVX512
+// Transposes 16 x 16 lanes; row i of the result goes to out + i * stride.
+INLINE void transpose(const __m512i (&x)[16], uint32_t* out, int64_t stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+        }
+    for (int i = 0; i < 8; i++) {
+        const int k = i % 4 + i / 4 * 8;
+        a[k] = _mm512_shuffle_i32x4(b[k], b[k + 4], 0x88);
+        a[k + 4] = _mm512_shuffle_i32x4(b[k], b[k + 4], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(out + i * stride, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
+        _mm512_storeu_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
+    }
+}
+#endif
+
+// Sixteen keys of `units` lanes -> [units][16], rows `stride` lanes apart.
+INLINE void transpose_keys(const uint32_t* const* keys, int units, uint32_t* out, int64_t stride) {
+    int u = 0;
+#if NATIVE_AVX512
+    for (; u + 16 <= units; u += 16) {
+        __m512i x[16];
+        for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(keys[i] + u);
+        transpose(x, out + u * stride, stride);
+    }
+#endif
+    for (; u < units; u++)
+        for (int i = 0; i < 16; i++) out[u * stride + i] = keys[i][u];
+}
+
+// The lanes of 32 columns of values for the unit (one or two keys) at keys[0].
+INLINE void value_lanes(const float* const* keys, int64_t column, int count, Lanes (&b)[2]) {
+    if (count >= kPanel) {
+        b[0] = load_as<Lanes>(keys[0] + column);
+        b[1] = load_as<Lanes>(keys[0] + column + kLanes);
+        return;
+    }
+    float padded[kPanel] = {};
+    std::memcpy(padded, keys[0] + column, count * sizeof(float));
+    b[0] = load_as<Lanes>(padded);
+    b[1] = load_as<Lanes>(padded + kLanes);
+}
+
+INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lanes (&b)[2]) {
+    bf16 padded[2][kPanel] = {};
+    const bf16 *first = keys[0] + column, *second = keys[1] + column;
+    if (count < kPanel) {
+        std::memcpy(padded[0], first, count * sizeof(bf16));
+        std::memcpy(padded[1], second, count * sizeof(bf16));
+        first = padded[0], second = padded[1];
+    }
+    for (int h = 0; h < 2; h++) {
+        const Halves low = load_as<Halves>(first + h * kLanes);
+        const Halves high = load_as<Halves>(second + h * kLanes);
+        b[h] = __builtin_convertvector(low, Lanes) | (__builtin_convertvector(high, Lanes) << 16);
+    }
+}
+
+// One thread's workspace for a block of query rows.
+template <class T>
+struct Workspace {
+    T* q;            // [rows, head_dim]
+    T* weights;      // [rows, kTile], exp(score - maximum)
+    float* scores;   // [rows, kTile]
+    uint32_t* keys;  // [kTile / 32][units][32]
+    Partial split, total;
+
+    Workspace(const AttentionPlan& plan, int64_t units) {
+        static thread_local Buffer buffer;
+        const int64_t rows = plan.block_rows, panel_lanes = kTile * units;
+        const int64_t lanes = rows * (plan.head_dim + 2 * kTile + 2 * plan.width + 4) + panel_lanes;
+        uint32_t* at = buffer.take<uint32_t>(lanes + 8 * kLanes);
+        const auto cut = [&at](int64_t size) {
+            uint32_t* here = at;
+            at += (size + kLanes - 1) / kLanes * kLanes;
+            return here;
+        };
+        keys = cut(panel_lanes);
+        scores = reinterpret_cast<float*>(cut(rows * kTile));
+        weights = reinterpret_cast<T*>(cut(rows * kTile / kPack<T>));
+        q = reinterpret_cast<T*>(cut(rows * plan.head_dim / kPack<T>));
+        for (Partial* p : {&split, &total}) {
+            p->values = reinterpret_cast<float*>(cut(rows * plan.width));
+            p->maximum = reinterpret_cast<float*>(cut(rows));
+            p->total = reinterpret_cast<float*>(cut(rows));
+        }
+    }
+};
+
+// Adds the keys [start, start + kTile) to the split. positions: of each query row.
+template <class T>
+void attend_tile(const Workspace<T>& work, const Pool& pool, int64_t head, const int32_t* pages,
+                 int64_t start, const int64_t* positions, int64_t rows, int64_t last,
+                 const AttentionShape& shape, int64_t width) {
+    const int units = int(pool.head_dim / kPack<T>);
+    const int count = int(last + 1 - start < kTile ? last + 1 - start : kTile);
+    const int panels = (count + kPanel - 1) / kPanel;
+    const uint32_t* keys[kTile];
+    const T* values[kTile];
+    for (int i = 0; i < panels * kPanel; i++) {  // past the end: the last key again, masked below
+        const int64_t position = start + (i < count ? i : count - 1);
+        const int64_t page = pages[position / pool.page_size], offset = position % pool.page_size;
+        keys[i] = reinterpret_cast<const uint32_t*>(pool.at<T>(page, 0, head, offset));
+        values[i] = pool.at<T>(page, 1, head, offset);
+    }
+    for (int i = 0; i < panels * kPanel; i += kLanes)
+        transpose_keys(keys + i, units, work.keys + i / kPanel * units * kPanel + i % kPanel, kPanel);
+
+    for (int p = 0; p < panels; p++) {
+        const uint32_t* panel = work.keys + p * units * kPanel;
+        const auto columns = [&](int u, Lanes(&b)[2]) {
+            b[0] = load_as<Lanes>(panel + u * kPanel);
+            b[1] = load_as<Lanes>(panel + u * kPanel + kLanes);
+        };
+        const auto zero = [](int64_t, Floats(&acc)[2]) { acc[0] = acc[1] = Floats{}; };
+        const auto finish = [&](int64_t row, Floats(&acc)[2]) {
+            for (int h = 0; h < 2; h++)
+                store(work.scores + row * kTile + p * kPanel + h * kLanes, acc[h] * shape.scale);
+        };
+        multiply_all<T, 2>(rows, work.q, units, units, columns, zero, finish);
+    }
+
+    Ints lane;
+    for (int i = 0; i < kLanes; i++) lane[i] = i;
+    for (int64_t row = 0; row < rows; row++) {
+        // Visible keys of this tile are those at [oldest, newest].
+        const int newest = int(positions[row] - start < kTile ? positions[row] - start : kTile);
+        const int64_t window_start = shape.window ? positions[row] - shape.window + 1 - start : 0;
+        const int oldest = int(window_start > 0 ? window_start : 0);
+        Floats top = splat(kNothing), total{};
+        for (int i = 0; i < panels * kPanel; i += kLanes) {
+            float* at = work.scores + row * kTile + i;
+            const Ints key = lane + i;
+            const Floats score = (key <= newest) & (key >= oldest) ? load(at) : splat(-INFINITY);
+            store(at, score);
+            top = max(top, score);
+        }
+        const float before = work.split.maximum[row], tile_top = largest(top);
+        const float now = before > tile_top ? before : tile_top;
+        for (int i = 0; i < panels * kPanel; i += kLanes) {
+            const Floats weight = exp(load(work.scores + row * kTile + i) - now);
+            store(work.weights + row * kTile + i, weight);
+            total += weight;
+        }
+        if (before != now) {
+            const Floats shrink = exp(splat(before - now));
+            work.split.maximum[row] = now;
+            work.split.total[row] *= shrink[0];
+            float* to = work.split.values + row * width;
+            for (int64_t i = 0; i < width; i += kLanes) store(to + i, load(to + i) * shrink);
+        }
+        work.split.total[row] += sum(total);
+    }
+
+    for (int64_t column = 0; column < pool.head_dim; column += kPanel) {
+        const auto columns = [&](int u, Lanes(&b)[2]) {
+            value_lanes(values + u * kPack<T>, column, int(pool.head_dim - column), b);
+        };
+        const auto start_row = [&](int64_t row, Floats(&acc)[2]) {
+            for (int h = 0; h < 2; h++)
+                acc[h] = load(work.split.values + row * width + column + h * kLanes);
+        };
+        const auto finish = [&](int64_t row, Floats(&acc)[2]) {
+            for (int h = 0; h < 2; h++)
+                store(work.split.values + row * width + column + h * kLanes, acc[h]);
+        };
+        multiply_all<T, 2>(rows, work.weights, kTile / kPack<T>,
+                           (count + kPack<T> - 1) / kPack<T>, columns, start_row, finish);
+    }
+}
+
+// Writes the finished softmax of a block's rows (head of group fastest) to out.
+template <class T>
+void finish_block(const Partial& total, const AttentionPlan& plan, const Unit& unit, int64_t head,
+                  int64_t heads, T* out) {
+    for (int64_t row = 0; row < (unit.end - unit.begin) * plan.group; row++) {
+        const int64_t token = unit.begin + row / plan.group;
+        const int64_t query_head = head * plan.group + row % plan.group;
+        T* to = out + (token * heads + query_head) * plan.head_dim;
+        const float* from = total.values + row * plan.width;
+        for (int64_t i = 0; i < plan.head_dim; i += kLanes)
+            store_upto(to + i, load(from + i) / total.total[row], int(plan.head_dim - i));
+    }
+}
+
+// q, out: [tokens, heads, head_dim].
+template <class T>
+void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionPlan& plan,
+                 const AttentionShape& shape, const Unit& unit, int64_t head) {
+    const int64_t dim = plan.head_dim, rows = (unit.end - unit.begin) * plan.group;
+    const Workspace<T> work(plan, dim / kPack<T>);
+    std::vector<int64_t> positions(rows);
+    for (int64_t token = unit.begin; token < unit.end; token++) {
+        const int64_t row = (token - unit.begin) * plan.group;
+        std::memcpy(work.q + row * dim, q + (token * shape.heads + head * plan.group) * dim,
+                    plan.group * dim * sizeof(T));
+        for (int64_t g = 0; g < plan.group; g++) positions[row + g] = batch.positions[token];
+    }
+    const int64_t last = positions[rows - 1];
+    const int64_t oldest = shape.window ? positions[0] - shape.window + 1 : 0;
+    const int32_t* pages = batch.page_table + unit.row * batch.table_stride;
+    for (int64_t s = unit.first_split; s <= unit.last_split; s++) {
+        const Partial& split = work.split;
+        split.clear(rows, plan.width);
+        for (int64_t start = s * kSplit; start < (s + 1) * kSplit && start <= last; start += kTile)
+            if (start + kTile > oldest)
+                attend_tile(work, pool, head, pages, start, positions.data(), rows, last, shape,
+                            plan.width);
+        if (unit.partial >= 0) {
+            const Partial to = plan.partial(unit.partial, pool.kv_heads, head);
+            to.clear(rows, plan.width);
+            to.merge(split, rows, plan.width);
+        } else {
+            if (s == unit.first_split) work.total.clear(rows, plan.width);
+            work.total.merge(split, rows, plan.width);
+        }
+    }
+    if (unit.partial < 0) finish_block(work.total, plan, unit, head, shape.heads, out);
+}
+
+// One thread's part; `next` counts the (unit, head) pairs taken by anyone.
+template <class T>
+void attend(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionPlan& plan,
+            const AttentionShape& shape, std::atomic<int64_t>& next) {
+    const int64_t total = int64_t(plan.units.size()) * pool.kv_heads;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;)
+        attend_unit(q, out, pool, batch, plan, shape, plan.units[i / pool.kv_heads],
+                    i % pool.kv_heads);
+}
+
+// After every unit is done: merges the splits that were shared out.
+template <class T>
+void merge_splits(T* out, const Pool& pool, AttentionPlan& plan, int64_t heads, Share share) {
+    const Range range = part(int64_t(plan.blocks.size()) * pool.kv_heads, share);
+    for (int64_t i = range.begin; i < range.end; i++) {
+        const Unit& block = plan.blocks[i / pool.kv_heads];
+        const int64_t head = i % pool.kv_heads, rows = (block.end - block.begin) * plan.group;
+        const Partial total = plan.partial(block.partial, pool.kv_heads, head);
+        for (int64_t s = 1; s <= block.last_split - block.first_split; s++)
+            total.merge(plan.partial(block.partial + s, pool.kv_heads, head), rows, plan.width);
+        finish_block(total, plan, block, head, heads, out);
+    }
+}
+
+}  // namespace native

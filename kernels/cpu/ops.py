@@ -1,0 +1,153 @@
+"""`Ops` on the CPU in native code: see `native/` for the kernels and `build.py` for their build."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import Library, type_of
+from kernels.ops import AttentionBatch, AttentionLayer
+
+_LARGEST_HEAD = 1024  # elements; a head is rotated in a buffer of that size
+
+
+class NativeOps:
+    """The decoder's operators for bf16 and fp32 tensors on the CPU.
+
+    Every result row depends on that row alone: not on the others in the batch, on how a prompt is
+    cut into chunks, or on the number of threads, bit for bit. Runs on torch's OpenMP threads, as
+    many as `torch.get_num_threads()`; the GIL is released meanwhile. Raises ValueError for types
+    and layouts the kernels do not take.
+    """
+
+    name = "native-cpu"
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Ops.rms_norm`."""
+        x, hidden = x.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        self._library.rms_norm(
+            type_of(x, weight),
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // hidden,
+            hidden,
+            eps,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.add_rms_norm`. Writes the sum into `residual` where that is contiguous."""
+        x, residual, hidden = x.contiguous(), residual.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        self._library.add_rms_norm(
+            type_of(x, residual, weight),
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // hidden,
+            hidden,
+            eps,
+            torch.get_num_threads(),
+        )
+        return out, residual
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Ops.silu_mul`."""
+        gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
+        out = gate_up.new_empty((*gate_up.shape[:-1], width))
+        self._library.silu_mul(
+            type_of(gate_up),
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            gate_up.numel() // (2 * width),
+            width,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def rope_append(
+        self, qkv: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
+    ) -> Tensor:
+        """See `Ops.rope_append`."""
+        qkv = qkv.contiguous()
+        tokens, dim = qkv.shape[0], layer.head_dim
+        if not 0 < dim <= _LARGEST_HEAD:
+            raise ValueError(f"head_dim {dim} is not supported by {self.name}")
+        cos_sin = layer.cos_sin
+        if cos_sin is not None and (cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous()):
+            raise ValueError("cos_sin must be a contiguous fp32 tensor")
+        q = qkv.new_empty((tokens, layer.num_heads, dim))
+        norms = [norm for norm in (layer.q_norm, layer.k_norm) if norm is not None]
+        self._library.rope_append(
+            type_of(qkv, kv, *norms),
+            qkv.data_ptr(),
+            q.data_ptr(),
+            *_pool(kv, layer.num_kv_heads, dim),
+            batch.positions.data_ptr(),
+            batch.kv_slots.data_ptr(),
+            tokens,
+            layer.num_heads,
+            None if cos_sin is None else cos_sin.data_ptr(),
+            0 if cos_sin is None else cos_sin.shape[2],
+            None if layer.q_norm is None else layer.q_norm.data_ptr(),
+            None if layer.k_norm is None else layer.k_norm.data_ptr(),
+            layer.norm_eps,
+            torch.get_num_threads(),
+        )
+        return q
+
+    def append(self, k: Tensor, v: Tensor, kv: Tensor, batch: AttentionBatch) -> None:
+        """See `Ops.append`. Heads and dimensions of k and v must be contiguous, tokens need not."""
+        tokens, heads, dim = k.shape
+        if k.stride()[1:] != (dim, 1) or v.stride()[1:] != (dim, 1):
+            k, v = k.contiguous(), v.contiguous()
+        self._library.append(
+            type_of(k, v, kv),
+            k.data_ptr(),
+            v.data_ptr(),
+            k.stride(0),
+            v.stride(0),
+            *_pool(kv, heads, dim),
+            batch.kv_slots.data_ptr(),
+            tokens,
+            torch.get_num_threads(),
+        )
+
+    def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
+        """See `Ops.attend`."""
+        q = q.contiguous()
+        if layer.head_dim * q.element_size() % 4 or layer.num_heads % layer.num_kv_heads:
+            raise ValueError(f"attention shape {layer} is not supported by {self.name}")
+        out = torch.empty_like(q)
+        self._library.attend(
+            type_of(q, kv),
+            q.data_ptr(),
+            out.data_ptr(),
+            *_pool(kv, layer.num_kv_heads, layer.head_dim),
+            batch.positions.data_ptr(),
+            batch.query_starts.data_ptr(),
+            batch.page_table.data_ptr(),
+            batch.query_starts.shape[0] - 1,
+            batch.page_table.stride(0),
+            layer.num_heads,
+            layer.scale,
+            layer.window or 0,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def _pool(kv: Tensor, heads: int, dim: int) -> tuple[int, int, int, int]:
+    """Address, KV heads, page size and head size of a pool [pages, 2, heads, page_size, dim]."""
+    if not kv.is_contiguous() or kv.shape[1:3] != (2, heads) or kv.shape[4] != dim:
+        raise ValueError(f"KV pool of shape {tuple(kv.shape)} does not fit {heads} heads of {dim}")
+    return kv.data_ptr(), heads, kv.shape[3], dim
