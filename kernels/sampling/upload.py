@@ -1,0 +1,18 @@
+"""Host lists to device tensors without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(
+    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """values -> 1-D tensor on the device. On CUDA the copy is queued, from pinned memory."""
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)

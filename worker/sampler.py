@@ -1,0 +1,154 @@
+"""The one sampler: logits rows to tokens.
+
+A logits row is a (slot, position): `position` is the absolute index the new token will occupy and
+`tokens[slot, :position]` of the token table its history. The token is a pure function of the row's
+logits, the slot's parameters, the history and the position; neither the other rows of the batch
+nor earlier calls have a say. The order is
+
+    repetition, frequency and presence penalties -> logit bias -> allowed ids -> bad words ->
+    min tokens -> temperature -> min-p -> top-k -> top-p -> argmax(z + g), ties to the lowest id
+
+and greedy rows (temperature 0) end after min tokens with the argmax. Bad words look at the whole
+history, the prompt included. See kernels/sampling/ for the definition of each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.sampling import pruned, reference
+from kernels.sampling.logprobs import RowLogprobs, row_logprobs
+from kernels.sampling.reference import NoiseKey, Truncation
+from kernels.sampling.upload import upload
+from scheduler.request import TokenLogprob
+from worker.processing import SampleRows, process
+from worker.sampling_state import Need, SlotSampling
+
+_KIND = int(Need.NOISE | Need.TRUNCATION)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedLogprobs:
+    """Log-probabilities of the rows that asked for them, still on the device."""
+
+    index: dict[int, int]  # logits row -> row of `values`
+    top: list[int]  # how many top tokens each asked for
+    values: RowLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcome for `n` logits rows."""
+
+    tokens: Tensor  # [n] int64
+    # [n] bool. False: the raw logits held NaN or +inf, or nothing was left to choose from (the
+    # model gave -inf throughout, or allowed ids and bans exclude everything). The row's token is
+    # then 0 and its request should fail.
+    finite: Tensor
+    asked: AskedLogprobs | None = None
+
+    def logprobs_of(self, rows: slice) -> tuple[TokenLogprob, ...]:
+        """One entry per row in `rows`; empty when they did not ask. Reads from the device.
+
+        The rows of a slice belong to one sequence, so either all of them asked or none.
+        """
+        if self.asked is None or rows.start not in self.asked.index:
+            return ()
+        at = [self.asked.index[row] for row in range(rows.start, rows.stop)]
+        chosen = slice(at[0], at[-1] + 1)
+        tokens = self.tokens[rows].tolist()
+        return _token_logprobs(self.asked.values, chosen, tokens, self.asked.top[at[0]])
+
+
+class Sampler:
+    """Samples for the slots of one worker. Not thread-safe: the worker's thread owns it."""
+
+    def __init__(self, slots: SlotSampling, tokens: Tensor) -> None:
+        """tokens: [slots, max_len] int32, the token table; read at every call, never written."""
+        self.slots = slots
+        self._tokens = tokens
+        # Compacting candidates needs shapes that depend on data, which is free on the CPU only.
+        on_cpu = slots.device.type == "cpu"
+        self._draw = pruned.draw if on_cpu else reference.draw
+        self._argmax = pruned.argmax_rows if on_cpu else _argmax
+
+    def sample(self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor) -> Sampled:
+        """Chooses a token for each row.
+
+        logits: [n, vocab] float32, contiguous, not written; slots_of_rows: n slots, on the host;
+        positions: [n] int64 on the device.
+        """
+        rows = SampleRows.of(self.slots, slots_of_rows, positions)
+        z, finite = logits, logits.amax(-1).isfinite()
+        if rows.union & Need.PROCESSING:
+            z = logits.clone()
+            process(z, rows, self.slots, self._tokens)
+            finite &= z.amax(-1) > -torch.inf
+        tokens = self._choose(z, rows).masked_fill_(~finite, 0)
+        asked = self._logprobs(logits, tokens, rows) if rows.union & Need.LOGPROBS else None
+        return Sampled(tokens, finite, asked)
+
+    def prompt_logprobs(
+        self, logits: Tensor, targets: Sequence[int], top: int
+    ) -> list[TokenLogprob]:
+        """About given tokens: logits [n, vocab] float32, one target id and one entry per row."""
+        values = row_logprobs(logits, upload(list(targets), logits.device), top)
+        return list(_token_logprobs(values, slice(0, len(targets)), targets, top))
+
+    def _choose(self, z: Tensor, rows: SampleRows) -> Tensor:
+        """Draws from processed logits, kind by kind of row."""
+        kinds: dict[int, list[int]] = {}
+        for row, need in enumerate(rows.needs):
+            kinds.setdefault(need & _KIND, []).append(row)
+        if len(kinds) == 1:
+            return self._choose_kind(rows.union & _KIND, z, rows.slot, rows.position)
+        tokens = torch.empty_like(rows.position)
+        for kind, members in kinds.items():
+            at = upload(members, z.device)
+            tokens[at] = self._choose_kind(kind, z[at], rows.slot[at], rows.position[at])
+        return tokens
+
+    def _choose_kind(self, kind: int, z: Tensor, slot: Tensor, positions: Tensor) -> Tensor:
+        slots = self.slots
+        if not kind & Need.NOISE:
+            return self._argmax(z)
+        limits = None
+        if kind & Need.TRUNCATION:
+            limits = Truncation(slots.log_min_p[slot], slots.top_k[slot], slots.top_p[slot])
+        key = NoiseKey(slots.seed[slot], slots.choice[slot], positions)
+        return self._draw(z, slots.temperature[slot], key, limits)
+
+    def _logprobs(self, logits: Tensor, tokens: Tensor, rows: SampleRows) -> AskedLogprobs:
+        asked = rows.needing(Need.LOGPROBS)
+        top = [self.slots.logprobs[rows.host_slots[row]] for row in asked]
+        if len(asked) < len(rows.needs):
+            at = upload(asked, logits.device)
+            logits, tokens = logits[at], tokens[at]
+        values = row_logprobs(logits, tokens, max(top))
+        return AskedLogprobs({row: i for i, row in enumerate(asked)}, top, values)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)  # torch promises the first of equal maxima
+
+
+def _token_logprobs(
+    values: RowLogprobs, rows: slice, tokens: Sequence[int], top: int
+) -> tuple[TokenLogprob, ...]:
+    ids = values.top_ids[rows, :top].tolist()
+    logprobs = values.top_logprobs[rows, :top].tolist()
+    return tuple(
+        TokenLogprob(token, logprob, rank, tuple(zip(row_ids, row_logprobs, strict=True)))
+        for token, logprob, rank, row_ids, row_logprobs in zip(
+            tokens,
+            values.logprob[rows].tolist(),
+            values.rank[rows].tolist(),
+            ids,
+            logprobs,
+            strict=True,
+        )
+    )
