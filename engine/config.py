@@ -77,8 +77,9 @@ class CacheConfig:
     )
     kv_dtype: str = option(
         "auto",
-        "Format keys and values are kept in. `auto`: the model's dtype.",
+        "Format keys and values are kept in. `auto`: the model's dtype, the only one so far.",
         aliases=("kv-cache-dtype",),
+        choices=("auto",),
     )
     memory_fraction: float = option(
         0.9,

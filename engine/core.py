@@ -5,8 +5,8 @@
 
 Plan N + 1 is launched before the result of step N is read, so the worker finds its next step
 waiting and never idles for the loop. The loop sleeps in one place, `transport.receive`, which
-returns for a message, for a finished step (the worker's thread calls `wake`) or for the nearest
-deadline; nothing spins.
+returns for a message, for a finished step (the worker's thread calls `wake`) or at the end of a
+drain; nothing spins.
 
 A turn applies messages before it settles, so that an abort that arrived while a step ran already
 counts when its result is read: the row dies on its epoch and its tokens are not published.
@@ -14,7 +14,6 @@ counts when its result is read: the row dies on its epoch and its tokens are not
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections import deque
@@ -111,7 +110,6 @@ class EngineCore:
         self._in_flight: deque[_InFlight] = deque()
         self._clients: set[bytes] = set()
         self._routes: dict[str, _Route] = {}  # by the scheduler's id
-        self._deadlines: list[float] = []  # a heap: when to wake; those of ended requests linger
         self._outbox: dict[bytes, list[Output]] = {}
         self._drain_until: float | None = None
         self._finish_seconds = 0.0  # smoothed time between two finished requests
@@ -131,7 +129,7 @@ class EngineCore:
         """Sleeps until something happened, then does everything that became possible."""
         for client, message in self._transport.receive(self._patience()):
             self._handle(client, message)
-        self._look_at_clock()
+        self._end_drain()
         self._publish()
         while self._in_flight and self._in_flight[0].pending.done():
             self._settle(self._in_flight.popleft())
@@ -154,10 +152,9 @@ class EngineCore:
         """Seconds until something has to be done even if nobody wakes the loop; None: no end."""
         if not self._in_flight and self._scheduler.has_work():
             return RETRY_SECONDS
-        limits = self._deadlines[:1]
-        if self._drain_until is not None:
-            limits.append(self._drain_until)
-        return max(min(limits) - self._clock(), 0.0) if limits else None
+        if self._drain_until is None:
+            return None
+        return max(self._drain_until - self._clock(), 0.0)
 
     # -- messages ---------------------------------------------------------------------------
 
@@ -203,8 +200,6 @@ class EngineCore:
             self._send(client, Rejected(request.id, "invalid", str(error)))
             return
         self._routes[name] = _Route(client, request.id, request.n)
-        if deadline is not None:
-            heapq.heappush(self._deadlines, deadline)
 
     def _find(self, client: bytes, request_id: str) -> str | None:
         """The scheduler's name for a client's request; None when it is not running."""
@@ -222,11 +217,9 @@ class EngineCore:
         )
         self._collect(outputs)
 
-    def _look_at_clock(self) -> None:
-        """The next plan ends overdue requests; the end of the drain is this loop's own matter."""
+    def _end_drain(self) -> None:
+        """Aborts what is left at the drain's deadline."""
         now = self._clock()
-        while self._deadlines and self._deadlines[0] <= now:
-            heapq.heappop(self._deadlines)
         if self._drain_until is not None and now >= self._drain_until:
             for name in list(self._routes):
                 self._collect(self._scheduler.abort(name, now))

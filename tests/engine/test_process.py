@@ -1,0 +1,219 @@
+"""Real engine processes, killed and restarted, behind the client the server uses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.client import EngineClient
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import EngineDeadError, EngineGoneError, RejectedError, StartupError
+from engine.supervisor import RestartPolicy, Supervisor
+from scheduler.request import FinishReason, Request, SamplingParams
+from tests.engine.workers import BUILDER, model
+from tests.fakes import Script
+
+QUICK = RestartPolicy(fast_death=30.0, max_fast_deaths=3, first_backoff=0.01)
+FOREVER = 400  # tokens
+
+
+def request(name: str, max_tokens: int = 8, **changes) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, seed=7)
+    return Request(name, (1, 2, 3, 4, 5), params, arrival=time.monotonic(), **changes)
+
+
+def supervisor(name: str, policy: RestartPolicy = QUICK, drain_seconds: float = 5.0) -> Supervisor:
+    config = EngineConfig(model=ModelConfig(model=name))
+    return Supervisor(config, builder=BUILDER, policy=policy, drain_seconds=drain_seconds)
+
+
+@contextlib.asynccontextmanager
+async def running(name: str = "scripted", **options):
+    link = supervisor(name, **options)
+    link.spawn()
+    client = EngineClient(link, heartbeat_seconds=1.0)
+    try:
+        await client.ready()
+        yield client, link
+    finally:
+        await client.close()
+
+
+async def tokens_of(client: EngineClient, wanted: Request) -> tuple[int, ...]:
+    return tuple([token async for output in client.submit(wanted) for token in output.tokens])
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_answers_over_the_wire():
+    async with running() as (client, link):
+        wanted = [request(f"r{i}", n=1 + i % 3) for i in range(8)]
+        streams = [client.submit(each) for each in wanted]
+        for each, stream in zip(wanted, streams, strict=True):
+            finishes = [output.finish async for output in stream if output.finish]
+            assert [finish.reason for finish in finishes] == [FinishReason.LENGTH] * each.n
+            for choice, tokens in enumerate(stream.tokens):
+                assert tuple(tokens) == Script().answer(each, choice)[0]
+        assert client.facts.max_model_len == 512
+        assert client.healthy
+        assert client.load.running == 0
+        pid = link.pid
+    assert not alive(pid)
+
+
+async def test_rejections_cross_the_wire():
+    async with running() as (client, _):
+        long = Request("long", (1,) * 600, SamplingParams(max_tokens=1), arrival=0.0)
+        with pytest.raises(RejectedError) as error:
+            await anext(client.submit(long))
+        assert error.value.code == "context_length_exceeded"
+
+
+async def test_killed_engine_ends_every_stream_and_is_replaced():
+    async with running(model(step_seconds=0.005)) as (client, link):
+        streams = [client.submit(request(f"r{i}", FOREVER)) for i in range(5)]
+        for stream in streams:
+            await anext(stream)
+        first = link.pid
+        os.kill(first, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(EngineDeadError, match="SIGKILL"):
+                [output async for output in stream]
+        assert not client.healthy
+        with pytest.raises(EngineDeadError):
+            client.submit(request("between"))
+        await client.ready()
+        assert link.pid != first
+        wanted = request("after")
+        assert await tokens_of(client, wanted) == Script().answer(wanted)[0]
+
+
+async def test_worker_fault_is_told_and_survived():
+    async with running(model(raise_at=3)) as (client, _):
+        with pytest.raises(EngineDeadError, match="scripted fault"):
+            await tokens_of(client, request("r", 50))
+        await client.ready()
+        assert len(await tokens_of(client, request("short", 2))) == 2
+
+
+async def test_gives_up_after_repeated_fast_deaths():
+    async with running(model(kill_at=0)) as (client, _):
+        for i in range(3):
+            await client.ready()
+            with pytest.raises(EngineDeadError):
+                await tokens_of(client, request(f"r{i}"))
+        failure = await asyncio.wait_for(client.gone(), 10)
+        assert isinstance(failure, EngineGoneError)
+        with pytest.raises(EngineGoneError, match="3 times"):
+            await client.ready()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (model(refuse="the checkpoint is missing."), "^the checkpoint is missing.$"),
+        (model(crash="boom"), "RuntimeError: boom"),
+        (model(exit=3), "exit code 3"),
+    ],
+)
+async def test_start_that_fails_is_one_sentence_and_not_repeated(name, sentence):
+    client = EngineClient(supervisor(name))
+    with pytest.raises(StartupError, match=sentence):
+        await client.ready()
+    await client.close()
+
+
+async def test_drain_finishes_what_runs_and_refuses_the_rest():
+    async with running(model(step_seconds=0.005)) as (client, _):
+        stream = client.submit(request("r", 40))
+        await anext(stream)
+        draining = asyncio.create_task(client.drain(10.0))
+        await asyncio.sleep(0)
+        with pytest.raises(RejectedError) as error:
+            client.submit(request("late"))
+        assert error.value.code == "draining"
+        outputs = [output async for output in stream]
+        assert outputs[-1].finish.reason is FinishReason.LENGTH
+        await draining
+
+
+async def test_drain_aborts_at_the_deadline():
+    async with running(model(step_seconds=0.02)) as (client, _):
+        stream = client.submit(request("r", FOREVER))
+        await anext(stream)
+        started = time.monotonic()
+        await client.drain(0.2)
+        assert time.monotonic() - started < 1.0
+        outputs = [output async for output in stream]
+        assert outputs[-1].finish.reason is FinishReason.ABORT
+
+
+async def test_sigterm_to_the_engine_drains_it():
+    async with running(model(step_seconds=0.005)) as (client, link):
+        stream = client.submit(request("r", 40))
+        await anext(stream)
+        os.kill(link.pid, signal.SIGTERM)
+        outputs = [output async for output in stream]
+        assert outputs[-1].finish.reason is FinishReason.LENGTH
+
+
+async def test_hung_step_turns_health_red():
+    async with running(model(hang_at=2)) as (client, link):
+        stream = client.submit(request("r", 50))
+        await anext(stream)
+        assert client.healthy
+        await asyncio.sleep(1.2)
+        assert not client.healthy
+        os.kill(link.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            [output async for output in stream]
+
+
+async def test_idle_engine_burns_no_cpu():
+    async with running() as (client, link):
+        await tokens_of(client, request("warm"))
+        ticks = cpu_ticks(link.pid)
+        await asyncio.sleep(1.0)
+        assert cpu_ticks(link.pid) - ticks <= 2  # of 100 a second
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_engine_does_not_outlive_its_supervisor(tmp_path):
+    """Killed by force, the supervisor cannot clean up; the engine notices by itself."""
+    script = f"""
+import asyncio
+from tests.engine.test_process import supervisor
+async def main():
+    link = supervisor("scripted")
+    await link.connect(asyncio.get_running_loop().create_future())
+    print(link.pid, link._folder, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        pid, folder = parent.stdout.readline().split()
+        assert Path(folder.decode()).stat().st_mode & 0o777 == 0o700
+        parent.kill()
+    deadline = time.monotonic() + 5.0
+    while alive(int(pid)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(int(pid))
+    assert not Path(folder.decode()).exists()
