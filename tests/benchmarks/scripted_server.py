@@ -50,7 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(self.script.status, {"error": {"message": "scripted refusal"}})
         else:
             self.script.bodies.append(body)
-            self._stream(body)
+            try:
+                self._stream(body)
+            except BrokenPipeError:  # the client gave up, as some tests want
+                self.close_connection = True
 
     def _event(self, data: str) -> None:
         raw = f"data: {data}\n\n".encode()
