@@ -214,6 +214,11 @@ class ServerConfig:
         choices=("debug", "info", "warning", "error"),
         aliases=("uvicorn-log-level",),
     )
+    log_format: str = option(
+        "auto",
+        "`auto`: JSON lines, or plain text when stderr is a terminal.",
+        choices=("auto", "json", "text"),
+    )
     log_prompts: bool = option(False, "Write prompts and outputs to the log.")
 
 

@@ -23,6 +23,7 @@ class Launch(msgspec.Struct, frozen=True):
     report_fd: int
     drain_seconds: float  # on SIGTERM
     log_level: str = "info"
+    log_json: bool = True
 
 
 class Phase(msgspec.Struct, tag=True, frozen=True):

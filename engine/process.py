@@ -22,6 +22,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore, StepWorker
 from engine.errors import StartupError
 from engine.launch import Failed, Launch, Phase, Report, Up, encode_report
+from engine.logs import configure_logging
 from engine.messages import EngineFacts
 from engine.transport import ZmqEngineTransport
 from scheduler.request import SchedulerConfig
@@ -154,7 +155,7 @@ def main() -> None:
     threading.Thread(target=watch_lifeline, args=(launch.address,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to answer
     sys.setswitchinterval(SWITCH_INTERVAL)
-    logging.basicConfig(level=launch.log_level.upper(), format="%(levelname)s %(name)s %(message)s")
+    configure_logging(launch.log_level, launch.log_json)
     code = serve(launch, Reporter(launch.report_fd, started))
     # Not sys.exit: a worker thread stuck in a step would be waited for.
     logging.shutdown()

@@ -58,6 +58,7 @@ class EngineProcess:
         builder: str,
         drain_seconds: float,
         log_level: str,
+        log_json: bool,
         on_phase: Callable[[Phase], None],
     ) -> None:
         self.address = address
@@ -66,7 +67,7 @@ class EngineProcess:
         self._on_phase = on_phase
         self._last_words = ""
         report_read, report_write = os.pipe()
-        launch = Launch(address, config, builder, report_write, drain_seconds, log_level)
+        launch = Launch(address, config, builder, report_write, drain_seconds, log_level, log_json)
         self._popen = subprocess.Popen(
             [sys.executable, "-c", BOOT, msgspec.json.encode(sys.path).decode()],
             stdin=subprocess.PIPE,
@@ -131,6 +132,7 @@ class Supervisor:
         builder: str = DEFAULT_BUILDER,
         drain_seconds: float = 30.0,
         log_level: str = "info",
+        log_json: bool = True,
         on_phase: Callable[[Phase], None] = lambda phase: None,
         policy: RestartPolicy = RestartPolicy(),
     ) -> None:
@@ -138,6 +140,7 @@ class Supervisor:
         self._builder = builder
         self._drain_seconds = drain_seconds
         self._log_level = log_level
+        self._log_json = log_json
         self._on_phase = on_phase
         self._policy = policy
         self._folder = Path(tempfile.mkdtemp(prefix="foresight-"))  # mode 0700
@@ -161,6 +164,7 @@ class Supervisor:
             self._builder,
             self._drain_seconds,
             self._log_level,
+            self._log_json,
             self._on_phase,
         )
 

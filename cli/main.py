@@ -1,0 +1,41 @@
+"""`foresight COMMAND …`"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cli.errors import CommandError
+
+# Each module has `run(arguments) -> exit code` and a first docstring line that says what it does.
+COMMANDS = {
+    "serve": ("cli.serve", "serve a model over the OpenAI API"),
+    "chat": ("cli.chat", "talk to a server from the terminal"),
+    "version": ("cli.version", "print the version"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Whatever the user can mend is one sentence on stderr and exit code 1."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name = "version" if given[0] == "--version" else given[0]
+    if name not in COMMANDS:
+        print(f"foresight: unknown command {name!r}; try foresight --help.", file=sys.stderr)
+        return 1
+    try:
+        code: int = importlib.import_module(COMMANDS[name][0]).run(given[1:])
+    except CommandError as error:
+        print(f"foresight: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: foresight COMMAND ...", "", *lines, "", "foresight COMMAND --help"])
