@@ -20,10 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-import gevent
+from gevent import spawn_later  # type: ignore[import-untyped]
 from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
+from locust.exception import StopUser
+from locust.stats import CSV_STATS_INTERVAL_SEC
 
 from benchmarks.streaming import Endpoint, Sample
 from benchmarks.workload import served_model, text_pieces
@@ -92,6 +94,7 @@ class Recorder:
         return self._users
 
     def record(self, scenario: str, kind: str, sample: Sample) -> None:
+        """Raises `StopUser` once the run has made all its requests."""
         if self._file is not None:
             line = {
                 "scenario": scenario,
@@ -110,7 +113,10 @@ class Recorder:
             self._file.write(json.dumps(line) + "\n")
         self._left -= 1
         if self._left == 0 and self._environment.runner is not None:
-            gevent.spawn(self._environment.runner.quit)  # it waits for users, and this is one
+            # Not now: locust writes its CSV files once a second, and quitting waits for the users.
+            spawn_later(1.5 * CSV_STATS_INTERVAL_SEC, self._environment.runner.quit)
+        if self._left <= 0:
+            raise StopUser
 
     def close(self) -> None:
         if self._file is not None:
