@@ -58,10 +58,11 @@ class Sampled:
         """
         if self.asked is None or rows.start not in self.asked.index:
             return ()
-        at = [self.asked.index[row] for row in range(rows.start, rows.stop)]
-        chosen = slice(at[0], at[-1] + 1)
-        tokens = self.tokens[rows].tolist()
-        return _token_logprobs(self.asked.values, chosen, tokens, self.asked.top[at[0]])
+        start = self.asked.index[rows.start]
+        chosen = slice(start, start + rows.stop - rows.start)
+        return _token_logprobs(
+            self.asked.values, chosen, self.tokens[rows].tolist(), self.asked.top[start]
+        )
 
 
 class Sampler:
