@@ -174,10 +174,8 @@ def _compile(toolchain: Toolchain, scratch: Path) -> Path:
         raise BuildError(f"{toolchain.compiler} failed on {failed[0]}: {_first_error(log)}")
     library = scratch / "library.so"
     # No -fopenmp here: it would name the compiler's own runtime. Torch's is named instead.
-    _run(
-        [toolchain.compiler, "-shared", *map(str, objects), toolchain.openmp, "-o", str(library)]
-        + [f"-Wl,-rpath,{Path(toolchain.openmp).parent}"]
-    )
+    link = [toolchain.compiler, "-shared", *map(str, objects), toolchain.openmp]
+    _run([*link, f"-Wl,-rpath,{Path(toolchain.openmp).parent}", "-o", str(library)])
     return library
 
 
@@ -204,7 +202,7 @@ def _first_error(log: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's features, as Linux lists them; a library runs only where they are the same."""
+    """The processor's features as Linux lists them: a library runs only where they are equal."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_POINTER, _SIZE = c_void_p, c_int64
+# A signature is a letter an argument: i int, s size (int64), p pointer or None, f float.
+_KINDS: dict[str, Any] = {"i": c_int, "s": c_int64, "p": c_void_p, "f": c_float}
 
 Function = Callable[..., Any]
 
@@ -23,40 +24,23 @@ class Library:
     def __init__(self, path: str) -> None:
         """Raises OSError if the file is no such library."""
         self._library = ctypes.CDLL(path)
-        self.rms_norm = self._bind(
-            "native_rms_norm", [c_int, *[_POINTER] * 3, *[_SIZE] * 2, c_float, c_int]
-        )
-        self.add_rms_norm = self._bind(
-            "native_add_rms_norm", [c_int, *[_POINTER] * 4, *[_SIZE] * 2, c_float, c_int]
-        )
-        self.silu_mul = self._bind("native_silu_mul", [c_int, *[_POINTER] * 2, *[_SIZE] * 2, c_int])
-        self.rope_append = self._bind(
-            "native_rope_append",
-            [c_int, *[_POINTER] * 3, *[_SIZE] * 3, *[_POINTER] * 2, *[_SIZE] * 2]
-            + [_POINTER, _SIZE, *[_POINTER] * 2, c_float, c_int],
-        )
-        self.append = self._bind(
-            "native_append",
-            [c_int, *[_POINTER] * 2, *[_SIZE] * 2, _POINTER, *[_SIZE] * 3, _POINTER, _SIZE, c_int],
-        )
-        self.attend = self._bind(
-            "native_attend",
-            [c_int, *[_POINTER] * 3, *[_SIZE] * 3, *[_POINTER] * 3, *[_SIZE] * 3]
-            + [c_float, _SIZE, c_int],
-        )
-        self.packed_bytes = self._bind("native_packed_bytes", [c_int, _SIZE, _SIZE], _SIZE)
-        self.pack = self._bind("native_pack", [c_int, *[_POINTER] * 2, *[_SIZE] * 2, c_int])
-        self.linear = self._bind(
-            "native_linear", [c_int, *[_POINTER] * 4, *[_SIZE] * 3, c_int, c_int]
-        )
+        self.rms_norm = self._bind("native_rms_norm", "i ppp ss f i")
+        self.add_rms_norm = self._bind("native_add_rms_norm", "i pppp ss f i")
+        self.silu_mul = self._bind("native_silu_mul", "i pp ss i")
+        self.rope_append = self._bind("native_rope_append", "i ppp sss pp ss ps pp f i")
+        self.append = self._bind("native_append", "i pp ss p sss p s i")
+        self.attend = self._bind("native_attend", "i ppp sss ppp sss f s i")
+        self.packed_bytes = self._bind("native_packed_bytes", "i ss", "s")
+        self.pack = self._bind("native_pack", "i pp ss i")
+        self.linear = self._bind("native_linear", "i pppp sss i i")
 
-    def _bind(self, name: str, arguments: list[Any], result: Any = None) -> Function:
+    def _bind(self, name: str, arguments: str, result: str | None = None) -> Function:
         try:
             function = self._library[name]
         except AttributeError as error:
             raise OSError(f"{name} is missing from the library") from error
-        function.argtypes = arguments
-        function.restype = result
+        function.argtypes = [_KINDS[kind] for kind in arguments if kind != " "]
+        function.restype = _KINDS[result] if result else None
         return function
 
 

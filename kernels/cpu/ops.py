@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import Library, type_of
+from kernels.cpu.linear import NativeLinear
 from kernels.ops import AttentionBatch, AttentionLayer
 
 _LARGEST_HEAD = 1024  # elements; a head is rotated in a buffer of that size
@@ -24,6 +25,10 @@ class NativeOps:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
+        """The native layer for a weight [out, in] and bias [out]; see `NativeLinear`."""
+        return NativeLinear(self._library, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
