@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from scheduler.pages import PagePool
-from scheduler.policy import DraftCap, Room, chunk_size
+from scheduler.memory import Memory
+from scheduler.policy import DraftCap, Room, chunk_size, lane_size
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
 from scheduler.waiting import WaitingQueue
-
-PrefixHits = Callable[[Sequence], list[int]]
 
 
 @dataclass(slots=True)
@@ -43,36 +40,30 @@ class Decision:
     admits: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # with prefix hits
     head: Sequence | None = None  # the first waiting sequence that did not fit
     overtakes: int = 0  # admissions past it
+    lane: int = 0  # tokens of the step that long prompts leave to short ones
+    long: list[tuple[Work, int]] = field(default_factory=list)  # long prompts' chunks, fed so far
 
 
 class Decider:
     """The decision procedure: decodes, then chunks of admitted prompts, then admissions."""
 
     def __init__(
-        self,
-        config: SchedulerConfig,
-        pool: PagePool,
-        hits: PrefixHits,
-        drafts: DraftCap,
-        room: Room,
-        max_len: int,
+        self, config: SchedulerConfig, memory: Memory, drafts: DraftCap, room: Room
     ) -> None:
         self._config = config
-        self._pool = pool
-        self._hits = hits
+        self._memory = memory
+        self._pool = memory.pool
         self._drafts = drafts
         self._room = room
-        self._max_len = max_len
 
     def decide(
         self,
         running: list[Sequence],
         waiting: WaitingQueue,
-        slots: int,
         in_flight: bool,
         blocked: bool,
     ) -> Decision:
-        """`running` is sorted by order; `slots` are free; `blocked` as found by the last call."""
+        """`running` is sorted by order; `blocked` as found by the last call, if nothing changed."""
         d = Decision(
             budget=self._config.max_step_tokens,
             free=self._pool.available,
@@ -81,10 +72,14 @@ class Decider:
             in_flight=in_flight,
             blocked=blocked,
         )
-        if self._continue_live(d, running):
+        others = self._continue_live(d, running)
+        d.lane = lane_size(d.budget)
+        if others:
             self._continue_prompts(d, running)
-        if slots and not d.blocked and not d.pressure:
-            self._admit(d, waiting, slots)
+        if self._memory.free_slots and not d.blocked and not d.pressure:
+            self._admit(d, waiting)
+        if d.long:
+            self._widen(d)
         return d
 
     def _continue_live(self, d: Decision, running: list[Sequence]) -> bool:
@@ -101,16 +96,14 @@ class Decider:
                 others = True
                 continue
             reach = length + sequence.pending_max  # it stands at this length at most
-            if length + sequence.pending_min >= sequence.limit or reach > self._max_len:
+            if length + sequence.pending_min >= sequence.limit or reach > self._memory.max_len:
                 continue  # ends by what is in flight; or may, and has no position to go on
-            k = min(drafts(sequence), spare, sequence.limit - reach - 1)
-            if k < 0:
-                k = 0
+            k = max(0, min(drafts(sequence), spare, sequence.limit - reach - 1))
             need = -(-(reach + k) // size) - len(sequence.pages)
+            if k and need > 0 and need > d.free:  # the first retreat: no drafts
+                k = 0
+                need = -(-reach // size) - len(sequence.pages)
             if need > 0:
-                if k and need > d.free:  # the first retreat: no drafts
-                    k = 0
-                    need = max(0, -(-reach // size) - len(sequence.pages))
                 if need > d.free:
                     self._retreat(d, running, i, need)
                 stalled = need > d.free
@@ -145,13 +138,37 @@ class Decider:
     def _continue_prompts(self, d: Decision, running: list[Sequence]) -> None:
         """Chunks for admitted sequences that have not caught up; they hold their pages already."""
         for sequence in running[: d.keep]:
-            known = len(sequence.tokens)
-            if sequence.fed < known and d.budget > 0:
-                use = chunk_size(sequence.fed, known, d.budget, self._config.page_size)
-                d.budget -= use
-                d.work.append(Work(sequence, use, 0, 0))
+            if sequence.fed < len(sequence.tokens) and d.budget > 0:
+                self._feed(d, sequence, sequence.fed, 0)
 
-    def _admit(self, d: Decision, waiting: WaitingQueue, slots: int) -> None:
+    def _feed(self, d: Decision, sequence: Sequence, fed: int, pages: int) -> bool:
+        """A chunk of the budget for a sequence whose first `fed` tokens are fed, if it can be.
+
+        Long prompts leave the lane to short ones, so a short prompt never waits for a long one to
+        end; what stays unused of the lane is theirs after all, see `_widen`.
+        """
+        known, budget = len(sequence.tokens), d.budget
+        long = known - fed > d.lane
+        if long:
+            budget -= d.lane
+            if budget <= 0 or len(d.long) == self._config.long_prefill_rows:
+                return False
+        use = chunk_size(fed, known, budget, self._config.page_size)
+        d.budget -= use
+        d.work.append(Work(sequence, use, 0, pages))
+        if long:
+            d.long.append((d.work[-1], fed))
+        return True
+
+    def _widen(self, d: Decision) -> None:
+        """Gives what is left of the budget to the long prompts, the first in order first."""
+        for work, fed in d.long:
+            known, budget = len(work.sequence.tokens), d.budget + work.tokens
+            use = chunk_size(fed, known, budget, self._config.page_size)
+            d.budget = budget - use
+            work.tokens = use
+
+    def _admit(self, d: Decision, waiting: WaitingQueue) -> None:
         """Waiting sequences, in order, while slots, pages and budget last.
 
         A sequence gets the pages of all its known tokens at once, so a prompt that was begun is
@@ -159,29 +176,30 @@ class Decider:
         no more than that ever overtake it.
         """
         config, pool = self._config, self._pool
-        size = config.page_size
         pinned: set[int] = set()
-        behind = 0  # tried since the head did not fit
+        tries = 0  # behind the first that was not admitted
+        passed = False
         for sequence in waiting:
-            if d.budget <= 0 or len(d.admits) == slots:
+            if d.budget <= 0 or len(d.admits) == self._memory.free_slots:
                 return
-            if d.head is not None:
-                behind += 1
-                if max(behind - 1, d.head.overtaken + d.overtakes) >= config.lookahead:
+            if passed:
+                tries += 1
+                if tries > config.lookahead:
                     break
-            known = len(sequence.tokens)
-            hits = self._hits(sequence)
-            need = -(-known // size) - len(hits)
+            if d.head is not None and d.head.overtaken + d.overtakes >= config.lookahead:
+                break
+            hits = self._memory.hits(sequence)
+            need = -(-len(sequence.tokens) // config.page_size) - len(hits)
             cost = need + pool.cost_of_pinning(hits, pinned)
             if not self._room(cost, d.free, d.keep + len(d.admits)):
                 d.head = d.head or sequence
+                passed = True
                 continue
-            if d.head is not None:
-                d.overtakes += 1
-            pinned.update(hits)
-            use = chunk_size(len(hits) * size, known, d.budget, size)
+            if not self._feed(d, sequence, len(hits) * config.page_size, need):
+                passed = True  # a long prompt behind long prompts: its turn comes with theirs done
+                continue
+            d.overtakes += d.head is not None
             d.free -= cost
-            d.budget -= use
+            pinned.update(hits)
             d.admits.append((sequence, hits))
-            d.work.append(Work(sequence, use, 0, need))
-        d.blocked = d.head is not None
+        d.blocked = d.head is not None and not d.long

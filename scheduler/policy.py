@@ -48,3 +48,12 @@ def chunk_size(fed: int, known: int, budget: int, page_size: int) -> int:
         return known - fed
     aligned = end // page_size * page_size
     return (aligned if aligned > fed else end) - fed
+
+
+def lane_size(budget: int) -> int:
+    """Of the tokens decodes leave in a step, how many long prompts leave to short ones.
+
+    A prompt is long while more than that is left of it: the others are served within a step or
+    two even when a long one came first.
+    """
+    return budget // 4

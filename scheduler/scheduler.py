@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections import Counter, deque
-from dataclasses import dataclass
 from operator import attrgetter
 
+from scheduler.choices import choices_of
+from scheduler.counts import Counts
 from scheduler.decide import Decider, Decision
-from scheduler.pages import PagePool
+from scheduler.memory import Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
-from scheduler.policy import DraftCap, Room, current_room, no_drafts, order_of
-from scheduler.prefix import HashChain, PrefixIndex, chain_root
+from scheduler.policy import DraftCap, Room, current_room, no_drafts
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
 from scheduler.sequence import Phase, Sequence
 from scheduler.waiting import WaitingQueue
@@ -38,18 +37,6 @@ class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
     """The prompt leaves no room for a single token, in the context or in the pool."""
 
 
-@dataclass(slots=True)
-class _Counts:
-    """Counters since start, see `Load`."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-
-
 class Scheduler:
     """First-come admission by current room, mixed chunked prefill, preemption by recompute.
 
@@ -60,23 +47,16 @@ class Scheduler:
         self, config: SchedulerConfig, drafts: DraftCap = no_drafts, room: Room = current_room
     ) -> None:
         self.config = config
-        self._index = PrefixIndex()
-        self._pool = PagePool(config.num_pages, self._index)
-        # Positions one sequence may ever use: alone in the pool it must be able to finish.
-        self._max_len = min(config.max_model_len, self._pool.total * config.page_size)
-        self._decider = Decider(config, self._pool, self._hits, drafts, room, self._max_len)
+        self._memory = Memory(config)
+        self._decider = Decider(config, self._memory, drafts, room)
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # sorted by order
-        self._slots = deque(range(1, config.max_num_seqs + 1))
-        self._fenced_slots: dict[int, list[int]] = {}  # by the step that must settle
         self._in_flight: dict[int, list[Sequence]] = {}  # by step, oldest first: one a row
         self._deadlines: list[tuple[float, str]] = []  # a heap of request ids; ended ones linger
         self._outputs: list[Output] = []  # ends decided by add and plan, not yet handed out
         self._blocked = False  # see Decision.blocked
-        self._counts = _Counts()
-        self._next_step = 0
-        self._next_epoch = 1
+        self._counts = Counts()
         self._next_serial = 0
 
     # --- requests come and go -------------------------------------------------------------------
@@ -90,17 +70,19 @@ class Scheduler:
         """
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is in use")
-        if len(request.prompt) + 1 > self._max_len:
-            raise ContextTooLong(
-                f"the prompt has {len(request.prompt)} tokens, at most {self._max_len - 1} fit"
-            )
+        length, room = len(request.prompt), self._memory.max_len - 1
+        if length > room:
+            raise ContextTooLong(f"the prompt has {length} tokens, at most {room} fit")
         if len(self._waiting) >= self.config.max_queued_requests:
             raise QueueFull(f"{len(self._waiting)} sequences are waiting")
-        self._requests[request.id] = choices = self._sequences(request)
+        self._requests[request.id] = choices = choices_of(
+            request, self.config, self._memory.max_len, self._next_serial
+        )
+        self._next_serial += request.n
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
         self._blocked = False
-        shares = self.config.enable_prefix_cache and len(request.prompt) > self.config.page_size
+        shares = self.config.enable_prefix_cache and length > self.config.page_size
         leader: Sequence | None = None
         for sequence in list(choices):
             if leader is not None and shares:
@@ -111,30 +93,6 @@ class Scheduler:
                 self._outputs.append(self._end(sequence, FinishReason.LENGTH, now))
             else:
                 leader = leader or sequence
-
-    def _sequences(self, request: Request) -> list[Sequence]:
-        config, params = self.config, request.params
-        root = chain_root(
-            config.hash_root, request.cache_salt, request.adapter.encode(), request.tenant.encode()
-        )
-        sequences: list[Sequence] = []
-        for choice in range(request.n):
-            produced = request.produced[choice] if request.produced else ()
-            # One choice brings the prompt's log-probabilities, and not again after a restart.
-            wanted = params.prompt_logprobs is not None and choice == 0 and not produced
-            sequences.append(
-                Sequence(
-                    request=request,
-                    choice=choice,
-                    tokens=[*request.prompt, *produced],
-                    order=order_of(request, self._next_serial, config.priority_ageing),
-                    limit=min(len(request.prompt) + params.max_tokens, self._max_len),
-                    chain=HashChain(root, config.page_size),
-                    prompt_logprobs=[None] if wanted else None,
-                )
-            )
-            self._next_serial += 1
-        return sequences
 
     def abort(
         self,
@@ -181,19 +139,9 @@ class Scheduler:
         if not self._requests:
             return None
         decision = self._decider.decide(
-            self._running, self._waiting, len(self._slots), bool(self._in_flight), self._blocked
+            self._running, self._waiting, bool(self._in_flight), self._blocked
         )
         return self._commit(decision, now)
-
-    def _hits(self, sequence: Sequence) -> list[int]:
-        """Pages of the longest cached prefix; the last token is always computed, for its logits.
-
-        Prompt log-probabilities need the logits of every position, so they bypass the cache.
-        """
-        if not self.config.enable_prefix_cache or sequence.prompt_logprobs is not None:
-            return []
-        pages = (len(sequence.tokens) - 1) // self.config.page_size
-        return self._index.match(sequence.chain, sequence.tokens, pages)
 
     def _commit(self, decision: Decision, now: float) -> StepPlan | None:
         """Makes a decision real. All hits are pinned before any page is taken, so that none is
@@ -204,7 +152,7 @@ class Scheduler:
         if decision.head is not None:
             decision.head.overtaken += decision.overtakes
         for _, hits in decision.admits:
-            self._pool.pin(hits)
+            self._memory.pool.pin(hits)
         admits = tuple([self._seat(sequence, hits, now) for sequence, hits in decision.admits])
         if not decision.work:
             return None
@@ -214,7 +162,7 @@ class Scheduler:
             sequence, drafts = work.sequence, work.drafts
             new: tuple[int, ...] = ()
             if work.pages:
-                new = self._pool.take(work.pages)
+                new = self._memory.pool.take(work.pages)
                 sequence.pages += new
             if work.tokens:
                 row = self._chunk(sequence, work.tokens, new)
@@ -227,10 +175,10 @@ class Scheduler:
                 sequence.pending_max += 1 + drafts
             rows.append(row)
             sequences.append(sequence)
-        step = self._next_step
-        self._next_step += 1
-        self._in_flight[step] = sequences
-        return StepPlan(step, admits, tuple(rows))
+        plan = StepPlan(self._counts.steps, admits, tuple(rows))
+        self._counts.steps += 1
+        self._in_flight[plan.step] = sequences
+        return plan
 
     def _chunk(self, sequence: Sequence, use: int, new: tuple[int, ...]) -> Row:
         tokens, start, end = sequence.tokens, sequence.fed, sequence.fed + use
@@ -243,20 +191,13 @@ class Scheduler:
     def _seat(self, sequence: Sequence, hits: list[int], now: float) -> Admit:
         """Gives a waiting sequence a slot; its prefix hits are pinned already."""
         self._waiting.remove(sequence)
-        cached = len(hits) * self.config.page_size
-        sequence.enter(self._slots.popleft(), self._next_epoch, hits, cached)
-        self._next_epoch += 1
+        self._memory.seat(sequence, hits)
+        cached = sequence.computed
         insort(self._running, sequence, key=attrgetter("order"))
-        counts = self._counts
+        self._counts.admitted(sequence, cached, again=sequence.admitted is not None)
         if sequence.admitted is None:
             sequence.admitted = now
             sequence.cached_tokens = min(cached, sequence.prompt_len)
-            counts.prompt_tokens += 0 if sequence.choice else sequence.prompt_len
-            if sequence.prompt_logprobs is None:
-                counts.prefix_queries += len(sequence.tokens)
-                counts.prefix_hits += cached
-        else:
-            counts.recomputed_tokens += len(sequence.tokens) - cached
         return Admit(
             slot=sequence.slot,
             epoch=sequence.epoch,
@@ -293,46 +234,30 @@ class Scheduler:
                 sequence.pending_max -= 1 + row.drafts
                 outputs.append(self._learn(sequence, done, now))
             elif sequence.computed - sequence.registered >= size:
-                self._register(sequence)
-        self._lift(plan.step)
+                self._publish(sequence)
+        if self._memory.lift(plan.step):
+            self._blocked = False
         return outputs
 
     def _learn(self, sequence: Sequence, done: RowResult, now: float) -> Output:
-        """Appends committed tokens up to the first that ends the sequence.
+        """Appends what a row committed and, where that ends the sequence, ends it.
 
-        A stop token ends it and counts as generated, but neither it nor its log-probability is
-        part of the output. Before `min_tokens` it is a token like any other.
+        A stop token counts as generated, but neither it nor its log-probability is output.
         """
-        tokens, params = sequence.tokens, sequence.request.params
-        prompt_len = len(sequence.request.prompt)
-        reason: FinishReason | None = None
-        stop_token: int | None = None
-        kept = 0
-        for token in done.tokens:
-            if token in params.stop_token_ids and len(tokens) - prompt_len >= params.min_tokens:
-                reason, stop_token = FinishReason.STOP, token
-                break
-            tokens.append(token)
-            kept += 1
-            if len(tokens) >= sequence.limit:
-                reason = FinishReason.LENGTH
-                break
-        sequence.fed += kept
-        if kept:
-            # The newest token is known, but only the next step computes its keys and values.
-            sequence.computed = len(tokens) - 1
-            self._counts.generated_tokens += kept
+        kept, reason, stop_token = sequence.learn(done.tokens)
+        stopped = stop_token is not None
+        self._counts.generated_tokens += kept + stopped
         if sequence.computed - sequence.registered >= self.config.page_size:
-            self._register(sequence)
+            self._publish(sequence)
         if sequence.first_token is None:
             sequence.first_token = now
             self._release_siblings(sequence)
         prompt_logprobs = sequence.take_prompt_logprobs()
         finish = None
         if reason is not None:
-            generated = len(tokens) - prompt_len + (stop_token is not None)
-            self._counts.generated_tokens += stop_token is not None
-            finish = self._finish(sequence, reason, now, generated, stop_token=stop_token)
+            finish = self._finish(
+                sequence, reason, now, sequence.output_len + stopped, stop_token=stop_token
+            )
         whole = kept == len(done.tokens)
         return Output(
             sequence.request.id,
@@ -343,22 +268,16 @@ class Scheduler:
             finish,
         )
 
-    def _register(self, sequence: Sequence) -> None:
-        """Publishes the pages that settled results have filled; a rejected draft never stands in
-        one, as it lies beyond `computed`."""
-        if not self.config.enable_prefix_cache:
-            return
-        size = self.config.page_size
+    def _publish(self, sequence: Sequence) -> None:
         if sequence.registered < sequence.prompt_len:
-            self._blocked = False
-        while sequence.computed - sequence.registered >= size:
-            page = sequence.registered // size
-            link = sequence.chain.link(page, sequence.tokens)
-            self._index.register(sequence.pages[page], link)
-            sequence.registered += size
+            self._blocked = False  # somebody waiting may share the prompt
+        self._memory.publish(sequence)
 
     def _release_siblings(self, leader: Sequence) -> None:
-        for sibling in self._waiting.unpark(leader.request.id):
+        """Lets the choices parked behind this one run: all, now that it has computed the prompt;
+        or, where it ended before it could, the next one in its place."""
+        computed = leader.first_token is not None
+        for sibling in self._waiting.unpark(leader.request.id, None if computed else 1):
             sibling.chain = leader.chain.fork(leader.prompt_len // self.config.page_size)
             self._blocked = False
 
@@ -372,23 +291,11 @@ class Scheduler:
         self._waiting.push(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Takes pages and slot from a running sequence, behind a fence while a step is in flight:
-        that step may still write there."""
+        """Stops a running sequence; from here on its rows in flight are stale."""
         self._running.remove(sequence)
-        fence = self._next_step - 1 if self._in_flight else None
-        self._pool.drop(sequence.pages, fence)
-        if fence is None:
-            self._slots.append(sequence.slot)
-        else:
-            self._fenced_slots.setdefault(fence, []).append(sequence.slot)
-        sequence.leave()
+        newest = self._counts.steps - 1
+        self._memory.release(sequence, fence=newest if self._in_flight else None)
         self._blocked = False
-
-    def _lift(self, step: int) -> None:
-        """What was released while this step was the newest in flight can be used again."""
-        if self._pool.lift(step):
-            self._blocked = False
-        self._slots.extend(self._fenced_slots.pop(step, ()))
 
     def _end(
         self,
@@ -426,48 +333,17 @@ class Scheduler:
         choices.remove(sequence)
         if not choices:
             del self._requests[request.id]
-        return Finish(
-            reason=reason,
-            stop_token=stop_token,
-            message=message,
-            prompt_tokens=sequence.prompt_len,
-            completion_tokens=completion_tokens,
-            cached_tokens=sequence.cached_tokens,
-            preemptions=sequence.preemptions,
-            arrival=request.arrival,
-            admitted=sequence.admitted,
-            first_token=sequence.first_token,
-            finished=now,
-        )
+        return sequence.finish(reason, now, completion_tokens, stop_token, message)
 
     # --- looking in -----------------------------------------------------------------------------
 
     def load(self) -> Load:
-        counts, pool = self._counts, self._pool
-        return Load(
-            running=len(self._running),
-            waiting=len(self._waiting),
-            waiting_tokens=self._waiting.tokens,
-            pages_total=pool.total,
-            pages_held=pool.total - pool.available,
-            pages_cached=pool.cached,
-            steps=self._next_step,
-            prompt_tokens=counts.prompt_tokens,
-            generated_tokens=counts.generated_tokens,
-            prefix_queries=counts.prefix_queries,
-            prefix_hits=counts.prefix_hits,
-            preemptions=counts.preemptions,
-            recomputed_tokens=counts.recomputed_tokens,
-        )
+        return self._counts.load(len(self._running), self._waiting, self._memory.pool)
 
     def check(self) -> None:
         """Raises `AssertionError` unless pages, slots and number lines add up. For tests."""
-        self._pool.check(Counter(page for s in self._running for page in s.pages))
+        self._memory.check(self._running, self._in_flight)
         self._waiting.check()
-        fenced = [slot for slots in self._fenced_slots.values() for slot in slots]
-        slots = [*self._slots, *fenced, *(s.slot for s in self._running)]
-        assert sorted(slots) == list(range(1, self.config.max_num_seqs + 1)), "slots"
-        assert set(self._fenced_slots) <= set(self._in_flight), "a fence without a step"
         for sequence in self._running:
             sequence.check(self.config.page_size)
         unfinished = sum(map(len, self._requests.values()))

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 from scheduler.plan import Row
 from scheduler.prefix import HashChain
-from scheduler.request import Request, SamplingParams, TokenLogprob
+from scheduler.request import Finish, FinishReason, Request, SamplingParams, TokenLogprob
 
 NO_ROW = Row(slot=0, epoch=0, chunk=None, samples=False)
 
@@ -15,7 +15,7 @@ NO_ROW = Row(slot=0, epoch=0, chunk=None, samples=False)
 class Phase(Enum):
     """Where a sequence is kept. Not what it does: there are no prefill and decode states."""
 
-    PARKED = auto()  # waits for its request's first choice to compute the prompt
+    PARKED = auto()  # waits for another choice of its request to compute the prompt
     WAITING = auto()
     RUNNING = auto()
     ENDED = auto()
@@ -27,8 +27,8 @@ class Sequence:
 
         registered <= computed <= fed <= len(tokens)        pending_min <= pending_max
 
-    `fed` known tokens were handed to the worker; `computed` positions have settled KV; when all
-    known tokens are fed the sequence is live, the worker continues it alone, and
+    `fed` known tokens were handed to the worker; `computed` positions have settled KV. When all
+    known tokens are fed the sequence is live: the worker continues it alone, and
     `pending_min`/`pending_max` bound what the steps in flight will add. Positions below
     `registered` are in the prefix index. Pages cover every position a launched row may write.
     """
@@ -92,12 +92,61 @@ class Sequence:
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
+    def learn(self, committed: tuple[int, ...]) -> tuple[int, FinishReason | None, int | None]:
+        """Appends committed tokens up to the first that ends the sequence.
+
+        Returns how many were appended, the reason if it ended, and the stop token if one did it.
+        A stop token beats the length, and is not appended; before `min_tokens` of output it is a
+        token like any other.
+        """
+        tokens, params = self.tokens, self.request.params
+        kept = 0
+        reason: FinishReason | None = None
+        stop_token: int | None = None
+        for token in committed:
+            if token in params.stop_token_ids and self.output_len >= params.min_tokens:
+                reason, stop_token = FinishReason.STOP, token
+                break
+            tokens.append(token)
+            kept += 1
+            if len(tokens) >= self.limit:
+                reason = FinishReason.LENGTH
+                break
+        if kept:
+            self.fed += kept
+            # The newest token is known, but only the next row computes its keys and values.
+            self.computed = len(tokens) - 1
+        return kept, reason, stop_token
+
     def take_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
         """Hands the gathered prompt log-probabilities out, once."""
         if self.prompt_logprobs is None:
             return None
         taken, self.prompt_logprobs = tuple(self.prompt_logprobs), None
         return taken
+
+    def finish(
+        self,
+        reason: FinishReason,
+        now: float,
+        completion_tokens: int,
+        stop_token: int | None = None,
+        message: str = "",
+    ) -> Finish:
+        """Its account, closed at `now`."""
+        return Finish(
+            reason=reason,
+            stop_token=stop_token,
+            message=message,
+            prompt_tokens=self.prompt_len,
+            completion_tokens=completion_tokens,
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+            arrival=self.request.arrival,
+            admitted=self.admitted,
+            first_token=self.first_token,
+            finished=now,
+        )
 
     def check(self, page_size: int) -> None:
         """Raises `AssertionError` unless the number line is in order and the pages cover it."""

@@ -12,53 +12,63 @@ _order = attrgetter("order")
 
 
 class WaitingQueue:
-    """Sorted by `Sequence.order`; siblings parked behind a first choice count but are not tried."""
+    """Sorted by `Sequence.order`. Parked choices are counted but not tried."""
 
-    __slots__ = ("_parked", "_queue", "tokens")
+    __slots__ = ("_count", "_parked", "_queue", "tokens")
 
     def __init__(self) -> None:
         self._queue: list[Sequence] = []
-        self._parked: dict[str, list[Sequence]] = {}  # by request id
-        self.tokens = 0  # over all of them: what is to be computed, prefix hits not considered
+        self._parked: dict[str, list[Sequence]] = {}  # by request id, in order
+        self._count = 0
+        self.tokens = 0  # known tokens of all of them, prefix hits not considered
 
     def __len__(self) -> int:
-        return len(self._queue) + sum(map(len, self._parked.values()))
+        return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._queue)
 
     def push(self, sequence: Sequence) -> None:
+        """Puts a sequence in its place in the queue."""
         sequence.phase = Phase.WAITING
         insort(self._queue, sequence, key=_order)
+        self._count += 1
         self.tokens += len(sequence.tokens)
+
+    def park(self, sequence: Sequence) -> None:
+        """Keeps a choice back while another one of its request computes the prompt."""
+        sequence.phase = Phase.PARKED
+        self._parked.setdefault(sequence.request.id, []).append(sequence)
+        self._count += 1
+        self.tokens += len(sequence.tokens)
+
+    def unpark(self, request_id: str, count: int | None = None) -> list[Sequence]:
+        """Moves the first `count` parked choices of a request, or all, into the queue."""
+        group = self._parked.get(request_id, [])[:count]
+        for sequence in group:
+            self.remove(sequence)
+            self.push(sequence)
+        return group
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a waiting or parked sequence out."""
         if sequence.phase is Phase.PARKED:
-            parked = self._parked[sequence.request.id]
-            parked.remove(sequence)
-            if not parked:
+            group = self._parked[sequence.request.id]
+            group.remove(sequence)
+            if not group:
                 del self._parked[sequence.request.id]
         else:
             del self._queue[bisect_left(self._queue, sequence.order, key=_order)]
+        self._count -= 1
         self.tokens -= len(sequence.tokens)
 
-    def park(self, sequence: Sequence) -> None:
-        sequence.phase = Phase.PARKED
-        self._parked.setdefault(sequence.request.id, []).append(sequence)
-        self.tokens += len(sequence.tokens)
-
-    def unpark(self, request_id: str) -> list[Sequence]:
-        """Moves a request's parked choices into the queue."""
-        parked = self._parked.pop(request_id, [])
-        for sequence in parked:
-            self.tokens -= len(sequence.tokens)
-            self.push(sequence)
-        return parked
-
     def check(self) -> None:
-        """Raises `AssertionError` unless the queue is sorted and its token count right."""
-        everyone = [*self._queue, *(s for group in self._parked.values() for s in group)]
+        """Raises `AssertionError` unless the queue is sorted and the counts are right."""
+        parked = [sequence for group in self._parked.values() for sequence in group]
+        everyone = [*self._queue, *parked]
         assert self._queue == sorted(self._queue, key=_order)
-        assert self.tokens == sum(len(s.tokens) for s in everyone)
-        assert all(s.slot == 0 and not s.pages for s in everyone)
+        assert all(sequence.phase is Phase.WAITING for sequence in self._queue)
+        assert all(sequence.phase is Phase.PARKED for sequence in parked)
+        assert len(everyone) == self._count
+        assert sum(len(sequence.tokens) for sequence in everyone) == self.tokens
+        assert all(not sequence.slot and not sequence.pages for sequence in everyone)

@@ -1,0 +1,34 @@
+"""From a request to its sequences."""
+
+from __future__ import annotations
+
+from scheduler.policy import order_of
+from scheduler.prefix import HashChain, chain_root
+from scheduler.request import Request, SchedulerConfig
+from scheduler.sequence import Sequence
+
+
+def choices_of(
+    request: Request, config: SchedulerConfig, max_len: int, serial: int
+) -> list[Sequence]:
+    """The sequences of a request: `serial` is the first one's number, `max_len` their bound."""
+    root = chain_root(
+        config.hash_root, request.cache_salt, request.adapter.encode(), request.tenant.encode()
+    )
+    sequences: list[Sequence] = []
+    for choice in range(request.n):
+        produced = request.produced[choice] if request.produced else ()
+        # One choice brings the prompt's log-probabilities, and not again after a restart.
+        wanted = request.params.prompt_logprobs is not None and choice == 0 and not produced
+        sequences.append(
+            Sequence(
+                request=request,
+                choice=choice,
+                tokens=[*request.prompt, *produced],
+                order=order_of(request, serial + choice, config.priority_ageing),
+                limit=min(len(request.prompt) + request.params.max_tokens, max_len),
+                chain=HashChain(root, config.page_size),
+                prompt_logprobs=[None] if wanted else None,
+            )
+        )
+    return sequences

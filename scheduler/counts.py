@@ -1,0 +1,54 @@
+"""`Counts`: what a scheduler has done since its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.pages import PagePool
+from scheduler.request import Load
+from scheduler.sequence import Sequence
+from scheduler.waiting import WaitingQueue
+
+
+@dataclass(slots=True)
+class Counts:
+    """The counters of `Load`, which says what they mean."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+
+    def admitted(self, sequence: Sequence, cached: int, *, again: bool) -> None:
+        """A sequence got a slot with `cached` positions from the prefix cache.
+
+        A prompt counts once per request, and a look-up by a victim of preemption not at all.
+        """
+        if again:
+            self.recomputed_tokens += len(sequence.tokens) - cached
+            return
+        if sequence.choice == 0:
+            self.prompt_tokens += sequence.prompt_len
+        if sequence.prompt_logprobs is None:  # else it bypassed the cache
+            self.prefix_queries += len(sequence.tokens)
+            self.prefix_hits += cached
+
+    def load(self, running: int, waiting: WaitingQueue, pool: PagePool) -> Load:
+        return Load(
+            running=running,
+            waiting=len(waiting),
+            waiting_tokens=waiting.tokens,
+            pages_total=pool.total,
+            pages_held=pool.total - pool.available,
+            pages_cached=pool.cached,
+            steps=self.steps,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+            preemptions=self.preemptions,
+            recomputed_tokens=self.recomputed_tokens,
+        )
