@@ -67,10 +67,8 @@ class TorchOps:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in self._groups:
             if group.tokens is None:
-                blocks, length = group.positions.shape
-                return attend_group(q.reshape(blocks, length, *q.shape[1:]), kv, layer, group).view(
-                    q.shape
-                )
+                blocks = q.view(*group.positions.shape, *q.shape[1:])
+                return attend_group(blocks, kv, layer, group).reshape(q.shape)
             found = attend_group(q[group.tokens], kv, layer, group)
             out[group.tokens[group.valid]] = found[group.valid]
         return out

@@ -18,7 +18,11 @@ from kernels.ops import AttentionBatch, AttentionLayer
 
 # Positions of a tile. Tiles start at multiples of it counted from position 0, never from the
 # row's or the chunk's start: a token's arithmetic must not depend on how the prompt was cut.
-TILE = 256
+TILE = 128
+# 16-bit tiles by torch's fused attention are as long as this many keys' numbers, within limits:
+# long for a few rows, where calls cost most, short for many, where the cache does.
+FUSED_NUMBERS = 1 << 20
+FUSED_TILES = (128, 1024)
 # Rows with more queries than this are cut into blocks of BLOCK; the rest are padded together.
 SHORT_QUERY = 16
 BLOCK = 64
@@ -107,9 +111,7 @@ def _group(
     return QueryGroup(tokens, valid, positions, index, int(positions.max()) + 1)
 
 
-def attend_group(
-    q: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int = TILE
-) -> Tensor:
+def attend_group(q: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup) -> Tensor:
     """q: [blocks, length, heads, head_dim] of a group -> the same shape."""
     blocks, length, heads, head_dim = q.shape
     kv_heads = layer.num_kv_heads
@@ -118,9 +120,9 @@ def attend_group(
     folded = grouped.reshape(blocks, kv_heads, -1, head_dim)
     positions = group.positions.repeat_interleave(heads // kv_heads, dim=1)
     if q.device.type == "cpu" and q.dtype != torch.float32:
-        out = _attend_tiles_fused(folded, positions, kv, layer, group, tile)
+        out = _attend_tiles_fused(folded, positions, kv, layer, group)
     else:
-        out = _attend_tiles(folded, positions, kv, layer, group, tile)
+        out = _attend_tiles(folded, positions, kv, layer, group)
     out = out.view(blocks, kv_heads, length, heads // kv_heads, head_dim).transpose(1, 2)
     return out.reshape(blocks, length, heads, head_dim)
 
@@ -143,11 +145,9 @@ class _Tiles:
         page_size = kv.shape[3]
         self._positions, self._kv, self._window = positions, kv, layer.window
         self._rows, self._page_size = group.rows, page_size
-        self._pages = max(1, tile // page_size)
+        self._pages = -(-tile // page_size)
         tile = self._pages * page_size
-        used = min(group.rows.shape[2], -(-group.max_kv // page_size))
-        self._used = used
-        self.count = -(-used // self._pages)
+        self.count = -(-min(group.rows.shape[2] * page_size, group.max_kv) // tile)
         self._first: Tensor | None = None  # [blocks], each block's first tile
         if layer.window is not None:
             # Blocks skip the tiles that have left their window; those of one block that others
@@ -160,18 +160,19 @@ class _Tiles:
                 self._first = lowest.clamp(min=0) // tile
 
     def __getitem__(self, i: int) -> _Tile:
+        step = torch.arange(self._pages, device=self._rows.device)
         offset = torch.arange(self._page_size, device=self._rows.device)
+        # A last tile is filled up with whatever page comes last: those positions are after every
+        # query's, and a tile of another size would be summed in another order.
+        last = self._rows.shape[2] - 1
         if self._first is None:
-            start, stop = i * self._pages, min((i + 1) * self._pages, self._used)
-            rows = self._rows[:, :, start:stop]
-            page = torch.arange(start, stop, device=rows.device)
+            page = i * self._pages + step
+            rows = self._rows[:, :, page.clamp(max=last)]
             keys_at = (page[:, None] * self._page_size + offset).view(1, 1, -1)
         else:
-            step = torch.arange(self._pages, device=self._rows.device)
             page = ((self._first + i) * self._pages)[:, None] + step
-            # Past the end of the table any page will do: its positions are after every query's.
-            columns = page.clamp(max=self._rows.shape[2] - 1)[:, None]
-            rows = self._rows.gather(2, columns.expand(-1, self._rows.shape[1], -1))
+            columns = page.clamp(max=last)[:, None].expand(-1, self._rows.shape[1], -1)
+            rows = self._rows.gather(2, columns)
             keys_at = (page[..., None] * self._page_size + offset).flatten(1)[:, None]
         keys, values = gather(self._kv, rows)
         at = self._positions[..., None]
@@ -182,7 +183,7 @@ class _Tiles:
 
 
 def _attend_tiles(
-    q: Tensor, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int
+    q: Tensor, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup
 ) -> Tensor:
     """q: [blocks, kv_heads, queries, head_dim] -> the same, in fp32 throughout.
 
@@ -196,7 +197,7 @@ def _attend_tiles(
     best = wide.new_full(wide.shape[:-1], HIDDEN)
     total = torch.zeros_like(best)
     out = torch.zeros_like(wide)
-    tiles = _Tiles(positions, kv, layer, group, tile)
+    tiles = _Tiles(positions, kv, layer, group, TILE)
     for i in range(tiles.count):
         part = tiles[i]
         scores = torch.matmul(wide, part.keys.float().mT)
@@ -211,9 +212,11 @@ def _attend_tiles(
 
 
 def _attend_tiles_fused(
-    q: Tensor, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int
+    q: Tensor, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup
 ) -> Tensor:
     """As `_attend_tiles` for 16-bit floats on a CPU, each tile by torch's fused attention."""
+    tile = FUSED_NUMBERS // (q.shape[0] * q.shape[1] * q.shape[3])
+    tile = min(max(tile, FUSED_TILES[0]), FUSED_TILES[1], group.max_kv)
     tiles = _Tiles(positions, kv, layer, group, tile)
     out: Tensor | None = None
     best: Tensor | None = None

@@ -1,0 +1,56 @@
+"""Random ragged steps over shuffled pages, for tests of anything that takes an `AttentionBatch`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionBatch
+
+
+@dataclass
+class Rows:
+    """Sequences with their pages, from which steps are cut. Page 0 stays the null page."""
+
+    page_size: int
+    page_table: Tensor  # [rows, pages] int32
+
+    @classmethod
+    def shuffled(cls, lengths: Sequence[int], page_size: int, generator: torch.Generator) -> Rows:
+        """Pages for sequences of up to `lengths` positions, in random order."""
+        counts = [-(-length // page_size) for length in lengths]
+        pages = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+        table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
+        at = 0
+        for row, count in enumerate(counts):
+            table[row, :count] = torch.tensor(pages[at : at + count], dtype=torch.int32)
+            at += count
+        return cls(page_size, table)
+
+    @property
+    def num_pages(self) -> int:
+        """Of the pool, the null page included."""
+        return int(self.page_table.max()) + 1
+
+    def step(self, spans: Sequence[tuple[int, int, int]]) -> AttentionBatch:
+        """spans: (row, first position, position behind the last) of each row in the step."""
+        counts = [stop - start for _, start, stop in spans]
+        positions = torch.cat([torch.arange(start, stop) for _, start, stop in spans])
+        token_rows = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(counts))
+        table = self.page_table[[row for row, _, _ in spans]]
+        max_kv = max(stop for _, _, stop in spans)
+        pages = table[token_rows, positions // self.page_size].long()
+        return AttentionBatch(
+            positions=positions,
+            token_rows=token_rows,
+            query_starts=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+            kv_lengths=torch.tensor([stop for _, _, stop in spans], dtype=torch.int32),
+            page_table=table[:, : -(-max_kv // self.page_size)],
+            kv_slots=pages * self.page_size + positions % self.page_size,
+            max_query=max(counts),
+            max_kv=max_kv,
+        )
