@@ -1,0 +1,148 @@
+"""`chat.completion` and `chat.completion.chunk`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from server.choice import Piece
+from server.generation import Generation
+from server.job import Job
+from server.logprobs import LogprobFormat
+
+
+@dataclass(slots=True)
+class ChatChunks:
+    """Writes the events of one streamed answer.
+
+    What all chunks share is encoded once; a content chunk is that, the escaped text and a tail.
+    """
+
+    job: Job
+    logprobs: LogprobFormat
+    _head: bytes = field(init=False)
+    _content: list[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shared = {
+            "id": self.job.id,
+            "object": "chat.completion.chunk",
+            "created": self.job.created,
+            "model": self.job.model,
+        }
+        self._head = b"data: " + orjson.dumps(shared)[:-1]
+        self._content = [
+            self._head + b',"choices":[{"index":%d,"delta":{"content":' % index
+            for index in range(self.job.choices)
+        ]
+
+    def opening(self, generation: Generation) -> bytes:
+        """The role of every choice, once, before anything else."""
+        usage = self._usage(generation)
+        return b"".join(
+            start + b'"","role":"assistant"},"logprobs":null,"finish_reason":null}]' + usage
+            for start in self._content
+        )
+
+    def piece(self, piece: Piece, generation: Generation) -> bytes:
+        """A content chunk if there is text, a finish chunk if it is the last."""
+        written = b""
+        if piece.text or piece.logprobs or piece.tokens:
+            written = self._content[piece.index] + orjson.dumps(piece.text)
+            written += b'},"logprobs":' + self._logprobs(piece)
+            if piece.tokens:
+                written += b',"token_ids":' + orjson.dumps(piece.tokens)
+            written += b',"finish_reason":null}]' + self._usage(generation)
+        if piece.finish is not None:
+            written += self._head + b',"choices":[{"index":%d,"delta":{},"logprobs":null,' % (
+                piece.index
+            )
+            written += b'"finish_reason":"%b"' % piece.finish.encode()
+            written += b',"stop_reason":' + orjson.dumps(piece.stop_reason)
+            written += b"}]" + self._usage(generation)
+        return written
+
+    def closing(self, generation: Generation) -> bytes:
+        """The usage chunk, when asked for."""
+        return closing_chunk(self._head, self.job, generation)
+
+    def _logprobs(self, piece: Piece) -> bytes:
+        top = self.job.view.logprobs
+        if top is None:
+            return b"null"
+        return orjson.dumps(self.logprobs.chat(piece.logprobs, top))
+
+    def _usage(self, generation: Generation) -> bytes:
+        return usage_tail(self.job, generation)
+
+
+def chat_answer(
+    generation: Generation, pieces: Sequence[Sequence[Piece]], logprobs: LogprobFormat
+) -> dict[str, Any]:
+    """The whole answer, from each choice's pieces."""
+    job = generation.job
+    view = job.view
+    choices = []
+    for index, parts in enumerate(pieces):
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": {
+                "role": "assistant",
+                "content": "".join(part.text for part in parts),
+                "refusal": None,
+            },
+            "logprobs": None,
+            "finish_reason": parts[-1].finish,
+            "stop_reason": parts[-1].stop_reason,
+        }
+        if view.logprobs is not None:
+            entries = [entry for part in parts for entry in part.logprobs]
+            choice["logprobs"] = logprobs.chat(entries, view.logprobs)
+        if view.token_ids:
+            choice["token_ids"] = [token for part in parts for token in part.tokens]
+        choices.append(choice)
+    answer: dict[str, Any] = {
+        "id": job.id,
+        "object": "chat.completion",
+        "created": job.created,
+        "model": job.model,
+        "choices": choices,
+        "usage": generation.usage().as_json(),
+    }
+    if view.token_ids:
+        answer["prompt_token_ids"] = job.requests[0].prompt
+    if view.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = logprobs.prompt(
+            generation.prompt_scores(0), view.prompt_logprobs
+        )
+    return answer | answer_extras(generation)
+
+
+def answer_extras(generation: Generation) -> dict[str, Any]:
+    """Fields of both formats that were asked for."""
+    extras: dict[str, Any] = {}
+    if generation.job.view.timings:
+        extras["metrics"] = generation.timings()
+    if generation.job.view.metadata is not None:
+        extras["metadata"] = generation.job.view.metadata
+    return extras
+
+
+def usage_tail(job: Job, generation: Generation) -> bytes:
+    """The end of a chunk: usage so far, when asked for on every chunk."""
+    if not job.view.usage_always:
+        return b"}\n\n"
+    return b',"usage":' + orjson.dumps(generation.usage().as_json()) + b"}\n\n"
+
+
+def closing_chunk(head: bytes, job: Job, generation: Generation) -> bytes:
+    """A chunk without choices: usage, timings and metadata, as far as they were asked for."""
+    extras = answer_extras(generation)
+    if job.view.usage_at_end:
+        extras = {"usage": generation.usage().as_json(), **extras}
+    if not extras:
+        return b""
+    return head + b',"choices":[],' + orjson.dumps(extras)[1:] + b"\n\n"

@@ -1,0 +1,47 @@
+"""Several request streams read as one: a completion with a list of prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from scheduler.request import Output
+from server.engine_face import RequestStream
+
+
+class FanIn:
+    """Has the face of a `RequestStream`. The first error of any stream is raised by `batch`."""
+
+    def __init__(self, streams: Sequence[RequestStream]) -> None:
+        self._queued: list[Output] = []
+        self._arrived = asyncio.Event()
+        self._error: BaseException | None = None
+        self._open = len(streams)
+        self._tasks = [asyncio.create_task(self._read(stream)) for stream in streams]
+
+    async def batch(self) -> list[Output]:
+        while not self._queued and self._open and self._error is None:
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._queued:
+            queued, self._queued = self._queued, []
+            return queued
+        if self._error is not None:
+            raise self._error
+        return []
+
+    def close(self) -> None:
+        """Stop reading; the streams are closed by their owner."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _read(self, stream: RequestStream) -> None:
+        try:
+            while batch := await stream.batch():
+                self._queued.extend(batch)
+                self._arrived.set()
+        except Exception as error:
+            self._error = error
+        finally:
+            self._open -= 1
+            self._arrived.set()

@@ -1,0 +1,191 @@
+"""One API request at work: its engine streams, its choices, its times and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.errors import EngineDeadError, RejectedError
+from scheduler.request import Finish, FinishReason, Output, Request, TokenLogprob
+from server.choice import ChoiceText, Piece
+from server.engine_face import Engine, RequestStream
+from server.errors import ApiError, failed, from_engine, timed_out, unavailable
+from server.fan_in import FanIn
+from server.job import Job, Usage
+from server.observe import Observer, timings
+from text.tokenizer import Tokenizer
+
+# When a stop string ended every choice, the engine's own word on them (cached tokens, times) is
+# waited for, but not long: the text is complete.
+LAST_WORD_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Choice:
+    """A choice on its way: its text, and what the engine said at its end."""
+
+    request: Request
+    number: int  # within the request
+    text: ChoiceText
+    finish: Finish | None = None
+    last_output: float | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """Runs a `Job`. Use: `start`, then `pieces` until it returns `[]`; `close` in any case."""
+
+    engine: Engine
+    job: Job
+    tokenizer: Tokenizer
+    observer: Observer
+    clock: Callable[[], float] = time.monotonic
+    prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    first_output: float | None = None
+    _choices: dict[tuple[str, int], _Choice] = field(default_factory=dict)
+    _streams: list[RequestStream] = field(default_factory=list)
+    _source: RequestStream | None = None
+    _early: asyncio.Task[list[Output]] | None = None
+
+    def start(self) -> None:
+        """Hand every prompt to the engine. Raises `ApiError`."""
+        job = self.job
+        for p, request in enumerate(job.requests):
+            for c in range(job.n):
+                decoder = self.tokenizer.detokenizer(
+                    request.prompt, skip_special_tokens=job.view.skip_special_tokens
+                )
+                text = ChoiceText(p * job.n + c, decoder, job.view)
+                self._choices[request.id, c] = _Choice(request, c, text)
+        try:
+            for request in job.requests:
+                self._streams.append(self.engine.submit(request))
+        except (RejectedError, EngineDeadError) as error:
+            self.close()
+            raise from_engine(error) from None
+        self._source = self._streams[0] if len(self._streams) == 1 else FanIn(self._streams)
+
+    async def settle(self, seconds: float) -> None:
+        """Wait a moment for the first outputs, so that a refusal by the engine can still become an
+        HTTP status. Raises `ApiError`."""
+        assert self._source is not None
+        self._early = asyncio.ensure_future(self._source.batch())
+        await asyncio.wait((self._early,), timeout=seconds)
+        if self._early.done() and (error := self._early.exception()) is not None:
+            self.close()
+            raise self._as_api_error(error)
+
+    async def pieces(self) -> list[Piece]:
+        """What the next batch of outputs brought, possibly without anything to show; `[]` at the
+        end. Raises `ApiError` when a choice did not end naturally."""
+        try:
+            outputs = await self._next_batch()
+        except (RejectedError, EngineDeadError) as error:
+            if self._all_shown():
+                return []
+            raise self._as_api_error(error) from None
+        now = self.clock()
+        return [piece for output in outputs for piece in self._take(output, now)]
+
+    def close(self) -> None:
+        """Abort whatever still runs."""
+        if self._early is not None:
+            self._early.cancel()
+        if self._source is not None:
+            self._source.close()
+        for stream in self._streams:
+            stream.close()
+
+    def prompt_scores(self, index: int) -> tuple[TokenLogprob | None, ...]:
+        """The prompt's log-probabilities, which may have come with any choice of that prompt."""
+        first = index - index % self.job.n
+        found = (self.prompt_logprobs.get(i) for i in range(first, first + self.job.n))
+        return next((scores for scores in found if scores is not None), ())
+
+    def usage(self) -> Usage:
+        """Counts so far."""
+        usage = Usage(prompt_tokens=sum(len(r.prompt) for r in self.job.requests))
+        cached: dict[str, int] = {}
+        for choice in self._choices.values():
+            if not self.job.view.scoring:
+                usage.completion_tokens += choice.text.count
+            if choice.finish is not None:  # siblings find the first one's prompt in the cache
+                name, tokens = choice.request.id, choice.finish.cached_tokens
+                cached[name] = min(tokens, cached.get(name, tokens))
+        usage.cached_tokens = sum(cached.values())
+        return usage
+
+    def timings(self) -> dict[str, float | None]:
+        """Milliseconds, from the engine's account of the choices that have ended."""
+        finishes = [c.finish for c in self._choices.values() if c.finish is not None]
+        arrival = self.job.requests[0].arrival
+        return timings(finishes, arrival, self.first_output, self.clock())
+
+    async def _next_batch(self) -> list[Output]:
+        assert self._source is not None
+        if self._early is not None:
+            early, self._early = self._early, None
+            return await early
+        if not self._all_shown():
+            return await self._source.batch()
+        try:
+            return await asyncio.wait_for(self._source.batch(), LAST_WORD_SECONDS)
+        except TimeoutError:
+            return []
+
+    def _all_shown(self) -> bool:
+        return len(self.finish_reasons) == len(self._choices)
+
+    def _take(self, output: Output, now: float) -> list[Piece]:
+        choice = self._choices[output.request_id, output.choice]
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs.setdefault(choice.text.index, output.prompt_logprobs)
+        pieces = []
+        if output.tokens and not choice.text.ended:
+            self._observe(choice, len(output.tokens), now)
+            if not self.job.view.scoring:
+                pieces.append(self._push(choice, output))
+        if output.finish is not None:
+            choice.finish = output.finish
+            self.observer.finished(choice.request, choice.number, output.finish)
+            if not choice.text.ended:
+                self._check_natural(output.finish, choice.request)
+                pieces.append(choice.text.end(output.finish))
+        for piece in pieces:
+            if piece.finish is not None:
+                self.finish_reasons[piece.index] = piece.finish
+        # The batch's source is asked again even when nothing can be shown.
+        return pieces or [Piece(choice.text.index)]
+
+    def _push(self, choice: _Choice, output: Output) -> Piece:
+        piece = choice.text.push(output.tokens, output.logprobs)
+        if piece.finish is not None:
+            self.engine.abort(
+                output.request_id, output.choice, FinishReason.STOP, choice.text.count
+            )
+        return piece
+
+    def _observe(self, choice: _Choice, tokens: int, now: float) -> None:
+        if self.first_output is None:
+            self.first_output = now
+        if choice.last_output is None:
+            self.observer.first_tokens(now - choice.request.arrival, tokens)
+        else:
+            self.observer.more_tokens(now - choice.last_output, tokens)
+        choice.last_output = now
+
+    def _check_natural(self, finish: Finish, request: Request) -> None:
+        if finish.reason is FinishReason.ERROR:
+            raise failed(finish.message or "The request failed in the engine.")
+        if finish.reason is FinishReason.ABORT:
+            if request.deadline is not None and self.clock() >= request.deadline:
+                raise timed_out()
+            raise unavailable(finish.message or "The request was ended by the server.")
+
+    def _as_api_error(self, error: BaseException) -> ApiError:
+        if isinstance(error, RejectedError | EngineDeadError):
+            return from_engine(error)
+        raise error

@@ -1,0 +1,86 @@
+"""From events in a request's life to metrics, timings and the log line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.messages import Step
+from scheduler.request import Finish, Request
+from server.job import Job
+from server.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """Translates events into observations. All times in seconds."""
+
+    metrics: Metrics
+
+    def accepted(self, job: Job) -> None:
+        for name in job.ignored:
+            self.metrics.ignored(name)
+        for request in job.requests:
+            self.metrics.params_n.add(request.n)
+            if job.max_tokens is not None:
+                self.metrics.params_max_tokens.add(job.max_tokens)
+
+    def step(self, step: Step) -> None:
+        if step.step_tokens:
+            self.metrics.step_tokens.add(step.step_tokens)
+
+    def first_tokens(self, since_arrival: float, tokens: int) -> None:
+        """A choice's first output. Tokens beyond the first came at the same time."""
+        self.metrics.first_token.add(since_arrival)
+        self.metrics.generation_tokens.add(tokens)
+        if tokens > 1:
+            self.metrics.inter_token.add(0.0, tokens - 1)
+
+    def more_tokens(self, since_last: float, tokens: int) -> None:
+        self.metrics.generation_tokens.add(tokens)
+        self.metrics.inter_token.add(since_last / tokens, tokens)
+
+    def finished(self, request: Request, choice: int, finish: Finish) -> None:
+        """The engine's account of one choice, whatever its end."""
+        m = self.metrics
+        m.success.add(label=str(finish.reason))
+        m.request_generation_tokens.add(finish.completion_tokens)
+        m.preemptions.add(finish.preemptions)
+        m.e2e.add(finish.finished - finish.arrival)
+        if choice == 0:
+            m.prompt_tokens.add(len(request.prompt))
+            m.prompt_tokens_cached.add(finish.cached_tokens)
+            m.request_prompt_tokens.add(len(request.prompt))
+        if finish.admitted is None:
+            return
+        m.queue.add(finish.admitted - finish.arrival)
+        m.inference.add(finish.finished - finish.admitted)
+        if finish.first_token is None:
+            return
+        m.prefill.add(finish.first_token - finish.admitted)
+        m.decode.add(finish.finished - finish.first_token)
+        if finish.completion_tokens > 1:
+            mean = (finish.finished - finish.first_token) / (finish.completion_tokens - 1)
+            m.per_output_token.add(mean)
+
+
+def timings(
+    finishes: Sequence[Finish], arrival: float, first_output: float | None, now: float
+) -> dict[str, float | None]:
+    """What `timings: true` returns: milliseconds as the client's side of the server saw them, and
+    the wait for a slot as the engine did."""
+    tokens = sum(finish.completion_tokens for finish in finishes)
+    waits = [f.admitted - f.arrival for f in finishes if f.admitted is not None]
+    after_first = None if first_output is None else now - first_output
+    longest = max((finish.completion_tokens for finish in finishes), default=0)
+    return {
+        "queue_time_ms": _ms(min(waits, default=None)),
+        "time_to_first_token_ms": _ms(None if first_output is None else first_output - arrival),
+        "generation_time_ms": _ms(after_first),
+        "mean_itl_ms": _ms(after_first / (longest - 1) if after_first and longest > 1 else None),
+        "tokens_per_second": round(tokens / (now - arrival), 3) if now > arrival else None,
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)

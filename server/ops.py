@@ -1,0 +1,49 @@
+"""Endpoints for operators: probes, metrics, load, version."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from server.services import Services
+
+
+def ops_router(services: Services, version: str) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+    engine, admission = services.engine, services.admission
+
+    @router.get("/health", summary="Liveness: the engine makes progress")
+    @router.get("/ping", include_in_schema=False)
+    async def health() -> Response:
+        """200 while the event loop answers and the engine settles steps whenever work is queued.
+        Never runs a generation, so load alone cannot fail it."""
+        return Response(status_code=200 if engine.healthy else 503)
+
+    @router.get("/ready", summary="Readiness: new requests would be taken")
+    async def ready() -> Response:
+        """503 while loading, draining or with a full queue."""
+        return Response(status_code=200 if admission.ready else 503)
+
+    @router.get("/version", summary="The server's version")
+    async def show_version() -> dict[str, str]:
+        return {"version": version}
+
+    @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+    async def metrics() -> Response:
+        return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/load", summary="How busy the engine is")
+    async def load() -> dict[str, float]:
+        """Queue and memory of the engine; `server_load` counts choices admitted here."""
+        now = engine.load
+        return {
+            "server_load": admission.in_flight,
+            "running": now.running,
+            "waiting": now.waiting,
+            "waiting_tokens": now.waiting_tokens,
+            "kv_usage": now.pages_held / now.pages_total if now.pages_total else 0.0,
+            "kv_cached": now.pages_cached / now.pages_total if now.pages_total else 0.0,
+        }
+
+    return router

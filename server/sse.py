@@ -1,0 +1,144 @@
+"""A streamed answer as raw ASGI.
+
+The body task writes; beside it one watcher waits for the client to leave and, when nothing was sent
+for a while, sends a comment that keeps proxies from closing the connection. A stream ends in one of
+three ways: `[DONE]`, an error event, or, if the client left, not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.choice import Piece
+from server.errors import ApiError, internal
+from server.generation import Generation
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+class Chunks(Protocol):
+    """Writes one format's events."""
+
+    def opening(self, generation: Generation) -> bytes: ...
+    def piece(self, piece: Piece, generation: Generation) -> bytes: ...
+    def closing(self, generation: Generation) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """How a stream ended: an HTTP-like status and, for errors, why."""
+
+    status: int
+    error: str = ""
+
+
+class EventStream(Response):
+    """Streams one `Generation`. `on_end` is called once, whatever happens."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        chunks: Chunks,
+        *,
+        keep_alive: float,
+        headers: list[tuple[bytes, bytes]],
+        on_end: Callable[[StreamEnd], None],
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.raw_headers = [*HEADERS, *headers]
+        self._generation = generation
+        self._chunks = chunks
+        self._keep_alive = keep_alive
+        self._on_end = on_end
+        self._left = False
+        self._ending = False
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        end = StreamEnd(499, "the client left")
+        watcher: asyncio.Task[None] | None = None
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            task = asyncio.current_task()
+            assert task is not None
+            watcher = asyncio.create_task(self._watch(receive, send, task))
+            end = await self._write(send)
+        except asyncio.CancelledError:
+            if not self._left:
+                raise
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            self._generation.close()
+            self._on_end(end)
+
+    async def _write(self, send: Send) -> StreamEnd:
+        """Write every event, to the end or to an error."""
+        generation, chunks = self._generation, self._chunks
+        try:
+            body = chunks.opening(generation)
+            if body:
+                await self._send(send, body)
+            while pieces := await generation.pieces():
+                if len(pieces) == 1:
+                    body = chunks.piece(pieces[0], generation)
+                else:
+                    body = b"".join([chunks.piece(piece, generation) for piece in pieces])
+                if body:
+                    await self._send(send, body)
+            await self._send(send, chunks.closing(generation) + DONE, more=False)
+            return StreamEnd(200)
+        except ApiError as error:
+            problem = error
+        except Exception:
+            log.exception("a stream failed")
+            problem = internal()
+        await self._send(send, b"data: " + problem.body() + b"\n\n", more=False)
+        return StreamEnd(problem.status, problem.message)
+
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        self._ending = not more
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._sent_at = time.monotonic()
+
+    async def _watch(self, receive: Receive, send: Send, writer: asyncio.Task[None]) -> None:
+        """End the writer when the client leaves; meanwhile keep the connection alive."""
+        leaving = asyncio.ensure_future(_gone(receive))
+        self._sent_at = time.monotonic()
+        try:
+            while not leaving.done():
+                idle = time.monotonic() - self._sent_at
+                if self._ending:
+                    return
+                if idle >= self._keep_alive:
+                    await self._send(send, KEEP_ALIVE)
+                    continue
+                await asyncio.wait((leaving,), timeout=self._keep_alive - idle)
+            if not self._ending:  # after the last event the server reports a disconnect too
+                self._left = True
+                writer.cancel()
+        finally:
+            leaving.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
