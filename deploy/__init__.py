@@ -1,0 +1,1 @@
+"""How the server is deployed: images, scraping, dashboards; and the replay that checks them."""
