@@ -7,6 +7,8 @@ other servers know it by.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -143,6 +145,27 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    @classmethod
+    def of(cls, **values: Any) -> EngineConfig:
+        """The tree from flat names: `EngineConfig.of(model="...", max_num_seqs=8)`.
+
+        Raises `TypeError` for a name that is no option.
+        """
+
+        def take(section: Callable[..., T]) -> T:
+            names = inspect.signature(section).parameters.keys() & values.keys()
+            return section(**{name: values.pop(name) for name in names})
+
+        config = cls(
+            model=take(ModelConfig),
+            cache=take(CacheConfig),
+            schedule=take(ScheduleConfig),
+            device=take(DeviceConfig),
+        )
+        if values:
+            raise TypeError(f"not an option of the engine: {', '.join(values)}")
+        return config
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,18 @@ TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time", "level", "logger", "message", ...extra, "exception"?}`"""
+    """`{"time", "level", "logger", "message", ...extra, "exception"?}`
+
+    A message that is a JSON object already is put in as such, not as a string.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": msgspec.Raw(text.encode()) if text.startswith('{"') else text,
         }
         line.update((key, value) for key, value in vars(record).items() if key not in _STANDARD)
         if record.exc_info:

@@ -38,18 +38,23 @@ MAX_LOGPROBS = 128
 
 
 class WorkerFacts(Protocol):
-    """What a worker says about itself; see worker.worker.WorkerFacts."""
+    """What a worker says about itself; `worker.worker.WorkerFacts` does."""
 
-    vocab_size: int
-    max_model_len: int
-    num_pages: int
-    page_size: int
-    device: str
-    dtype: str
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
 
 
 class BuiltWorker(StepWorker, Protocol):
-    facts: WorkerFacts
+    @property
+    def facts(self) -> WorkerFacts: ...
 
 
 Builder = Callable[[EngineConfig, Callable[[str], None]], tuple[BuiltWorker, SchedulerConfig]]
