@@ -70,7 +70,7 @@ def create_app(engine: Engine, text: TextAssets, config: Config) -> FastAPI:
     return app
 
 
-def _lifespan(services: Services) -> Any:  # noqa: ANN401 - Starlette's own type is as wide
+def _lifespan(services: Services) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.engine.on_step = services.observer.step

@@ -59,3 +59,8 @@ class Engine(Protocol):
         """End a request or one choice of it. Idempotent, fire and forget; the choice's `Finish`
         still arrives."""
         ...
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests; return when the running ones have ended, after `seconds` by
+        force."""
+        ...

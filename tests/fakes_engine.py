@@ -1,7 +1,7 @@
 """Stand-ins for an engine, for tests of what lies above it.
 
-`ScriptedEngine` has the face of `engine.client.EngineClient`: tokens come from a script instead of a
-model, with the delays and faults a test asks for. No torch, no processes.
+`ScriptedEngine` has the face of `engine.client.EngineClient`: tokens come from a script instead of
+a model, with the delays and faults a test asks for. No torch, no processes.
 """
 
 from __future__ import annotations
@@ -108,6 +108,15 @@ class ScriptedEngine:
             self._tasks[request_id, number].cancel()
             made = self._made.get((request_id, number), 0)
             self._put(stream, number, finish=self._finish(stream.request, reason, made))
+
+    async def drain(self, seconds: float) -> None:
+        """Waits for what runs, and aborts it after `seconds`."""
+        running = [task for task in self._tasks.values() if not task.done()]
+        if running:
+            await asyncio.wait(running, timeout=seconds)
+        for request_id, stream in list(self._streams.items()):
+            if not stream.finished:
+                self.abort(request_id)
 
     def die(self) -> None:
         """Every stream ends with `EngineDeadError`."""

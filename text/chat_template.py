@@ -133,7 +133,7 @@ class _Generation(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return CallBlock(self.call_method("_show"), [], [], body).set_lineno(line)
 
-    def _show(self, caller: Any) -> str:  # noqa: ANN401 - Jinja's macro object
+    def _show(self, caller: Any) -> str:
         return str(caller())
 
 
