@@ -1,4 +1,4 @@
-"""The C interface of the native kernels: `native/ops.cpp`, as ctypes sees it."""
+"""The C interface of the native kernels: `native/*.cpp`, as ctypes sees it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Library:
         self.packed_bytes = self._bind("native_packed_bytes", "i ss", "s")
         self.pack = self._bind("native_pack", "i pp ss i")
         self.linear = self._bind("native_linear", "i pppp sss i i")
+        self.workspace_bytes = self._bind("native_workspace_bytes", "p s", "s")
+        self.decoder_step = self._bind("native_decoder_step", "pp i")
 
     def _bind(self, name: str, arguments: str, result: str | None = None) -> Function:
         try:

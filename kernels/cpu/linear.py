@@ -16,6 +16,9 @@ class NativeLinear(nn.Module):
     only. Runs on `torch.get_num_threads()` threads; inference alone, no gradients.
     """
 
+    packed: Tensor  # uint8
+    bias: Tensor | None
+
     def __init__(self, library: Library, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [out_features, in_features]; bias: [out_features] or None.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kernels.cpu.decoder import DecoderLayer, NativeDecoder
 from kernels.cpu.library import Library, type_of
 from kernels.cpu.linear import NativeLinear
 from kernels.ops import AttentionBatch, AttentionLayer
@@ -29,6 +32,12 @@ class NativeOps:
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         """The native layer for a weight [out, in] and bias [out]; see `NativeLinear`."""
         return NativeLinear(self._library, weight, bias)
+
+    def decoder(
+        self, embedding: Tensor, layers: Sequence[DecoderLayer], norm: Tensor, eps: float
+    ) -> NativeDecoder:
+        """All layers in one call; see `NativeDecoder`."""
+        return NativeDecoder(self._library, embedding, layers, norm, eps)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""

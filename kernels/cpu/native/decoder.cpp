@@ -1,0 +1,199 @@
+// A whole decoder step in one parallel region: the operators of `ops.cpp` between barriers.
+//
+// At one row a step is a few hundred microseconds of arithmetic; sixty calls with a fork and a join
+// each, and the interpreter between them, would double it.
+#include "attention.h"
+#include "barrier.h"
+#include "linear.h"
+#include "pointwise.h"
+
+using namespace native;
+
+extern "C" {
+
+// Mirrors of the structures in `decoder.py`. Weights are packed (see `linear.h`), biases may be null.
+struct NativeProjection {
+    const void* packed;
+    const void* bias;
+    int64_t columns;
+    int64_t inner;
+};
+
+struct NativeLayer {
+    const void* input_norm;
+    NativeProjection qkv;
+    const void* q_norm;
+    const void* k_norm;
+    NativeProjection output;
+    const void* mlp_norm;
+    NativeProjection gate_up;
+    NativeProjection down;
+    const float* cos_sin;
+    int64_t rotary_half;
+    int64_t window;  // 0: none
+    float scale;
+    float qk_eps;
+    void* pool;
+};
+
+struct NativeModel {
+    const NativeLayer* layers;
+    int64_t num_layers;
+    int64_t hidden;
+    int64_t heads, kv_heads, head_dim, page_size;
+    const void* embedding;  // [vocabulary, hidden]
+    const void* norm;
+    float eps;
+    int32_t type;
+};
+
+struct NativeStep {
+    const int64_t* ids;
+    const int64_t* positions;
+    const int64_t* slots;
+    const int32_t* query_starts;
+    const int32_t* page_table;
+    int64_t tokens, rows, table_stride;
+    void* workspace;  // native_workspace_bytes
+    void* out;        // [tokens, hidden]
+};
+}
+
+namespace {
+
+int64_t widest(const NativeModel& model, int64_t (*size)(const NativeLayer&)) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < model.num_layers; i++)
+        most = std::max(most, size(model.layers[i]));
+    return most;
+}
+
+// Where the intermediate results lie; each is a row a token.
+template <class T>
+struct Intermediates {
+    T *residual, *normed, *delta, *qkv, *q, *attended, *gate_up, *activated;
+    int64_t bytes = 0;
+
+    Intermediates(const NativeModel& model, int64_t tokens, void* workspace) {
+        const auto cut = [&](int64_t width) {
+            T* at = reinterpret_cast<T*>(static_cast<char*>(workspace) + bytes);
+            bytes += (tokens * width * int64_t(sizeof(T)) + 63) / 64 * 64;
+            return at;
+        };
+        const int64_t attention = model.heads * model.head_dim;
+        const auto both = [](const NativeLayer& l) { return l.gate_up.columns; };
+        const auto inner = [](const NativeLayer& l) { return l.down.inner; };
+        residual = cut(model.hidden);
+        normed = cut(model.hidden);
+        delta = cut(model.hidden);
+        qkv = cut(attention + 2 * model.kv_heads * model.head_dim);
+        q = cut(attention);
+        attended = cut(attention);
+        gate_up = cut(widest(model, both));
+        activated = cut(widest(model, inner));
+    }
+};
+
+// One attention plan for each window length among the layers.
+class Plans {
+  public:
+    Plans(const NativeModel& model, const Batch& batch, int threads) {
+        for (int64_t i = 0; i < model.num_layers; i++) {
+            const int64_t window = model.layers[i].window;
+            if (find(window)) continue;
+            plans_.emplace_back(window, std::make_unique<AttentionPlan>(
+                batch, model.heads, model.kv_heads, model.head_dim, window, threads));
+            plans_.back().second->reserve(model.kv_heads);
+        }
+    }
+
+    AttentionPlan* find(int64_t window) {
+        for (auto& [length, plan] : plans_)
+            if (length == window) return plan.get();
+        return nullptr;
+    }
+
+  private:
+    std::vector<std::pair<int64_t, std::unique_ptr<AttentionPlan>>> plans_;
+};
+
+template <class T>
+void project(const NativeProjection& p, const T* x, T* out, int64_t rows, Share share) {
+    linear(Linear{(const uint32_t*)p.packed, p.bias, p.columns, p.inner / kPack<T>}, x, out, rows,
+           share);
+}
+
+template <class T>
+void run(const NativeModel& model, const NativeStep& step, int threads) {
+    const Intermediates<T> at(model, step.tokens, step.workspace);
+    const Batch batch{step.positions, step.query_starts, step.page_table, step.rows,
+                      step.table_stride};
+    Plans plans(model, batch, threads);
+    std::vector<std::atomic<int64_t>> next(model.num_layers);
+    Barrier barrier;
+    const int64_t hidden = model.hidden, tokens = step.tokens, heads = model.heads;
+
+    parallel(threads, INT64_MAX, [&](Share share) {
+        const auto meet = [&] { barrier.wait(share.count); };
+        const Range mine = part(tokens, share);
+        for (int64_t t = mine.begin; t < mine.end; t++)
+            std::memcpy(at.residual + t * hidden, (const T*)model.embedding + step.ids[t] * hidden,
+                        hidden * sizeof(T));
+        rms_norm(at.residual, (const T*)model.layers[0].input_norm, at.normed, tokens, hidden,
+                 model.eps, share);
+        meet();
+        for (int64_t i = 0; i < model.num_layers; i++) {
+            const NativeLayer& layer = model.layers[i];
+            const bool last = i + 1 == model.num_layers;
+            const Pool pool{layer.pool, model.kv_heads, model.page_size, model.head_dim};
+            AttentionPlan& plan = *plans.find(layer.window);
+
+            project(layer.qkv, at.normed, at.qkv, tokens, share);
+            meet();
+            rope_append(at.qkv, at.q, pool, step.positions, step.slots, tokens, heads,
+                        Rotary{layer.cos_sin, layer.rotary_half, layer.q_norm, layer.k_norm,
+                               layer.qk_eps},
+                        share);
+            meet();
+            attend(at.q, at.attended, pool, batch, plan,
+                   AttentionShape{heads, layer.scale, layer.window}, next[i]);
+            meet();
+            if (!plan.blocks.empty()) {
+                merge_splits(at.attended, pool, plan, heads, share);
+                meet();
+            }
+            project(layer.output, at.attended, at.delta, tokens, share);
+            meet();
+            add_rms_norm(at.delta, at.residual, (const T*)layer.mlp_norm, at.normed, tokens,
+                         hidden, model.eps, share);
+            meet();
+            project(layer.gate_up, at.normed, at.gate_up, tokens, share);
+            meet();
+            silu_mul(at.gate_up, at.activated, tokens, layer.down.inner, share);
+            meet();
+            project(layer.down, at.activated, at.delta, tokens, share);
+            meet();
+            add_rms_norm(at.delta, at.residual,
+                         (const T*)(last ? model.norm : model.layers[i + 1].input_norm),
+                         last ? (T*)step.out : at.normed, tokens, hidden, model.eps, share);
+            meet();
+        }
+    });
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int64_t native_workspace_bytes(const NativeModel* model, int64_t tokens) {
+    return Intermediates<float>(*model, tokens, nullptr).bytes;
+}
+
+void native_decoder_step(const NativeModel* model, const NativeStep* step, int threads) {
+    if (model->type) run<bf16>(*model, *step, threads);
+    else run<float>(*model, *step, threads);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

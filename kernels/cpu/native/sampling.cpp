@@ -1,0 +1,30 @@
+// The C interface of the sampler. Arrays hold one entry a row; see sampling.h.
+#include "sampling.h"
+
+using namespace native;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// temperature null: greedy, and nothing below it is read. log_min_p null: no truncation, and
+// top_k and top_p are not read.
+void native_sample(const float* logits, int64_t* tokens, int64_t rows, int64_t vocab,
+                   const float* temperature, const int64_t* seed, const int64_t* choice,
+                   const int64_t* position, const float* log_min_p, const int64_t* top_k,
+                   const double* top_p, int threads) {
+    std::vector<Draw> draws(temperature ? rows : 0);
+    for (int64_t r = 0; r < (int64_t)draws.size(); r++)
+        draws[r] = {temperature[r],
+                    log_min_p ? log_min_p[r] : kNothing,
+                    log_min_p ? top_k[r] : vocab,
+                    log_min_p ? top_p[r] : 1.0,
+                    (uint64_t)seed[r],
+                    (uint32_t)choice[r],
+                    (uint32_t)position[r]};
+    parallel(threads, rows * vocab, [&](Share share) {
+        sample(logits, temperature ? draws.data() : nullptr, tokens, rows, vocab, share);
+    });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

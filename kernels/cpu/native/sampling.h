@@ -1,0 +1,375 @@
+// Drawing a token from a logits row: kernels/sampling/reference.py in native code, token for token.
+//
+// Whatever decides (z, the score, the truncated set) is computed as the specification says, in the
+// same order of roundings; everything before is a filter with slack. A row depends on itself alone.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "team.h"
+#include "vectors.h"
+
+namespace native {
+
+constexpr int kTile = 64;  // tokens: the four words of one Philox block in each of sixteen lanes
+constexpr float kGumbelMax = 22.9f;
+constexpr float kSlack = 1e-3f;  // nats; far above the rounding of any filter below
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+// One row's parameters, as kernels/sampling/reference.py has them.
+struct Draw {
+    float temperature;
+    float log_min_p;  // -inf is off
+    int64_t top_k;    // at least the vocabulary's size is off
+    double top_p;     // at least 1 is off
+    uint64_t seed;
+    uint32_t choice;
+    uint32_t position;
+};
+
+struct Winner {
+    float score = kNothing;
+    int64_t token = 0;
+
+    INLINE void offer(float other, int64_t candidate) {
+        if (other > score || (other == score && candidate < token)) score = other, token = candidate;
+    }
+};
+
+// --- noise --------------------------------------------------------------------------------------
+
+using Wide = uint64_t __attribute__((vector_size(64)));
+
+// The 64-bit products of sixteen lanes with one factor, as high and low words.
+INLINE void multiply(Lanes a, uint32_t factor, Lanes& high, Lanes& low) {
+    const Wide both = bit_cast<Wide>(a), mask = Wide{} + 0xffffffffu;
+#if NATIVE_AVX512
+    const __m512i by = _mm512_set1_epi32((int)factor);
+    const Wide even = (Wide)_mm512_mul_epu32((__m512i)both, by);
+    const Wide odd = (Wide)_mm512_mul_epu32((__m512i)(both >> 32), by);
+#else
+    const Wide even = (both & mask) * factor, odd = (both >> 32) * factor;
+#endif
+    low = bit_cast<Lanes>((even & mask) | (odd << 32));
+    high = bit_cast<Lanes>((even >> 32) | (odd & ~mask));
+}
+
+// Philox4x32-10 of sixteen blocks of four tokens.
+INLINE void philox(Lanes block, const Draw& draw, Lanes words[4]) {
+    Lanes c0 = block, c1 = Lanes{} + draw.position, c2 = Lanes{} + draw.choice, c3 = Lanes{} + 1;
+    uint32_t k0 = (uint32_t)draw.seed, k1 = (uint32_t)(draw.seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        Lanes high0, low0, high1, low1;
+        multiply(c0, 0xD2511F53u, high0, low0);
+        multiply(c2, 0xCD9E8D57u, high1, low1);
+        c0 = high1 ^ c1 ^ k0;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+INLINE Floats uniform(Lanes word) {
+    const Floats v = (__builtin_convertvector(word, Floats) + 0.5f) * 0x1p-32f;
+    const Floats highest = splat(1 - 0x1p-24f);
+    return v > highest ? highest : v;
+}
+
+inline float gumbel(float v) {
+    const float exponential = (float)-std::log1p(-(double)v);
+    return (float)-std::log((double)exponential);
+}
+
+// -log(v) from above, by at most 0.06: the bits of a float are its logarithm, roughly. Since
+// -log1p(-v) >= v, it bounds the noise.
+INLINE Floats noise_bound(Floats v) {
+    constexpr float ln2 = 0.69314718f;
+    return 127 * ln2 + kSlack - __builtin_convertvector(bit_cast<Ints>(v), Floats) * (ln2 * 0x1p-23f);
+}
+
+INLINE bool any(Ints mask) {
+#if NATIVE_AVX512
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#else
+    Wide halves = bit_cast<Wide>(mask);
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; i++) bits |= halves[i];
+    return bits != 0;
+#endif
+}
+
+// --- rows ---------------------------------------------------------------------------------------
+
+// A row cut into tiles, and the maximum of each. The last tile is padded with -inf.
+class TiledRow {
+  public:
+    TiledRow(const float* logits, int64_t vocab, std::vector<float>& tile_max)
+        : logits_(logits), whole_(vocab / kTile), count_((vocab + kTile - 1) / kTile) {
+        std::fill(tail_, tail_ + kTile, kNothing);
+        std::copy(logits + whole_ * kTile, logits + vocab, tail_);
+        tile_max.resize(count_);
+        Ints bad{};
+        for (int64_t t = 0; t < count_; t++) {
+            const float* x = tile(t);
+            Floats most = splat(kNothing);
+            for (int i = 0; i < kTile; i += kLanes) {
+                const Floats part = load(x + i);
+                bad |= part != part;
+                most = max(part, most);
+            }
+            tile_max[t] = largest(most);
+        }
+        maxima = tile_max.data();
+        top = *std::max_element(maxima, maxima + count_);
+        usable = !any(bad) && std::isfinite(top);
+    }
+
+    int64_t count() const { return count_; }
+    const float* tile(int64_t t) const { return t < whole_ ? logits_ + t * kTile : tail_; }
+
+    const float* maxima;
+    float top;
+    bool usable;  // the maximum is finite and nothing is NaN
+
+  private:
+    const float* logits_;
+    int64_t whole_, count_;
+    alignas(64) float tail_[kTile];
+};
+
+inline int64_t argmax(const TiledRow& row) {
+    const int64_t t = std::find(row.maxima, row.maxima + row.count(), row.top) - row.maxima;
+    const float* x = row.tile(t);
+    return t * kTile + (std::find(x, x + kTile, row.top) - x);
+}
+
+// Every token may be drawn.
+inline int64_t draw_from_all(const TiledRow& row, const Draw& draw) {
+    // Not below the true quotient in the filters, even where 1 / temperature overflows.
+    const float inverse = std::min(1 / draw.temperature, FLT_MAX);
+    const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Winner winner;
+    const auto visit = [&](int64_t t) {
+        // Rounding is monotone and the slack covers it, so no token of a skipped tile could win.
+        if ((row.maxima[t] - row.top) * inverse + kGumbelMax + kSlack < winner.score) return;
+        Lanes words[4];
+        philox(lane + (uint32_t)(t * kLanes), draw, words);
+        alignas(64) uint32_t by_token[kTile];
+        for (int i = 0; i < kLanes; i++)
+            for (int w = 0; w < 4; w++) by_token[4 * i + w] = words[w][i];
+        const float* x = row.tile(t);
+        for (int i = 0; i < kTile; i += kLanes) {
+            const Floats v = uniform(load_as<Lanes>(by_token + i));
+            const Floats bound = (load(x + i) - row.top) * inverse + noise_bound(v);
+            const Ints reaches = bound >= winner.score;
+            if (!any(reaches)) continue;
+            for (int j = 0; j < kLanes; j++)
+                if (reaches[j] && x[i + j] > kNothing)
+                    winner.offer((x[i + j] - row.top) / draw.temperature + gumbel(v[j]),
+                                 t * kTile + i + j);
+        }
+    };
+    const int64_t first = argmax(row) / kTile;  // a good score early skips most of the rest
+    visit(first);
+    for (int64_t t = 0; t < row.count(); t++)
+        if (t != first) visit(t);
+    return winner.token;
+}
+
+// --- truncation ---------------------------------------------------------------------------------
+
+using Doubles = double __attribute__((vector_size(64)));
+using Longs = int64_t __attribute__((vector_size(64)));
+using HalfFloats = float __attribute__((vector_size(32)));
+
+// exp for x <= 0, to the last bit or two of a double; exactly 1 at 0, 0 below -700.
+INLINE Doubles exp(Doubles x) {
+    const Doubles lowest = Doubles{} - 700, zero{};
+    const Doubles clamped = x > lowest ? x : lowest;
+    const Doubles magic = zero + 0x1.8p52;
+    const Doubles shifted = clamped * 0x1.71547652b82fep0 + magic;
+    const Doubles n = shifted - magic;
+    const Doubles r = (clamped - n * 0x1.62e42fefa38p-1) - n * 0x1.ef35793c7673p-45;
+    Doubles y = zero + 1.0 / 479001600;
+    constexpr double inverse_factorials[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                             1.0 / 40320,    1.0 / 5040,    1.0 / 720,
+                                             1.0 / 120,      1.0 / 24,      1.0 / 6,
+                                             1.0 / 2,        1.0,           1.0};
+    for (double c : inverse_factorials) y = y * r + c;
+    const Longs exponent = (Longs)shifted - (Longs)magic + 1023;
+    y = y * (Doubles)(exponent << 52);
+    return x < lowest ? zero : y;
+}
+
+// Candidates of a row in the order of their ids.
+struct Candidates {
+    std::vector<float> z;
+    std::vector<int32_t> token;
+    std::vector<float> order;  // scratch of selections
+    std::vector<int32_t> edge;
+
+    // Keeps those for which `kept(z, index)`. Written without a branch, which would be a coin toss.
+    template <class Kept>
+    void filter(Kept kept) {
+        size_t count = 0;
+        for (size_t i = 0; i < z.size(); i++) {
+            const bool keep = kept(z[i], i);
+            z[count] = z[i], token[count] = token[i];
+            count += keep;
+        }
+        z.resize(count), token.resize(count);
+    }
+};
+
+// The k-th largest of `values`, 1 <= k <= their number; reorders them.
+inline float kth_largest(std::vector<float>& values, int64_t k) {
+    std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<float>());
+    return values[k - 1];
+}
+
+// All tokens with z >= floor.
+inline void gather(const TiledRow& row, float temperature, float floor, Candidates& found) {
+    size_t count = 0;
+    for (int64_t t = 0; t < row.count(); t++) {
+        if ((row.maxima[t] - row.top) / temperature < floor) continue;
+        if (found.z.size() < count + kTile)
+            found.z.resize(2 * count + kTile), found.token.resize(2 * count + kTile);
+        alignas(64) float z[kTile];
+        for (int i = 0; i < kTile; i += kLanes)
+            store(z + i, (load(row.tile(t) + i) - row.top) / temperature);
+        for (int i = 0; i < kTile; i++) {
+            found.z[count] = z[i], found.token[count] = (int32_t)(t * kTile + i);
+            count += (z[i] >= floor) & (z[i] > kNothing);
+        }
+    }
+    found.z.resize(count), found.token.resize(count);
+}
+
+// Keeps the shortest prefix, likeliest first, holding `top_p` of the candidates' mass. Sorting is
+// confined to the bucket in which the prefix ends.
+inline void keep_nucleus(Candidates& found, double top_p) {
+    constexpr int kBuckets = 256;
+    constexpr float kPerNat = 8;
+    const auto bucket_of = [](float z) { return (int)std::min(-z * kPerNat, kBuckets - 1.0f); };
+    const int64_t count = (int64_t)found.z.size();
+    double parts[8][kBuckets] = {}, mass[kBuckets] = {};  // one a lane: no addition waits for another
+    found.z.resize((count + 7) / 8 * 8, kNothing);
+    for (int64_t i = 0; i < count; i += 8) {
+        const HalfFloats z = load_as<HalfFloats>(found.z.data() + i);
+        const Doubles e = exp(__builtin_convertvector(z, Doubles));
+        for (int j = 0; j < 8; j++) parts[j][bucket_of(z[j])] += e[j];
+    }
+    found.z.resize(count);
+    double total = 0;
+    for (int b = 0; b < kBuckets; b++) {
+        for (const auto& part : parts) mass[b] += part[b];
+        total += mass[b];
+    }
+    const double wanted = top_p * total;
+    int last = 0;
+    double before = 0;  // of the buckets above
+    while (last < kBuckets - 1 && before + mass[last] < wanted) before += mass[last++];
+
+    std::vector<int32_t>& edge = found.edge;
+    edge.resize(count);
+    size_t edges = 0;
+    for (int64_t i = 0; i < count; i++) {
+        edge[edges] = (int32_t)i;
+        edges += bucket_of(found.z[i]) == last;
+    }
+    edge.resize(edges);
+    std::stable_sort(edge.begin(), edge.end(),
+                     [&](int32_t a, int32_t b) { return found.z[a] > found.z[b]; });
+    size_t kept = 0;
+    for (; kept < edge.size() && before < wanted; kept++) {
+        const double z = found.z[edge[kept]];
+        before += exp(Doubles{} + z)[0];
+    }
+    edge.resize(kept);
+    std::sort(edge.begin(), edge.end());  // back in the order of ids, to be met one by one
+    edge.push_back(-1);
+    const int32_t* next = edge.data();
+    found.filter([&](float z, size_t i) {
+        const bool on_edge = *next == (int32_t)i;
+        next += on_edge;
+        return on_edge | (bucket_of(z) < last);
+    });
+}
+
+inline int64_t draw_from(Candidates& found, const Draw& draw) {
+    const int64_t count = (int64_t)found.z.size();
+    found.z.resize((count + kLanes - 1) / kLanes * kLanes, kNothing);
+    found.token.resize(found.z.size(), 0);
+    Winner winner;
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats z = load(found.z.data() + i);
+        if (!any(z + (kGumbelMax + kSlack) >= winner.score)) continue;
+        const Lanes token = load_as<Lanes>(found.token.data() + i), place = token & 3;
+        Lanes words[4];
+        philox(token >> 2, draw, words);
+        const Lanes word = place == 0   ? words[0]
+                           : place == 1 ? words[1]
+                           : place == 2 ? words[2]
+                                        : words[3];
+        const Floats v = uniform(word);
+        const Ints reaches = z + noise_bound(v) >= winner.score;
+        if (!any(reaches)) continue;
+        for (int j = 0; j < kLanes; j++)
+            if (reaches[j] && z[j] > kNothing) winner.offer(z[j] + gumbel(v[j]), token[j]);
+    }
+    return winner.token;
+}
+
+inline int64_t draw_truncated(const TiledRow& row, int64_t vocab, const Draw& draw,
+                              Candidates& found) {
+    float floor = draw.log_min_p;
+    const bool by_k = draw.top_k < vocab;
+    if (by_k && draw.top_k <= row.count()) {
+        // The k-th largest tile maximum is at most the k-th largest token.
+        found.order.assign(row.maxima, row.maxima + row.count());
+        const float kth = kth_largest(found.order, draw.top_k);
+        floor = std::max(floor, (kth - row.top) / draw.temperature);
+    }
+    gather(row, draw.temperature, floor, found);
+    if (by_k && draw.top_k < (int64_t)found.z.size()) {
+        found.order = found.z;
+        const float kth = kth_largest(found.order, draw.top_k);
+        found.filter([&](float z, size_t) { return z >= kth; });
+    }
+    if (draw.top_p < 1) keep_nucleus(found, draw.top_p);
+    return draw_from(found, draw);
+}
+
+// --- batches ------------------------------------------------------------------------------------
+
+// logits: [rows, vocab]; draws: one a row, or null for the argmax. A row without a finite maximum
+// gives 0.
+inline void sample(const float* logits, const Draw* draws, int64_t* tokens, int64_t rows,
+                   int64_t vocab, Share share) {
+    thread_local std::vector<float> maxima;
+    thread_local Candidates found;
+    const Range range = part(rows, share);
+    for (int64_t r = range.begin; r < range.end; r++) {
+        const TiledRow row(logits + r * vocab, vocab, maxima);
+        if (!row.usable) {
+            tokens[r] = 0;
+        } else if (draws == nullptr) {
+            tokens[r] = argmax(row);
+        } else if (draws[r].log_min_p == kNothing && draws[r].top_k >= vocab &&
+                   draws[r].top_p >= 1) {
+            tokens[r] = draw_from_all(row, draws[r]);
+        } else {
+            tokens[r] = draw_truncated(row, vocab, draws[r], found);
+        }
+    }
+}
+
+}  // namespace native

@@ -1,0 +1,107 @@
+"""NativeDecoder gives what its layers give through NativeOps, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu.decoder import DecoderLayer, NativeDecoder
+from kernels.cpu.ops import NativeOps
+from kernels.ops import AttentionBatch
+
+from .batches import Shape, make_batch
+
+HIDDEN, INNER, VOCABULARY = 96, 160, 50
+EPS = 1e-5
+
+
+class Model:
+    """Random weights; every other layer sees a window."""
+
+    def __init__(self, native: NativeOps, dtype: torch.dtype, shape: Shape, bias: bool) -> None:
+        g = torch.Generator().manual_seed(3)
+        width = shape.heads * shape.head_dim
+
+        def weight(*size: int) -> Tensor:
+            return (torch.randn(*size, generator=g) * size[-1] ** -0.5).to(dtype)
+
+        angles = torch.randn(2048, shape.head_dim // 2, generator=g)
+        attention = shape.layer(
+            torch.stack([angles.cos(), angles.sin()], dim=1),
+            None if bias else 1 + weight(2, shape.head_dim),
+        )
+        self.layers = [
+            DecoderLayer(
+                input_norm=1 + weight(HIDDEN),
+                qkv=native.linear(
+                    weight(width + 2 * shape.kv_heads * shape.head_dim, HIDDEN),
+                    weight(width + 2 * shape.kv_heads * shape.head_dim) if bias else None,
+                ),
+                attention=replace(attention, window=window),
+                output=native.linear(weight(HIDDEN, width)),
+                mlp_norm=1 + weight(HIDDEN),
+                gate_up=native.linear(weight(2 * INNER, HIDDEN)),
+                down=native.linear(weight(HIDDEN, INNER)),
+            )
+            for window in (None, 40, None)
+        ]
+        self.embedding, self.norm = weight(VOCABULARY, HIDDEN), 1 + weight(HIDDEN)
+        self.native = native
+
+    def decoder(self) -> NativeDecoder:
+        return self.native.decoder(self.embedding, self.layers, self.norm, EPS)
+
+    def one_by_one(self, ids: Tensor, batch: AttentionBatch, kv: list[Tensor]) -> Tensor:
+        ops = self.native
+        x, residual = torch.zeros(len(ids), HIDDEN).to(self.embedding), self.embedding[ids]
+        for layer, pages in zip(self.layers, kv, strict=True):
+            x, residual = ops.add_rms_norm(x, residual, layer.input_norm, EPS)
+            q = ops.rope_append(layer.qkv(x), layer.attention, pages, batch)
+            x = layer.output(ops.attend(q, pages, layer.attention, batch).flatten(1))
+            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, EPS)
+            x = layer.down(ops.silu_mul(layer.gate_up(x)))
+        return ops.add_rms_norm(x, residual, self.norm, EPS)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [False, True], ids=["qwen3", "qwen2"])
+def test_a_step_equals_its_operators(
+    native: NativeOps, dtype: torch.dtype, bias: bool, threads: None
+) -> None:
+    g = torch.Generator().manual_seed(4)
+    shape = Shape(heads=4, kv_heads=2, head_dim=32)
+    model = Model(native, dtype, shape, bias)
+    decoder = model.decoder()
+    for rows in ([(0, 1)], [(5, 1), (70, 1), (0, 37)], [(1300, 2)], [(0, 300)]):
+        batch, pages = make_batch(rows, shape.page_size, g)
+        ids = torch.randint(0, VOCABULARY, (len(batch.positions),), generator=g)
+        kv = [torch.randn(pages, 2, 2, 16, 32, generator=g).to(dtype) for _ in model.layers]
+        found_kv, expected_kv = [k.clone() for k in kv], [k.clone() for k in kv]
+        torch.set_num_threads(1)
+        expected = model.one_by_one(ids, batch, expected_kv)
+        assert expected.isfinite().all()
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found = decoder.forward(ids, batch, found_kv)
+            assert torch.equal(found, expected), (rows, count)
+            assert torch.equal(torch.stack(found_kv), torch.stack(expected_kv))
+
+
+def test_wrong_parts_are_refused(native: NativeOps) -> None:
+    shape = Shape(heads=4, kv_heads=2, head_dim=32)
+    model = Model(native, torch.float32, shape, bias=False)
+    batch, pages = make_batch([(0, 1)], 16, torch.Generator())
+    ids = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="KV pool"):
+        model.decoder().forward(ids, batch, [torch.zeros(pages, 2, 2, 16, 16)] * 3)
+    with pytest.raises(ValueError, match="KV pool"):
+        model.decoder().forward(ids, batch, [torch.zeros(pages, 2, 2, 16, 32).bfloat16()] * 3)
+    with pytest.raises(ValueError, match="all fp32 or all bf16"):
+        native.decoder(model.embedding.bfloat16(), model.layers, model.norm, EPS)
+    other = replace(model.layers[1].attention, num_heads=2)
+    model.layers[1] = replace(model.layers[1], attention=other)
+    with pytest.raises(ValueError, match="same attention heads"):
+        model.decoder()
