@@ -31,7 +31,7 @@ class PagePool:
         self._refs = [0] * num_pages
         self._blank = deque(range(1, num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._fences: dict[int, list[int]] = {}  # by step: the pages released under it
+        self._fences: dict[int, dict[int, None]] = {}  # by step: pages released under it, in order
         self._fence_of: dict[int, int] = {}  # by fenced page: the step that must settle
 
     @property
@@ -68,8 +68,9 @@ class PagePool:
     def pin(self, pages: Iterable[int]) -> None:
         """One more reference to each page of a prefix hit, wherever the page is now."""
         for page in pages:
-            if self._refs[page] == 0 and self._fence_of.pop(page, None) is None:
-                del self._cached[page]
+            if self._refs[page] == 0:
+                fence = self._fence_of.pop(page, None)
+                del (self._cached if fence is None else self._fences[fence])[page]
             self._refs[page] += 1
 
     def drop(self, pages: Sequence[int], fence: int | None) -> None:
@@ -85,15 +86,14 @@ class PagePool:
                 self._rest(page)
             else:
                 self._fence_of[page] = fence
-                self._fences.setdefault(fence, []).append(page)
+                self._fences.setdefault(fence, {})[page] = None
 
     def lift(self, step: int) -> bool:
         """Makes the pages available that waited for this step. True if there were any."""
-        pages = self._fences.pop(step, ())
+        pages = self._fences.pop(step, {})
         for page in pages:
-            if self._fence_of.get(page) == step:  # else pinned meanwhile
-                del self._fence_of[page]
-                self._rest(page)
+            del self._fence_of[page]
+            self._rest(page)
         return bool(pages)
 
     def _rest(self, page: int) -> None:
