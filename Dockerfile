@@ -35,7 +35,7 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["foresight"]
-CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["serve", "--config", "configs/demo.yaml", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM base AS cuda
 # PyPI's torch for Linux brings the CUDA libraries; the host only needs the driver and its container toolkit.
@@ -51,4 +51,4 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["foresight"]
-CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["serve", "--config", "configs/demo.yaml", "--host", "0.0.0.0", "--port", "8000"]

@@ -1,6 +1,6 @@
 """Writes `dashboards/foresight.json`: the panels are listed here, their boilerplate is not.
 
-    python deploy/grafana/dashboard.py
+    python -m deploy.grafana.dashboard
 
 A test compares the file with this list, and every metric in it with what the server exports.
 """

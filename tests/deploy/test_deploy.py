@@ -1,4 +1,4 @@
-"""The Dockerfile, the compose file, Prometheus and Grafana: right, as far as seen without Docker."""
+"""The Dockerfile, the compose file, Prometheus and Grafana, as far as seen without Docker."""
 
 from __future__ import annotations
 
@@ -163,13 +163,15 @@ def test_grafana_is_provisioned_with_the_dashboard() -> None:
     )["datasources"][0]
     assert source["uid"] == dashboard.source["uid"]
     assert source["url"] == "http://prometheus:9090"
-    assert dashboard.target.read_text() == dashboard.text(), "run deploy/grafana/dashboard.py"
+    assert dashboard.target.read_text() == dashboard.text(), (
+        "run python -m deploy.grafana.dashboard"
+    )
     panels = json.loads(dashboard.target.read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
 def metric_names(text: str) -> set[str]:
-    return set(re.findall(r"\b(?:foresight|vllm)[_:]\w+", text))
+    return set(re.findall(r"\b(?:foresight_|vllm:)\w+", text))
 
 
 def test_every_metric_of_the_dashboard_is_exported() -> None:
