@@ -1,4 +1,4 @@
-"""The API process of `foresight serve`: uvicorn around the app, from loading to drained."""
+"""The API process of `foresight serve`: the app around the engine, from loading to drained."""
 
 from __future__ import annotations
 
@@ -8,33 +8,25 @@ import gc
 import logging
 import signal
 import socket
-import ssl
 import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import uvloop
 from fastapi import FastAPI
 
 from cli.checkpoint import text_folder
 from cli.errors import CommandError
 from engine.client import EngineClient
-from engine.config import Config, ServerConfig
+from engine.config import Config
 from engine.errors import StartupError
 from engine.supervisor import Supervisor
 from server.app import create_app
+from server.run import run
 from text.assets import TextAssets, load_text
 from text.chat_template import TemplateError
 from text.tokenizer import TokenizerError
-
-log = logging.getLogger(__name__)
-
-# Longer than clients keep idle connections, so that none is closed under a request.
-KEEP_ALIVE_SECONDS = 75
-# What finished answers may take to reach their clients when the server ends.
-FLUSH_SECONDS = 5
 
 
 def serve(config: Config, supervisor: Supervisor, listener: socket.socket, started: float) -> int:
@@ -56,26 +48,20 @@ async def _serve(
     await client.start()
     try:
         app = create_app(client, await _text(config, client), config)
-        server = _uvicorn(app, config.server)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.005)
-        stop, hurry = _watch_signals()
+        # It answers 503 until the engine is ready, and ends by a signal.
+        running = asyncio.create_task(run(app, config.server, listener))
         try:
-            if await _first(client.ready(), stop.wait(), serving) and not stop.is_set():
+            await _first(client.ready(), running)
+            if not running.done():
                 _announce(app, config, listener, time.monotonic() - started)
                 gc.collect()
-                gc.freeze()
-                await _first(client.gone(), stop.wait(), serving)
-            app.state.services.admission.draining = True
-            if stop.is_set():
-                log.info("draining")
-                await _first(client.drain(config.server.drain_seconds), hurry.wait())
+                gc.freeze()  # what lives now lives on: later collections need not look at it
+                await _first(client.gone(), running)
         finally:
-            server.should_exit = True
-            server.force_exit = hurry.is_set()
-            await serving
-        return 0 if stop.is_set() else 1
+            if not running.done():  # no engine, no server: end it as an operator would
+                signal.raise_signal(signal.SIGTERM)
+            await running
+        return 0 if client.failure is None else 1
     except OSError as error:  # the key file, the certificate
         raise CommandError(f"cannot start: {error}.") from error
     finally:
@@ -96,47 +82,6 @@ async def _text(config: Config, client: EngineClient) -> TextAssets:
     except (TokenizerError, TemplateError, OSError, CommandError) as error:
         await client.ready()
         raise CommandError(str(error)) from error
-
-
-def _uvicorn(app: FastAPI, server: ServerConfig) -> uvicorn.Server:
-    settings = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=4096,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=FLUSH_SECONDS,
-        ssl_certfile=server.tls_certificate,
-        ssl_keyfile=server.tls_key,
-    )
-    try:
-        settings.load()
-    except (OSError, ssl.SSLError) as error:
-        raise CommandError(
-            f"the certificate {server.tls_certificate} or its key cannot be used: {error}."
-        ) from error
-    return uvicorn.Server(settings)
-
-
-def _watch_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """The first SIGTERM or SIGINT sets the first event, the next one the second.
-
-    Installed after uvicorn's own handlers, which would stop listening at once: while it drains, the
-    server still answers, with 503.
-    """
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def signalled() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
-    return stop, hurry
 
 
 async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> Any:

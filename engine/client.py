@@ -134,6 +134,11 @@ class EngineClient:
         return self._facts
 
     @property
+    def failure(self) -> Exception | None:
+        """Why no engine will serve any more; None while one does or may."""
+        return self._failure
+
+    @property
     def serving(self) -> bool:
         """Takes requests now."""
         return self._up.is_set() and not self._draining

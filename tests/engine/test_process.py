@@ -198,7 +198,7 @@ def cpu_ticks(pid: int) -> int:
 
 def test_engine_does_not_outlive_its_supervisor(tmp_path):
     """Killed by force, the supervisor cannot clean up; the engine notices by itself."""
-    script = f"""
+    script = """
 import asyncio
 from tests.engine.test_process import supervisor
 async def main():
