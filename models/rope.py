@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import UnsupportedArchitecture
+from models.errors import CheckpointError, UnsupportedArchitecture
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -41,7 +41,17 @@ class RopeParameters:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> RopeParameters:
-        """Raises `UnsupportedArchitecture` for a scaling or rotation that is not computed here."""
+        """Raises `UnsupportedArchitecture` for a scaling or rotation that is not computed here,
+        `CheckpointError` for parameters that are no numbers."""
+        try:
+            return cls._parse(config)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"config.json's rotary parameters are unusable: {error}."
+            ) from error
+
+    @classmethod
+    def _parse(cls, config: Mapping[str, Any]) -> RopeParameters:
         given: dict[str, Any] = dict(config.get("rope_parameters") or {})
         if not given:
             given = dict(config.get("rope_scaling") or {})

@@ -65,33 +65,37 @@ class ModelSpec:
         `CheckpointError` for a configuration that is not a language model's.
         """
         model_type = _check_architecture(config)
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            num_layers = int(config["num_hidden_layers"])
-            vocab_size = int(config["vocab_size"])
-            intermediate = int(config["intermediate_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json has no usable {error} entry.") from error
-        kv_heads = int(config.get("num_key_value_heads") or heads)
+        hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+        num_layers = _count(config, "num_hidden_layers")
+        kv_heads = _count(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise CheckpointError(
                 f"config.json has {heads} attention heads, which {kv_heads} KV heads do not divide."
             )
-        default_head_dim = 128 if model_type == "qwen3" else hidden // heads
+        head_dim = _count(config, "head_dim", 128 if model_type == "qwen3" else hidden // heads)
         rope = RopeParameters.from_hf(config)
+        if rope.scaling == "longrope" and not (
+            len(rope.short_factor) == len(rope.long_factor) == head_dim // 2
+        ):
+            raise CheckpointError(
+                f"config.json's LongRoPE factors are not {head_dim // 2} numbers each."
+            )
         attention_bias = bool(config.get("attention_bias", False))
-        eos = (generation or {}).get("eos_token_id", config.get("eos_token_id"))
+        eos = (generation or {}).get("eos_token_id")
+        if eos is None:
+            eos = config.get("eos_token_id")
         if eos is None:
             eos = ()
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         return cls(
             model_type=model_type,
-            vocab_size=vocab_size,
+            vocab_size=_count(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=intermediate,
+            intermediate_size=_count(config, "intermediate_size"),
             num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=int(config.get("head_dim") or default_head_dim),
+            head_dim=head_dim,
             max_position=rope.context,
             rope=rope,
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
@@ -103,7 +107,7 @@ class ModelSpec:
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             windows=_windows(model_type, config, num_layers),
             moe=_moe(config, num_layers) if model_type == "qwen3_moe" else None,
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            dtype=dtype.removeprefix("torch."),
             eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos),
         )
 
@@ -133,6 +137,16 @@ def _check_architecture(config: Mapping[str, Any]) -> str:
     return model_type
 
 
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number; an absent or null entry takes the default, if there is one."""
+    value = config.get(key)
+    if value is None and default is not None:
+        value = default
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json has no usable {key}: {value!r} is not a count.")
+    return value
+
+
 def _windows(model_type: str, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window."""
     window = config.get("sliding_window", None if model_type == "llama" else 4096)
@@ -141,9 +155,7 @@ def _windows(model_type: str, config: Mapping[str, Any], num_layers: int) -> tup
         window = None
     if window is None or model_type == "llama":
         return (None,) * num_layers
-    window = int(window)
-    if window < 1:
-        raise CheckpointError(f"config.json has a sliding window of {window} positions.")
+    window = _count(config, "sliding_window", window)
     kinds = config.get("layer_types")
     if kinds is not None:
         unknown = set(kinds) - {"full_attention", "sliding_attention"}
@@ -153,17 +165,14 @@ def _windows(model_type: str, config: Mapping[str, Any], num_layers: int) -> tup
             )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if model_type in ("qwen2", "qwen3"):
-        full = int(config.get("max_window_layers", 28))
+        full = config.get("max_window_layers")
+        full = 28 if full is None else int(full)
         return tuple(window if i >= full else None for i in range(num_layers))
     return (window,) * num_layers
 
 
 def _moe(config: Mapping[str, Any], num_layers: int) -> MoeSpec:
-    try:
-        num_experts = int(config.get("num_experts", config.get("num_local_experts")) or 0)
-        top_k, size = int(config["num_experts_per_tok"]), int(config["moe_intermediate_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json has no usable {error} entry.") from error
+    num_experts = int(config.get("num_experts", config.get("num_local_experts")) or 0)
     step = int(config.get("decoder_sparse_step", 1))
     plain = set(config.get("mlp_only_layers") or ())
     layers = frozenset(
@@ -171,8 +180,8 @@ def _moe(config: Mapping[str, Any], num_layers: int) -> MoeSpec:
     )
     return MoeSpec(
         num_experts=num_experts,
-        top_k=top_k,
-        intermediate_size=size,
+        top_k=_count(config, "num_experts_per_tok"),
+        intermediate_size=_count(config, "moe_intermediate_size"),
         norm_topk_prob=bool(config.get("norm_topk_prob", False)),
         layers=layers,
     )

@@ -119,6 +119,8 @@ def _files(folder: Path) -> list[Path]:
         names = read_json(folder, index.name).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise CheckpointError(f"{index} has no weight_map.")
+        if any(Path(name).name != name for name in names.values()):
+            raise CheckpointError(f"{index} names files outside its folder.")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
