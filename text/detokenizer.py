@@ -1,8 +1,9 @@
 """Tokens to text, piece by piece.
 
-Both forms keep the same promise: the pieces `push` and `flush` return, joined, are the decoding of
-all tokens at once, whatever the cuts; no piece ends inside a character; invalid byte sequences turn
-into U+FFFD and never raise.
+Both forms keep the same promise: the pieces `push` and `flush` return, joined, depend on the tokens
+alone, not on the cuts between calls, and are the decoding of all tokens at once (except that a
+byte-fallback decoder gives up a whole run of bytes for one that is invalid, where characters
+already shown stay). No piece ends inside a character. Invalid bytes turn into U+FFFD, never raise.
 """
 
 from __future__ import annotations
@@ -83,18 +84,25 @@ class WindowDetokenizer:
         self._prefix = decode(self._window).rstrip(REPLACEMENT)
 
     def push(self, tokens: Sequence[int]) -> str:
-        self._window.extend(tokens)
+        return "".join([self._push_one(token) for token in tokens])
+
+    def flush(self) -> str:
+        return self._advance(self._decode(self._window))
+
+    def _push_one(self, token: int) -> str:
+        self._window.append(token)
         text = self._decode(self._window)
         pending = len(self._window) - self._shown
         if text.endswith(REPLACEMENT) and pending < MAX_PENDING_TOKENS:
             return ""
         return self._advance(text)
 
-    def flush(self) -> str:
-        return self._advance(self._decode(self._window))
-
     def _advance(self, text: str) -> str:
-        piece = text[len(self._prefix) :]
+        """Return what the window has gained, and let it start at the tokens gained."""
+        if text.startswith(self._prefix):
+            piece = text[len(self._prefix) :]
+        else:  # invalid bytes made the decoder give up characters before them
+            piece = self._decode(self._window[self._shown :])
         if piece:
             self._window = self._window[self._shown :]
             self._shown = len(self._window)
