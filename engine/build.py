@@ -13,8 +13,8 @@ import torch
 from engine.config import DeviceConfig, EngineConfig
 from engine.errors import StartupError
 from kernels.cpu.build import BuildError, start_build
-from kernels.linear.prepare import LinearMode, prepare_linears
-from kernels.ops import Ops
+from kernels.cpu.ops import NativeOps
+from kernels.linear.prepare import prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.errors import CheckpointError
@@ -26,7 +26,8 @@ from scheduler.request import SchedulerConfig
 from worker.device import DTYPES, Device, DeviceError, resolve_device
 from worker.executor import ThreadExecutor
 from worker.kv_pool import allocate_pool, page_bytes
-from worker.runner import EagerRunner
+from worker.native import native_runner
+from worker.runner import EagerRunner, Runner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.sizing import Budget, BudgetError, activation_bytes, plan_budget
@@ -53,6 +54,7 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
     device = resolve_device(config.device.device)
     threads = config.device.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
+    native = _start_native_build(config.device, device)
     progress("imports")
 
     folder = resolve_checkpoint(config.model.model, config.model.revision)
@@ -60,27 +62,35 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
     max_model_len = _max_model_len(config, spec)
     name = config.model.dtype
     dtype = DTYPES[name] if name != "auto" else device.default_dtype(DTYPES[spec.dtype])
-    before = device.available_memory()
-    decoder = load_decoder(
-        folder,
-        dtype=dtype,
-        device=device.torch_device,
-        max_model_len=max_model_len,
-        load_format=config.model.load_format,
-        progress=log.debug,
-    )
-    prepare_linears(decoder, _linear_mode(config.device, device))
-    progress("weights")
 
-    budget = _budget(config, device, decoder, dtype, max_model_len, before)
+    def load() -> Decoder:
+        return load_decoder(
+            folder,
+            dtype=dtype,
+            device=device.torch_device,
+            max_model_len=max_model_len,
+            load_format=config.model.load_format,
+            progress=log.debug,
+        )
+
+    before = device.available_memory()
+    decoder = load()
+    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    # The eager model and the native one live side by side until the last stream of the former has
+    # ended; where there is no room for both, and where text must not depend on when a build was
+    # done, the build is waited for.
+    wait = config.device.deterministic or 2 * weights > device.available_memory()
+    runner = _first_runner(decoder, native, config.device, device, wait)
+    progress(f"weights, {runner.name} arithmetic")
+
+    budget = _budget(config, device, spec, dtype, max_model_len, before)
     log.info("%s", budget)
-    kv = allocate_pool(spec, budget.num_pages, budget.page_size, dtype, device.torch_device)
     num_slots = config.schedule.max_num_seqs + 1
     slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
     sampling = SlotSampling(num_slots, spec.vocab_size, device.torch_device)
     worker = Worker(
-        EagerRunner(decoder, TorchOps()),
-        kv,
+        runner,
+        allocate_pool(spec, budget.num_pages, budget.page_size, dtype, device.torch_device),
         slots,
         Sampler(sampling, slots.tokens),
         ThreadExecutor(threads),
@@ -93,7 +103,11 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
             dtype=str(dtype).removeprefix("torch."),
         ),
     )
-    _use_native_kernels(config.device, device, worker, decoder)
+    if native is not None:
+        # Every form of the draw gives the same tokens, so this one needs no care about streams.
+        native.add_done_callback(lambda built: _use_native_draw(worker, built))
+        if not wait and runner.name != NativeOps.name:
+            _swap_when_built(native, worker, load)
     progress("KV pool")
     return worker, SchedulerConfig(
         num_pages=budget.num_pages,
@@ -119,21 +133,15 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return asked
 
 
-def _linear_mode(config: DeviceConfig, device: Device) -> LinearMode:
-    if config.deterministic:
-        return LinearMode.INVARIANT
-    return LinearMode.PACKED if device.torch_device.type == "cpu" else LinearMode.DENSE
-
-
 def _budget(
     config: EngineConfig,
     device: Device,
-    decoder: Decoder,
+    spec: ModelSpec,
     dtype: torch.dtype,
     max_model_len: int,
     before: int,
 ) -> Budget:
-    spec, cache = decoder.spec, config.cache
+    cache = config.cache
     available = device.available_memory()
     return plan_budget(
         total=device.total_memory,
@@ -159,27 +167,50 @@ def _budget(
     )
 
 
-def _use_native_kernels(
-    config: DeviceConfig, device: Device, worker: Worker, decoder: Decoder
-) -> None:
-    """Swaps native kernels in once they are built; the server does not wait for them.
-
-    A deterministic server does wait: its text must not depend on when a build was done.
-    """
+def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOps] | None:
+    """Compiles, or finds compiled, while the weights are read."""
     if device.torch_device.type != "cpu" or not config.compile:
-        return
+        return None
+    return start_build(Path(config.cache_dir) if config.cache_dir else None)
+
+
+def _first_runner(
+    decoder: Decoder,
+    native: Future[NativeOps] | None,
+    config: DeviceConfig,
+    device: Device,
+    wait: bool,
+) -> Runner:
+    """What the server starts with: native kernels if they are there, else plain torch."""
+    if native is not None and (wait or native.done()):
+        try:
+            return native_runner(decoder, native.result())
+        except (BuildError, ValueError) as error:
+            log.warning("serving with plain torch operations, which are slower: %s", error)
+    on_cpu = device.torch_device.type == "cpu"
+    prepare_linears(
+        decoder, "invariant" if config.deterministic else "packed" if on_cpu else "dense"
+    )
+    return EagerRunner(decoder, TorchOps())
+
+
+def _use_native_draw(worker: Worker, built: Future[NativeOps]) -> None:
+    if built.exception() is None:
+        worker.draw_by(built.result().sampling())
+
+
+def _swap_when_built(
+    native: Future[NativeOps], worker: Worker, load: Callable[[], Decoder]
+) -> None:
+    """Gives new sequences the native kernels as soon as these are built."""
     started = time.monotonic()
 
-    def swap(built: Future[Ops]) -> None:
+    def swap(built: Future[NativeOps]) -> None:
         try:
-            worker.use(EagerRunner(decoder, built.result()))
-        except BuildError as error:
+            worker.use(native_runner(load(), built.result()))
+        except (BuildError, ValueError, CheckpointError) as error:
             log.warning("serving with plain torch operations, which are slower: %s", error)
-            return
-        log.info("native CPU kernels in use after %.1f s", time.monotonic() - started)
+        else:
+            log.info("native kernels in use after %.1f s", time.monotonic() - started)
 
-    future = start_build(Path(config.cache_dir) if config.cache_dir else None)
-    if config.deterministic:
-        swap(future)
-    else:
-        future.add_done_callback(swap)
+    native.add_done_callback(swap)

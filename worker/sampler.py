@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ from worker.processing import SampleRows, process
 from worker.sampling_state import Need, SlotSampling
 
 _KIND = int(Need.NOISE | Need.TRUNCATION)
+
+
+class Form(Protocol):
+    """One implementation of the draw: kernels/sampling/reference.py, or a faster one."""
+
+    def argmax_rows(self, logits: Tensor) -> Tensor: ...
+
+    def draw(
+        self, logits: Tensor, temperature: Tensor, key: NoiseKey, limits: Truncation | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +84,11 @@ class Sampler:
         self.slots = slots
         self._tokens = tokens
         # Compacting candidates needs shapes that depend on data, which is free on the CPU only.
-        on_cpu = slots.device.type == "cpu"
-        self._draw = pruned.draw if on_cpu else reference.draw
-        self._argmax = pruned.argmax_rows if on_cpu else _argmax
+        self._form: Form = pruned if slots.device.type == "cpu" else reference
+
+    def use(self, form: Form) -> None:
+        """Draws by another form from now on; as all give the same tokens, at any time."""
+        self._form = form
 
     def sample(self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor) -> Sampled:
         """Chooses a token for each row.
@@ -116,12 +129,12 @@ class Sampler:
     def _choose_kind(self, kind: int, z: Tensor, slot: Tensor, positions: Tensor) -> Tensor:
         slots = self.slots
         if not kind & Need.NOISE:
-            return self._argmax(z)
+            return self._form.argmax_rows(z)
         limits = None
         if kind & Need.TRUNCATION:
             limits = Truncation(slots.log_min_p[slot], slots.top_k[slot], slots.top_p[slot])
         key = NoiseKey(slots.seed[slot], slots.choice[slot], positions)
-        return self._draw(z, slots.temperature[slot], key, limits)
+        return self._form.draw(z, slots.temperature[slot], key, limits)
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, rows: SampleRows) -> AskedLogprobs:
         asked = rows.needing(Need.LOGPROBS)
@@ -131,10 +144,6 @@ class Sampler:
             logits, tokens = logits[at], tokens[at]
         values = row_logprobs(logits, tokens, max(top))
         return AskedLogprobs({row: i for i, row in enumerate(asked)}, top, values)
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)  # torch promises the first of equal maxima
 
 
 def _token_logprobs(

@@ -24,9 +24,7 @@ class SlotTable:
     computed: Tensor  # [slots] int64
     page_table: Tensor  # [slots, max_pages] int32
 
-    def __init__(
-        self, num_slots: int, max_len: int, page_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, num_slots: int, max_len: int, page_size: int, device: torch.device) -> None:
         max_pages = -(-max_len // page_size)
         self.page_size = page_size
         self.tokens = torch.zeros(num_slots, max_len + 1, dtype=torch.int32, device=device)

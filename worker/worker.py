@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -15,12 +16,24 @@ from scheduler.request import SamplingParams, TokenLogprob
 from worker.batch import StepBatch, build_batch
 from worker.executor import PendingStep, ThreadExecutor
 from worker.runner import Runner
-from worker.sampler import Sampled, Sampler
+from worker.sampler import Form, Sampled, Sampler
 from worker.slots import SlotTable
 
 NOT_FINITE = "the model produced logits that are not finite"
 # Prompt log-probabilities need a logits row per prompt token; this many at a time.
 PROMPT_LOGPROB_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker says about itself."""
+
+    vocab_size: int
+    max_model_len: int
+    num_pages: int  # the null page included
+    page_size: int
+    device: str
+    dtype: str
 
 
 class Worker:
@@ -36,7 +49,9 @@ class Worker:
         slots: SlotTable,
         sampler: Sampler,
         executor: ThreadExecutor,
+        facts: WorkerFacts,
     ) -> None:
+        self.facts = facts
         self._kv = kv
         self._slots = slots
         self._sampler = sampler
@@ -57,6 +72,10 @@ class Worker:
         """
         self._executor.call(lambda: setattr(self, "_runner", runner))
 
+    def draw_by(self, form: Form) -> None:
+        """Draws by another form of the sampler from now on."""
+        self._executor.call(lambda: self._sampler.use(form))
+
     def close(self) -> None:
         self._executor.close()
 
@@ -65,9 +84,7 @@ class Worker:
         with torch.inference_mode():
             for admit in plan.admits:
                 self._slots.admit(admit)
-                self._sampler.slots.admit(
-                    admit.slot, admit.params, admit.choice, admit.prompt_len
-                )
+                self._sampler.slots.admit(admit.slot, admit.params, admit.choice, admit.prompt_len)
                 self._runners[admit.slot] = self._runner
                 self._params[admit.slot] = admit.params
                 self._prompt_len[admit.slot] = admit.prompt_len
@@ -102,9 +119,7 @@ class Worker:
         }
         if not batch.sample_slots:
             self._slots.computed[batch.row_slots] += batch.advance
-            return [
-                RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))
-            ]
+            return [RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))]
         read = hidden if batch.sample_tokens is None else hidden[batch.sample_tokens]
         logits = runner.logits(read)
         sampled = self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
@@ -137,9 +152,7 @@ class Worker:
 
         tokens, finite = sampled.tokens.tolist(), sampled.finite.tolist()
         kept = [0] * len(sampling) if accepted is None else accepted.tolist()
-        results = [
-            RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))
-        ]
+        results = [RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))]
         spans = pairwise(batch.sample_starts)
         for i, (start, end), matched in zip(sampling, spans, kept, strict=True):
             row, committed = rows[i], slice(start, start + matched + 1)
@@ -165,7 +178,9 @@ class Worker:
         """About each prompt token that follows one of row `i`'s chunk, which starts at `first`."""
         row = batch.rows[i]
         params = self._params[row.slot]
-        assert row.chunk is not None and params is not None and params.prompt_logprobs is not None
+        assert row.chunk is not None
+        assert params is not None
+        assert params.prompt_logprobs is not None
         following = row.chunk[1:] + (() if row.next_token is None else (row.next_token,))
         wanted = min(len(following), self._prompt_len[row.slot] - first - 1)
         start = sum(len(r.chunk) if r.chunk is not None else 1 + r.drafts for r in batch.rows[:i])
@@ -173,7 +188,5 @@ class Worker:
         for a in range(0, wanted, PROMPT_LOGPROB_ROWS):
             b = min(a + PROMPT_LOGPROB_ROWS, wanted)
             logits = runner.logits(hidden[start + a : start + b])
-            found += self._sampler.prompt_logprobs(
-                logits, following[a:b], params.prompt_logprobs
-            )
+            found += self._sampler.prompt_logprobs(logits, following[a:b], params.prompt_logprobs)
         return tuple(found)

@@ -1,0 +1,225 @@
+"""Same seed, same text: whatever the neighbours, chunks, drafts, depth, prefix hits or preemptions.
+
+fp32 on the CPU with linear layers whose rows do not depend on how many there are, so results must
+be token-identical to decoding each request alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from kernels.linear.prepare import prepare_linears
+from kernels.torch_ops import TorchOps
+from models.decoder import Decoder
+from models.spec import ModelSpec
+from scheduler.policy import DraftCap, no_drafts
+from scheduler.request import Request, SamplingParams, SchedulerConfig
+from scheduler.scheduler import Scheduler
+from tests.e2e.driving import Result, drive
+from worker.executor import ThreadExecutor
+from worker.kv_pool import allocate_pool
+from worker.runner import EagerRunner
+from worker.sampler import Sampler
+from worker.sampling_state import SlotSampling
+from worker.slots import SlotTable
+from worker.worker import Worker, WorkerFacts
+
+VOCAB, CONTEXT, CPU = 160, 256, torch.device("cpu")
+SPEC = ModelSpec.from_hf(
+    {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+    }
+)
+CONFIG = SchedulerConfig(
+    num_pages=200, page_size=8, max_num_seqs=8, max_step_tokens=512, max_model_len=CONTEXT
+)
+SAMPLERS = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 1.0},
+    "top-p": {"temperature": 0.7, "top_p": 0.8},
+    "top-k, min-p": {"temperature": 1.0, "top_k": 20, "min_p": 0.02},
+    "penalties": {
+        "temperature": 1.0,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+    },
+    "bias, bans, minimum": {
+        "temperature": 1.0,
+        "logit_bias": ((3, 5.0), (4, -100.0)),
+        "bad_words": ((3, 3), (7,)),
+        "min_tokens": 6,
+    },
+}
+
+
+@cache
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(SPEC, dtype=torch.float32, max_model_len=CONTEXT)
+    for name, target in model.targets().items():
+        if target.dim() > 1:  # wide enough that attention and text vary
+            target.normal_(0.0, 1.0 if "embed" in name else 0.3)
+        else:
+            target.fill_(1.0)
+    prepare_linears(model, "invariant")
+    return model
+
+
+def worker(config: SchedulerConfig) -> Worker:
+    slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
+    return Worker(
+        EagerRunner(decoder(), TorchOps()),
+        allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU),
+        slots,
+        Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens),
+        ThreadExecutor(1),
+        WorkerFacts(VOCAB, CONTEXT, config.num_pages, config.page_size, "cpu", "float32"),
+    )
+
+
+@cache
+def requests(sampler: str) -> tuple[Request, ...]:
+    """Prompts of all lengths; many begin alike, so that they can share pages."""
+    rng = random.Random(1)
+    stems = [tuple(rng.randrange(VOCAB) for _ in range(60)) for _ in range(2)]
+    made = []
+    for i in range(14):
+        own = tuple(rng.randrange(VOCAB) for _ in range(rng.randrange(1, 30)))
+        prompt = rng.choice(stems)[: rng.randrange(0, 60)] + own
+        params = SamplingParams(
+            max_tokens=rng.randrange(8, 60),
+            seed=1000 + i,
+            stop_token_ids=frozenset({11}),
+            logprobs=1,
+            **SAMPLERS[sampler],  # type: ignore[arg-type]
+        )
+        made.append(Request(f"r{i}", prompt, params, 0.0, n=2 if i % 5 == 0 else 1))
+    return tuple(made)
+
+
+def run(
+    config: SchedulerConfig,
+    batch: tuple[Request, ...],
+    *,
+    depth: int = 1,
+    drafts: DraftCap = no_drafts,
+    arrivals_per_step: int = 1000,
+) -> tuple[dict[tuple[str, int], Result], Scheduler]:
+    scheduler, device = Scheduler(config, drafts), worker(config)
+    try:
+        found = drive(scheduler, device, batch, depth=depth, arrivals_per_step=arrivals_per_step)
+    finally:
+        device.close()
+    assert scheduler.load().pages_held == 0
+    return found, scheduler
+
+
+@cache
+def alone(sampler: str) -> dict[tuple[str, int], Result]:
+    """Each choice by itself: one row, whole prompt, no prefix cache, no pipelining."""
+    plain = replace(CONFIG, enable_prefix_cache=False, max_num_seqs=1)
+    found: dict[tuple[str, int], Result] = {}
+    for request in requests(sampler):
+        found |= run(plain, (request,), depth=0)[0]
+    return found
+
+
+def same(found: dict[tuple[str, int], Result], sampler: str) -> None:
+    expected = alone(sampler)
+    assert found.keys() == expected.keys()
+    for key, result in found.items():
+        assert result.tokens == expected[key].tokens, key
+        ends = result.finish, expected[key].finish
+        assert ends[0] is not None
+        assert ends[1] is not None
+        assert ends[0].reason == ends[1].reason, key
+        assert [p.logprob for p in result.logprobs] == pytest.approx(
+            [p.logprob for p in expected[key].logprobs], abs=1e-4
+        )
+
+
+everywhere = pytest.mark.parametrize("sampler", SAMPLERS)
+
+
+@everywhere
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_neighbours_and_pipelining(sampler: str, depth: int) -> None:
+    same(run(CONFIG, requests(sampler), depth=depth, arrivals_per_step=2)[0], sampler)
+
+
+@everywhere
+@pytest.mark.parametrize("budget", [9, 40])
+def test_chunked_prefill(sampler: str, budget: int) -> None:
+    config = replace(CONFIG, max_step_tokens=budget, enable_prefix_cache=False)
+    same(run(config, requests(sampler))[0], sampler)
+
+
+@everywhere
+def test_prefix_hits(sampler: str) -> None:
+    found, scheduler = run(CONFIG, requests(sampler), arrivals_per_step=1)
+    assert scheduler.load().prefix_hits > 100
+    same(found, sampler)
+
+
+@everywhere
+@pytest.mark.parametrize("prefix", [True, False])
+def test_preemption(sampler: str, prefix: bool) -> None:
+    config = replace(CONFIG, num_pages=34, max_step_tokens=64, enable_prefix_cache=prefix)
+    found, scheduler = run(config, requests(sampler))
+    assert scheduler.load().preemptions > 0
+    same(found, sampler)
+
+
+@everywhere
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("pages", [200, 40])
+def test_drafts_of_any_quality_change_nothing(sampler: str, k: int, pages: int) -> None:
+    """Without a drafter the drafts are whatever stands in the token table: leftovers of former
+    owners and of rejected rows. Verification must see through all of them."""
+    config = replace(CONFIG, num_pages=pages)
+    found, _ = run(config, requests(sampler), drafts=lambda sequence: k, arrivals_per_step=3)
+    same(found, sampler)
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "penalties"])
+def test_right_drafts_are_accepted(sampler: str) -> None:
+    """A drafter that knows the answer: fewer steps, same text."""
+    answers = alone(sampler)
+    batch = tuple(replace(r, n=1) for r in requests(sampler)[:4])
+    device = worker(CONFIG)
+    scheduler = Scheduler(CONFIG, lambda sequence: 3)
+    tokens = device._slots.tokens
+    launch = device.launch
+
+    def knowing(plan):  # type: ignore[no-untyped-def]
+        for admit in plan.admits:
+            request = batch[admit.params.seed - 1000]
+            text = request.prompt + tuple(answers[request.id, 0].tokens)
+            tokens[admit.slot, : len(text)] = torch.tensor(text, dtype=torch.int32)
+        return launch(plan)
+
+    device.launch = knowing  # type: ignore[method-assign]
+    found = drive(scheduler, device, batch, depth=0)
+    device.close()
+    for key, result in found.items():
+        assert result.tokens == answers[key].tokens
+    longest = max(len(result.tokens) for result in found.values())
+    assert scheduler.load().steps <= 0.5 * longest

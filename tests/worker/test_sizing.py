@@ -1,0 +1,52 @@
+import pytest
+
+from worker.sizing import MIB, BudgetError, plan_budget
+
+BASE = {
+    "total": 1000 * MIB,
+    "available": 800 * MIB,
+    "fraction": 0.5,
+    "weights": 100 * MIB,
+    "activations": 100 * MIB,
+    "page_bytes": MIB,
+    "page_size": 16,
+    "max_model_len": 160,
+    "max_num_seqs": 1000,
+    "default_cap": None,
+    "kv_bytes": None,
+    "num_pages": None,
+}
+
+
+def test_fraction_of_what_is_available_less_the_largest_step() -> None:
+    budget = plan_budget(**BASE)
+    assert budget.num_pages == 300
+    assert budget.limit == "memory_fraction"
+    assert budget.positions == 299 * 16
+
+
+def test_never_more_than_all_sequences_at_full_length() -> None:
+    assert plan_budget(**BASE | {"max_num_seqs": 3}).num_pages == 3 * 10 + 1
+
+
+def test_explicit_sizes_win() -> None:
+    assert plan_budget(**BASE | {"kv_bytes": 50 * MIB}).num_pages == 50
+    assert plan_budget(**BASE | {"num_pages": 11, "kv_bytes": 50 * MIB}).num_pages == 11
+
+
+def test_default_cap_applies_unless_a_size_was_asked_for() -> None:
+    assert plan_budget(**BASE | {"default_cap": 40 * MIB}).num_pages == 40
+    capped = BASE | {"default_cap": 40 * MIB, "kv_bytes": 60 * MIB}
+    assert plan_budget(**capped).num_pages == 60
+
+
+@pytest.mark.parametrize("change", [{"num_pages": 10}, {"kv_bytes": MIB}, {"available": 0}])
+def test_a_pool_too_small_for_one_sequence_is_one_clear_sentence(change: dict[str, int]) -> None:
+    with pytest.raises(BudgetError, match=r"one sequence of max_model_len 160 needs 11\.0 MiB"):
+        plan_budget(**BASE | change)
+
+
+def test_the_printed_table_names_every_part() -> None:
+    text = str(plan_budget(**BASE))
+    for part in ("device memory", "weights", "activations", "KV pool: 300 pages", "4,784 token"):
+        assert part in text
