@@ -11,6 +11,7 @@ from kernels.cpu.decoder import DecoderLayer, NativeDecoder
 from kernels.cpu.library import Library, type_of
 from kernels.cpu.linear import NativeLinear
 from kernels.ops import AttentionBatch, AttentionLayer
+from kernels.sampling.native import NativeSampling
 
 _LARGEST_HEAD = 1024  # elements; a head is rotated in a buffer of that size
 
@@ -38,6 +39,10 @@ class NativeOps:
     ) -> NativeDecoder:
         """All layers in one call; see `NativeDecoder`."""
         return NativeDecoder(self._library, embedding, layers, norm, eps)
+
+    def sampling(self) -> NativeSampling:
+        """The sampler; see `NativeSampling`."""
+        return NativeSampling(self._library)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""

@@ -22,7 +22,7 @@ _SLACK = 1e-3
 
 
 def argmax_rows(logits: Tensor) -> Tensor:
-    """argmax over the last dimension, ties to the lowest id: [n, vocab] -> [n] int64.
+    """As `reference.argmax_rows`.
 
     Torch vectorises `amax` on the CPU but not `argmax`, so the maxima of tiles are searched first.
     """

@@ -71,6 +71,11 @@ def noise(key: NoiseKey, vocab: int) -> Tensor:
     return gumbel(v[:, :vocab])
 
 
+def argmax_rows(logits: Tensor) -> Tensor:
+    """argmax over the last dimension, ties to the lowest id: [n, vocab] -> [n] int64."""
+    return logits.argmax(-1)  # torch promises the first of equal maxima
+
+
 def draw(
     logits: Tensor, temperature: Tensor, key: NoiseKey, limits: Truncation | None = None
 ) -> Tensor:

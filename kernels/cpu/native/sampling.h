@@ -211,64 +211,87 @@ INLINE Doubles exp(Doubles x) {
 
 // Candidates of a row in the order of their ids.
 struct Candidates {
-    std::vector<float> z;
+    std::vector<float> z;  // room for a row and a vector more; `count` are in use
     std::vector<int32_t> token;
+    int64_t count = 0;
     std::vector<float> order;  // scratch of selections
     std::vector<int32_t> edge;
 
-    // Keeps those for which `kept(z, index)`. Written without a branch, which would be a coin toss.
-    template <class Kept>
-    void filter(Kept kept) {
-        size_t count = 0;
-        for (size_t i = 0; i < z.size(); i++) {
-            const bool keep = kept(z[i], i);
-            z[count] = z[i], token[count] = token[i];
-            count += keep;
+    void reset(int64_t vocab) {
+        count = 0;
+        if ((int64_t)z.size() < vocab + kTile) z.resize(vocab + kTile), token.resize(vocab + kTile);
+    }
+
+    // Appends the lanes where `keep` is set. May write up to sixteen entries past `count`.
+    INLINE void append(Floats values, Lanes tokens, Ints keep) {
+#if NATIVE_AVX512
+        const __mmask16 mask = _mm512_movepi32_mask((__m512i)keep);
+        store_as(z.data() + count, _mm512_maskz_compress_ps(mask, (__m512)values));
+        store_as(token.data() + count, _mm512_maskz_compress_epi32(mask, (__m512i)tokens));
+        count += __builtin_popcount(mask);
+#else
+        for (int i = 0; i < kLanes; i++) {  // without a branch, which would be a coin toss
+            z[count] = values[i], token[count] = (int32_t)tokens[i];
+            count += keep[i] != 0;
         }
-        z.resize(count), token.resize(count);
+#endif
+    }
+
+    // Keeps those with z >= floor.
+    void filter(float floor) {
+        const int64_t before = count;
+        pad();
+        count = 0;
+        for (int64_t i = 0; i < before; i += kLanes) {
+            const Floats values = load(z.data() + i);
+            append(values, load_as<Lanes>(token.data() + i),
+                   (values >= floor) & (values > kNothing));
+        }
+    }
+
+    // Makes what follows the last candidate harmless to whole vectors.
+    void pad() {
+        std::fill_n(z.begin() + count, kLanes, kNothing);
+        std::fill_n(token.begin() + count, kLanes, 0);
     }
 };
 
-// The k-th largest of `values`, 1 <= k <= their number; reorders them.
-inline float kth_largest(std::vector<float>& values, int64_t k) {
-    std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<float>());
-    return values[k - 1];
+// The k-th largest of `count` values, 1 <= k <= count; `scratch` is overwritten.
+inline float kth_largest(const float* values, int64_t count, int64_t k,
+                         std::vector<float>& scratch) {
+    scratch.assign(values, values + count);
+    std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(),
+                     std::greater<float>());
+    return scratch[k - 1];
 }
 
 // All tokens with z >= floor.
 inline void gather(const TiledRow& row, float temperature, float floor, Candidates& found) {
-    size_t count = 0;
+    const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t t = 0; t < row.count(); t++) {
         if ((row.maxima[t] - row.top) / temperature < floor) continue;
-        if (found.z.size() < count + kTile)
-            found.z.resize(2 * count + kTile), found.token.resize(2 * count + kTile);
-        alignas(64) float z[kTile];
-        for (int i = 0; i < kTile; i += kLanes)
-            store(z + i, (load(row.tile(t) + i) - row.top) / temperature);
-        for (int i = 0; i < kTile; i++) {
-            found.z[count] = z[i], found.token[count] = (int32_t)(t * kTile + i);
-            count += (z[i] >= floor) & (z[i] > kNothing);
+        for (int i = 0; i < kTile; i += kLanes) {
+            const Floats z = (load(row.tile(t) + i) - row.top) / temperature;
+            const Ints keep = (z >= floor) & (z > kNothing);
+            if (any(keep)) found.append(z, lane + (uint32_t)(t * kTile + i), keep);
         }
     }
-    found.z.resize(count), found.token.resize(count);
 }
 
-// Keeps the shortest prefix, likeliest first, holding `top_p` of the candidates' mass. Sorting is
-// confined to the bucket in which the prefix ends.
+// Keeps the shortest prefix, likeliest first, holding `top_p` of the candidates' mass. A histogram
+// over z finds the bucket in which the prefix ends, and only that bucket is sorted.
 inline void keep_nucleus(Candidates& found, double top_p) {
     constexpr int kBuckets = 256;
     constexpr float kPerNat = 8;
     const auto bucket_of = [](float z) { return (int)std::min(-z * kPerNat, kBuckets - 1.0f); };
-    const int64_t count = (int64_t)found.z.size();
-    double parts[8][kBuckets] = {}, mass[kBuckets] = {};  // one a lane: no addition waits for another
-    found.z.resize((count + 7) / 8 * 8, kNothing);
-    for (int64_t i = 0; i < count; i += 8) {
+    double parts[8][kBuckets] = {};  // one a lane, so that no addition waits for another
+    found.pad();
+    for (int64_t i = 0; i < found.count; i += 8) {
         const HalfFloats z = load_as<HalfFloats>(found.z.data() + i);
         const Doubles e = exp(__builtin_convertvector(z, Doubles));
         for (int j = 0; j < 8; j++) parts[j][bucket_of(z[j])] += e[j];
     }
-    found.z.resize(count);
-    double total = 0;
+    double mass[kBuckets] = {}, total = 0;
     for (int b = 0; b < kBuckets; b++) {
         for (const auto& part : parts) mass[b] += part[b];
         total += mass[b];
@@ -278,38 +301,29 @@ inline void keep_nucleus(Candidates& found, double top_p) {
     double before = 0;  // of the buckets above
     while (last < kBuckets - 1 && before + mass[last] < wanted) before += mass[last++];
 
+    // A little below the bucket's lower end, so that rounding loses nothing.
+    found.filter(last < kBuckets - 1 ? -(last + 1.001f) / kPerNat : kNothing);
     std::vector<int32_t>& edge = found.edge;
-    edge.resize(count);
-    size_t edges = 0;
-    for (int64_t i = 0; i < count; i++) {
-        edge[edges] = (int32_t)i;
-        edges += bucket_of(found.z[i]) == last;
+    edge.clear();
+    for (int64_t i = 0; i < found.count; i++) {
+        const int bucket = bucket_of(found.z[i]);
+        if (bucket == last) edge.push_back((int32_t)i);
+        if (bucket > last) found.z[i] = kNothing;
     }
-    edge.resize(edges);
     std::stable_sort(edge.begin(), edge.end(),
                      [&](int32_t a, int32_t b) { return found.z[a] > found.z[b]; });
-    size_t kept = 0;
-    for (; kept < edge.size() && before < wanted; kept++) {
-        const double z = found.z[edge[kept]];
-        before += exp(Doubles{} + z)[0];
+    for (const int32_t i : edge) {
+        const double z = found.z[i];
+        if (before >= wanted) found.z[i] = kNothing;
+        else before += exp(Doubles{} + z)[0];
     }
-    edge.resize(kept);
-    std::sort(edge.begin(), edge.end());  // back in the order of ids, to be met one by one
-    edge.push_back(-1);
-    const int32_t* next = edge.data();
-    found.filter([&](float z, size_t i) {
-        const bool on_edge = *next == (int32_t)i;
-        next += on_edge;
-        return on_edge | (bucket_of(z) < last);
-    });
+    // What was struck out stays in the list at -inf, which nothing draws.
 }
 
 inline int64_t draw_from(Candidates& found, const Draw& draw) {
-    const int64_t count = (int64_t)found.z.size();
-    found.z.resize((count + kLanes - 1) / kLanes * kLanes, kNothing);
-    found.token.resize(found.z.size(), 0);
     Winner winner;
-    for (int64_t i = 0; i < count; i += kLanes) {
+    found.pad();
+    for (int64_t i = 0; i < found.count; i += kLanes) {
         const Floats z = load(found.z.data() + i);
         if (!any(z + (kGumbelMax + kSlack) >= winner.score)) continue;
         const Lanes token = load_as<Lanes>(found.token.data() + i), place = token & 3;
@@ -334,16 +348,13 @@ inline int64_t draw_truncated(const TiledRow& row, int64_t vocab, const Draw& dr
     const bool by_k = draw.top_k < vocab;
     if (by_k && draw.top_k <= row.count()) {
         // The k-th largest tile maximum is at most the k-th largest token.
-        found.order.assign(row.maxima, row.maxima + row.count());
-        const float kth = kth_largest(found.order, draw.top_k);
+        const float kth = kth_largest(row.maxima, row.count(), draw.top_k, found.order);
         floor = std::max(floor, (kth - row.top) / draw.temperature);
     }
+    found.reset(vocab);
     gather(row, draw.temperature, floor, found);
-    if (by_k && draw.top_k < (int64_t)found.z.size()) {
-        found.order = found.z;
-        const float kth = kth_largest(found.order, draw.top_k);
-        found.filter([&](float z, size_t) { return z >= kth; });
-    }
+    if (by_k && draw.top_k < found.count)
+        found.filter(kth_largest(found.z.data(), found.count, draw.top_k, found.order));
     if (draw.top_p < 1) keep_nucleus(found, draw.top_p);
     return draw_from(found, draw);
 }

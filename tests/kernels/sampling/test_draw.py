@@ -1,98 +1,45 @@
-"""Drawing a token: the fast forms against the specification, the specification against softmax."""
+"""Drawing a token: the CPU form against the specification, the specification against softmax."""
 
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels.sampling import pruned, reference
 from kernels.sampling.philox import GUMBEL_SPAN
-from kernels.sampling.reference import NoiseKey, Truncation
-
-VOCABS = (4, 5, 32, 37, 100, 1000, 4096)
-
-
-def make_key(n: int, generator: torch.Generator) -> NoiseKey:
-    return NoiseKey(
-        seed=torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator),
-        choice=torch.randint(0, 4, (n,), generator=generator),
-        position=torch.randint(1, 9000, (n,), generator=generator),
-    )
-
-
-def make_limits(
-    n: int, vocab: int, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0
-) -> Truncation:
-    return Truncation(
-        log_min_p=torch.full((n,), math.log(min_p) if min_p else -math.inf),
-        top_k=torch.full((n,), top_k or vocab),
-        top_p=torch.full((n,), top_p, dtype=torch.float64),
-    )
-
-
-def make_logits(n: int, vocab: int, generator: torch.Generator, kind: str) -> torch.Tensor:
-    logits = torch.randn(n, vocab, generator=generator)
-    if kind == "flat":
-        return logits
-    if kind == "peaked":
-        return logits * 12
-    if kind == "ties":  # few distinct values, as bf16 logits have
-        return (logits * 2).round()
-    if kind == "masked":
-        masked = logits.masked_fill(torch.rand(n, vocab, generator=generator) < 0.7, -math.inf)
-        masked[:, vocab // 2] = 1.0
-        return masked
-    raise ValueError(kind)
-
-
-KINDS = ("flat", "peaked", "ties", "masked")
-TRUNCATIONS = st.fixed_dictionaries(
-    {},
-    optional={
-        "min_p": st.sampled_from([1e-8, 0.01, 0.2, 1.0]),
-        "top_k": st.sampled_from([1, 2, 7, 40, 500]),
-        "top_p": st.sampled_from([1e-6, 0.3, 0.9, 0.999, 1 - 1e-7]),
-    },
+from kernels.sampling.reference import NoiseKey
+from tests.kernels.sampling.cases import (
+    SOME_LIMITS,
+    check_bad_rows,
+    check_batch_independence,
+    check_reference,
+    draws,
+    make_key,
+    make_limits,
 )
+from worker.sampler import Form
+
+FORMS = pytest.mark.parametrize("form", [reference, pruned], ids=["reference", "pruned"])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 2**32),
-    n=st.integers(1, 5),
-    vocab=st.sampled_from(VOCABS),
-    kind=st.sampled_from(KINDS),
-    temperature=st.sampled_from([1e-6, 0.1, 0.7, 1.0, 1.7, 1e6]),
-    limits=st.none() | TRUNCATIONS,
-)
-def test_pruned_draws_what_the_reference_draws(seed, n, vocab, kind, temperature, limits):
-    generator = torch.Generator().manual_seed(seed)
-    logits = make_logits(n, vocab, generator, kind)
-    key = make_key(n, generator)
-    heat = torch.full((n,), temperature)
-    bounds = None if limits is None else make_limits(n, vocab, **limits)
-    expected = reference.draw(logits, heat, key, bounds)
-    assert torch.equal(pruned.draw(logits, heat, key, bounds), expected)
+@given(draws)
+def test_pruned_draws_what_the_reference_draws(draw: dict):
+    check_reference(pruned, **draw)
 
 
-@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}])
-def test_a_row_does_not_depend_on_its_batch(limits: dict):
-    """Bit for bit, with rows of other kinds and limits around it, in any number and order."""
-    generator = torch.Generator().manual_seed(3)
-    n, vocab = 24, 4096
-    logits = torch.cat([make_logits(6, vocab, generator, kind) for kind in KINDS])
-    key, heat = make_key(n, generator), torch.rand(n, generator=generator) + 0.3
-    bounds = make_limits(n, vocab, **limits) if limits else None
-    if bounds is not None:
-        bounds.top_k[::5] = 17
-        bounds.top_p[::7] = 0.5
-    together = pruned.draw(logits, heat, key, bounds)
-    order = torch.randperm(n, generator=generator)
-    for part in (order, order[:5], *(torch.tensor([i]) for i in range(n))):
-        alone = pruned.draw(logits[part], heat[part], key.rows(part), bounds and bounds.rows(part))
-        assert torch.equal(alone, together[part])
+@FORMS
+@pytest.mark.parametrize("limits", SOME_LIMITS)
+def test_a_row_does_not_depend_on_its_batch(form: Form, limits: dict):
+    check_batch_independence(form, limits)
+
+
+@FORMS
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("limits", [None, *SOME_LIMITS])
+def test_bad_rows_harm_nobody(form: Form, bad: float, limits: dict | None):
+    check_bad_rows(form, bad, limits)
 
 
 def test_the_pruning_bound_is_exact():
@@ -120,26 +67,6 @@ def test_argmax_rows(vocab: int):
     generator = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(6, vocab, generator=generator) * 3).round()
     assert torch.equal(pruned.argmax_rows(logits), logits.argmax(-1))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("limits", [None, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}])
-def test_bad_rows_harm_nobody(bad: float, limits: dict | None):
-    generator = torch.Generator().manual_seed(4)
-    logits = torch.randn(4, 200, generator=generator)
-    key, heat = make_key(4, generator), torch.ones(4)
-    bounds = make_limits(4, 200, **limits) if limits else None
-    clean = pruned.draw(logits, heat, key, bounds)
-    logits[1, 50] = bad
-    logits[2] = -math.inf
-    for draw in (pruned.draw, reference.draw):
-        tokens = draw(logits, heat, key, bounds)
-        assert tokens[[0, 3]].tolist() == clean[[0, 3]].tolist()
-        assert ((tokens >= 0) & (tokens < 200)).all()
-    dead = torch.full((2, 64), math.nan)
-    key = make_key(2, generator)
-    dead_bounds = make_limits(2, 64, **limits) if limits else None
-    assert pruned.draw(dead, torch.ones(2), key, dead_bounds).tolist() == [0, 0]
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
