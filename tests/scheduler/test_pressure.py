@@ -1,0 +1,104 @@
+"""When pages run out: who retreats, in which order, and who never does."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.pages import PagePool
+from scheduler.request import FinishReason
+from tests.fakes import Script
+from tests.scheduler.driving import Pair, assert_exact, greedy, pair, request
+
+
+def crowd(count: int, num_pages: int, tokens: int = 24, **config) -> tuple[Pair, list]:
+    """Sequences that all reach their page boundaries in the same steps."""
+    both = pair(num_pages=num_pages, slots=count, room=greedy, **config)
+    items = [request(f"r{i}", [i] * 8, tokens, seed=i, arrival=i) for i in range(count)]
+    both.add(*items)
+    return both, items
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_the_newest_go_and_the_first_never_does(depth: int) -> None:
+    both, items = crowd(6, num_pages=20, depth=depth)
+    answers = both.finish()
+    assert_exact(answers, items, both.worker.script)
+    preemptions = [answers[item.id, 0].finish.preemptions for item in items]
+    assert preemptions[0] == preemptions[1] == 0
+    assert preemptions[-1] > 0
+    assert sum(preemptions) == both.scheduler.load().preemptions
+    ends = [answers[item.id, 0].finish.finished for item in items]
+    assert ends == sorted(ends)
+
+
+def preemptions_with(depth: int) -> int:
+    both, _ = crowd(8, num_pages=30, depth=depth)
+    both.finish()
+    return both.scheduler.load().preemptions
+
+
+def test_a_row_stalls_for_promised_pages_where_preempting_on_would_empty_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both, _ = crowd(8, num_pages=25, depth=1)
+    while not both.scheduler.load().preemptions:
+        both.step()
+    assert both.scheduler.load().preemptions == 2, "two pages each: they feed the other six"
+    assert both.scheduler.load().running == 6
+    with_stall = preemptions_with(depth=2)
+    assert with_stall <= preemptions_with(depth=0) + 2
+    # Negative control: fenced pages that do not count.
+    monkeypatch.setattr(PagePool, "fenced", 0)
+    assert preemptions_with(depth=2) > with_stall + 2
+
+
+def test_nobody_is_admitted_while_somebody_stalls() -> None:
+    both, _ = crowd(8, num_pages=30, depth=1)
+    while not both.scheduler.load().preemptions:
+        both.step()
+    assert both.worker.plans[-1].admits == ()
+
+
+def test_drafts_go_before_sequences() -> None:
+    both, items = crowd(3, num_pages=13, tokens=8, drafts=4, script=Script(acceptance=0.0))
+    answers = both.finish()
+    assert_exact(answers, items, both.worker.script)
+    assert both.scheduler.load().preemptions == 0, "sixteen positions each, and no more"
+    assert any(row.drafts for plan in both.worker.plans for row in plan.rows)
+
+
+def test_resuming_is_mostly_a_prefix_hit() -> None:
+    both = pair(num_pages=38, slots=4, room=greedy, depth=1)
+    lengths = [5, 5, 5, 16]
+    items = [request(f"r{i}", range(i, i + 33), lengths[i], seed=i, arrival=i) for i in range(4)]
+    both.add(*items)
+    answers = both.finish()
+    assert_exact(answers, items, both.worker.script)
+    load = both.scheduler.load()
+    assert load.preemptions == 1
+    assert 0 < load.recomputed_tokens <= 8, "of more than 33"
+
+
+def test_a_preempted_sequence_keeps_its_place_and_its_account() -> None:
+    both, items = crowd(4, num_pages=13, depth=1)
+    late = request("late", [9], 2, seed=99, arrival=50.0)
+    both.add(late)
+    answers = both.finish()
+    assert_exact(answers, [*items, late], both.worker.script)
+    last = answers["r3", 0].finish
+    assert last is not None
+    assert last.reason is FinishReason.LENGTH
+    assert last.preemptions > 0
+    assert last.admitted is not None
+    assert last.admitted <= 2
+
+
+def test_an_urgent_sequence_is_not_the_victim_of_an_ordinary_one() -> None:
+    both, items = crowd(5, num_pages=17, depth=1)
+    urgent = request("urgent", [5] * 8, 24, seed=77, arrival=100.0, priority=-10)
+    both.scheduler.abort("r4", 0.0)
+    both.add(urgent)
+    answers = both.finish()
+    assert answers["urgent", 0].finish.preemptions == 0
+    assert both.scheduler.load().preemptions > 0
+    assert_exact(answers, [*items[:4], urgent], both.worker.script)
