@@ -52,15 +52,19 @@ async def _serve(
         running = asyncio.create_task(run(app, config.server, listener))
         try:
             await _first(client.ready(), running)
-            if not running.done():
-                _announce(app, config, listener, time.monotonic() - started)
-                gc.collect()
-                gc.freeze()  # what lives now lives on: later collections need not look at it
-                await _first(client.gone(), running)
-        finally:
-            if not running.done():  # no engine, no server: end it as an operator would
-                signal.raise_signal(signal.SIGTERM)
-            await running
+        except StartupError:
+            logging.disable()  # the one sentence says it; how the parts end is of no interest
+            running.cancel()
+            await asyncio.wait([running])
+            raise
+        if not running.done():
+            _announce(app, config, listener, time.monotonic() - started)
+            gc.collect()
+            gc.freeze()  # what lives now lives on: later collections need not look at it
+            await _first(client.gone(), running)
+        if not running.done():  # no engine, no server: end it as an operator would
+            signal.raise_signal(signal.SIGTERM)
+        await running
         return 0 if client.failure is None else 1
     except OSError as error:  # the key file, the certificate
         raise CommandError(f"cannot start: {error}.") from error

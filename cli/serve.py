@@ -10,6 +10,7 @@ import errno
 import os
 import resource
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     configure_logging(server.log_level, json_lines)
     listener = listen(server)
+    check_certificate(server)
     allow_many_connections()
 
     def show(phase: Phase) -> None:
@@ -74,6 +76,22 @@ def listen(server: ServerConfig) -> socket.socket:
         reason = error.strerror or str(error)
         raise CommandError(f"cannot listen on {server.host}:{server.port}: {reason}.") from error
     return listener
+
+
+def check_certificate(server: ServerConfig) -> None:
+    """Raises `CommandError` when https is asked for and its files are of no use."""
+    if server.tls_certificate is None:
+        if server.tls_key is not None:
+            raise CommandError("--tls-key needs --tls-certificate.")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            server.tls_certificate, server.tls_key
+        )
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise CommandError(
+            f"the certificate {server.tls_certificate} and its key cannot be used ({error})."
+        ) from error
 
 
 def allow_many_connections() -> None:

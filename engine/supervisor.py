@@ -179,7 +179,7 @@ class Supervisor:
         while True:
             process = self._process
             assert process is not None
-            if process.exited.done():
+            if self._served and process.exited.done():
                 await self._replace(process)
                 continue
             try:

@@ -130,10 +130,17 @@ async def test_gives_up_after_repeated_fast_deaths():
         (model(exit=3), "exit code 3"),
     ],
 )
-async def test_start_that_fails_is_one_sentence_and_not_repeated(name, sentence):
-    client = EngineClient(supervisor(name))
+@pytest.mark.parametrize("ended_before", [False, True])
+async def test_start_that_fails_is_one_sentence_and_not_repeated(name, sentence, ended_before):
+    link = supervisor(name)
+    link.spawn()
+    pid = link.pid
+    while ended_before and alive(pid):  # a quick failure, before anyone looked
+        await asyncio.sleep(0.01)
+    client = EngineClient(link)
     with pytest.raises(StartupError, match=sentence):
         await client.ready()
+    assert link.pid == pid
     await client.close()
 
 

@@ -1,0 +1,187 @@
+"""The command as a user runs it: real processes, real sockets, the scripted worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cli.config import PROJECT
+from tests.engine.workers import model
+
+TOKENIZER = PROJECT / "assets" / "demo" / "target"
+BODY = {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 300, "stream": True}
+
+
+def command(name: str, *flags: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "tests.cli.scripted", "serve", "--model", name),
+        *("--tokenizer", str(TOKENIZER), "--served-model-name", "demo", *flags),
+    ]
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen, base: str) -> None:
+        self.process = process
+        self.base = base
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return int(children.read_text().split()[0])
+
+    def lines(self, body=BODY):
+        with httpx.stream("POST", f"{self.base}/completions", json=body, timeout=30) as answer:
+            yield from (line for line in answer.iter_lines() if line)
+
+    def status(self, path: str) -> int:
+        return httpx.get(f"{self.base.removesuffix('/v1')}{path}").status_code
+
+
+@contextmanager
+def serving(name: str = "scripted", *flags: str):
+    process = subprocess.Popen(
+        command(name, "--port", "0", *flags),
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        for line in process.stdout:
+            if "base_url=" in line:
+                yield Server(process, line.split('"')[1])
+                break
+        else:
+            pytest.fail("the server ended before it was ready")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def failing(*arguments: str, name: str = "scripted") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(name, *arguments), cwd=PROJECT, capture_output=True, text=True, timeout=30
+    )
+
+
+def wait_until(true, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_sigterm_finishes_what_runs_refuses_the_rest_and_exits_0():
+    with serving(model(step_seconds=0.012)) as server:
+        lines = server.lines()
+        next(lines)
+        engine = server.engine_pid()
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: server.status("/ready") == 503)
+        refused = httpx.post(f"{server.base}/completions", json={**BODY, "stream": False})
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+        rest = list(lines)
+        assert rest[-1] == "data: [DONE]"
+        assert server.process.wait(10) == 0
+        assert not Path(f"/proc/{engine}").exists()
+
+
+def test_drain_deadline_ends_a_stream_with_an_error_not_done():
+    with serving(model(step_seconds=0.05), "--drain-seconds", "0.3") as server:
+        lines = server.lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        rest = list(lines)
+        assert server.process.wait(10) == 0
+    assert any('"error"' in line for line in rest)
+    assert "data: [DONE]" not in rest
+
+
+def test_second_signal_does_not_wait():
+    with serving(model(step_seconds=0.05)) as server:
+        lines = server.lines()
+        next(lines)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: server.status("/ready") == 503)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(10)
+        assert time.monotonic() - started < 5
+
+
+def test_killed_engine_ends_streams_with_an_error_and_comes_back():
+    with serving(model(step_seconds=0.005)) as server:
+        lines = server.lines()
+        next(lines)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        rest = list(lines)
+        assert any('"error"' in line for line in rest)
+        assert "data: [DONE]" not in rest
+        wait_until(lambda: server.status("/ready") == 200)
+        assert list(server.lines())[-1] == "data: [DONE]"
+
+
+def test_an_engine_that_keeps_dying_ends_the_server_with_a_failure():
+    with serving(model(kill_at=0)) as server:
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                try:
+                    httpx.post(f"{server.base}/completions", json={**BODY, "stream": False})
+                except httpx.HTTPError:
+                    return
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert server.process.wait(30) == 1
+        finally:
+            stop.set()
+            asking.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "sentence"),
+    [
+        (model(refuse="there is no folder x."), [], "there is no folder x."),
+        (model(exit=3), [], "exit code 3"),
+        ("scripted", ["--tokenizer", "/nowhere"], "/nowhere"),
+        ("scripted", ["--host", "no.such.host.invalid"], "not an address to listen on"),
+        ("scripted", ["--prot", "1"], "did you mean --port?"),
+        ("scripted", ["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
+        (
+            "scripted",
+            ["--tls-certificate", "/nowhere/c.pem", "--tls-key", "/nowhere/k.pem"],
+            "/nowhere/c.pem and its key cannot be used",
+        ),
+    ],
+)
+def test_a_start_that_fails_is_one_sentence(name, flags, sentence):
+    ended = failing("--port", "0", *flags, name=name)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("foresight: ")
+    assert sentence in line
+
+
+def test_port_in_use_is_one_sentence_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = failing("--port", str(port))
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"foresight: port {port} on 127.0.0.1 is in use; choose another with --port.\n"
+    )
+    assert ended.stdout == ""
