@@ -35,7 +35,7 @@ class _Choice:
 
 @dataclass(slots=True)
 class Generation:
-    """Runs a `Job`. Use: `start`, then `pieces` until it returns `[]`; `close` in any case."""
+    """Runs a `Job`. Use: `start`, then `pieces` until it returns None; `close` in any case."""
 
     engine: Engine
     job: Job
@@ -78,15 +78,19 @@ class Generation:
             self.close()
             raise self._as_api_error(error)
 
-    async def pieces(self) -> list[Piece]:
-        """What the next batch of outputs brought, possibly without anything to show; `[]` at the
-        end. Raises `ApiError` when a choice did not end naturally."""
+    async def pieces(self) -> list[Piece] | None:
+        """What the next batch of outputs brought, perhaps nothing to show; None at the end.
+
+        Raises `ApiError` when a choice did not end naturally.
+        """
         try:
             outputs = await self._next_batch()
         except (RejectedError, EngineDeadError) as error:
             if self._all_shown():
-                return []
+                return None
             raise self._as_api_error(error) from None
+        if not outputs:
+            return None
         now = self.clock()
         return [piece for output in outputs for piece in self._take(output, now)]
 
@@ -151,14 +155,14 @@ class Generation:
         if output.finish is not None:
             choice.finish = output.finish
             self.observer.finished(choice.request, choice.number, output.finish)
+            self._observe_longest(choice.request)
             if not choice.text.ended:
                 self._check_natural(output.finish, choice.request)
-                pieces.append(choice.text.end(output.finish))
+                pieces.append(self._end(choice, output.finish))
         for piece in pieces:
             if piece.finish is not None:
                 self.finish_reasons[piece.index] = piece.finish
-        # The batch's source is asked again even when nothing can be shown.
-        return pieces or [Piece(choice.text.index)]
+        return pieces
 
     def _push(self, choice: _Choice, output: Output) -> Piece:
         piece = choice.text.push(output.tokens, output.logprobs)
@@ -166,6 +170,12 @@ class Generation:
             self.engine.abort(
                 output.request_id, output.choice, FinishReason.STOP, choice.text.count
             )
+        return piece
+
+    def _end(self, choice: _Choice, finish: Finish) -> Piece:
+        piece = choice.text.end(finish)
+        if self.job.view.scoring:  # the one token, even an end token, is not part of the answer
+            piece.finish, piece.stop_reason, piece.tokens = "length", None, []
         return piece
 
     def _observe(self, choice: _Choice, tokens: int, now: float) -> None:
@@ -176,6 +186,12 @@ class Generation:
         else:
             self.observer.more_tokens(now - choice.last_output, tokens)
         choice.last_output = now
+
+    def _observe_longest(self, request: Request) -> None:
+        """Once every choice of a prompt has ended."""
+        finishes = [self._choices[request.id, c].finish for c in range(request.n)]
+        if all(finishes):
+            self.observer.longest(max(f.completion_tokens for f in finishes if f is not None))
 
     def _check_natural(self, finish: Finish, request: Request) -> None:
         if finish.reason is FinishReason.ERROR:

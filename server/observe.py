@@ -63,6 +63,10 @@ class Observer:
             mean = (finish.finished - finish.first_token) / (finish.completion_tokens - 1)
             m.per_output_token.add(mean)
 
+    def longest(self, tokens: int) -> None:
+        """Of one prompt's choices, when the last has ended."""
+        self.metrics.max_generation_tokens.add(tokens)
+
 
 def timings(
     finishes: Sequence[Finish], arrival: float, first_output: float | None, now: float

@@ -102,7 +102,7 @@ class _Answer:
     async def _collect(self) -> list[list[Piece]]:
         """Every choice's pieces."""
         collected: list[list[Piece]] = [[] for _ in range(self._job.choices)]
-        while pieces := await self._generation.pieces():
+        while (pieces := await self._generation.pieces()) is not None:
             for piece in pieces:
                 collected[piece.index].append(piece)
         return collected

@@ -96,7 +96,7 @@ class EventStream(Response):
             body = chunks.opening(generation)
             if body:
                 await self._send(send, body)
-            while pieces := await generation.pieces():
+            while (pieces := await generation.pieces()) is not None:
                 if len(pieces) == 1:
                     body = chunks.piece(pieces[0], generation)
                 else:
