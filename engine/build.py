@@ -14,7 +14,7 @@ from engine.config import DeviceConfig, EngineConfig
 from engine.errors import StartupError
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
-from kernels.linear.prepare import prepare_linears
+from kernels.linear.prepare import LinearMode, prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.errors import CheckpointError
@@ -35,6 +35,9 @@ from worker.slots import SlotTable
 from worker.worker import Worker, WorkerFacts
 
 log = logging.getLogger(__name__)
+
+# Kernels compiled by an earlier start are found in less; compiling them takes several seconds.
+LOOKUP_SECONDS = 1.0
 
 
 def build_worker(
@@ -80,7 +83,8 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
     # ended; where there is no room for both, and where text must not depend on when a build was
     # done, the build is waited for.
     wait = config.device.deterministic or 2 * weights > device.available_memory()
-    runner = _first_runner(decoder, native, config.device, device, wait)
+    patience = None if wait else LOOKUP_SECONDS
+    runner = _native_runner(decoder, native, patience) or _torch_runner(decoder, config, device)
     progress(f"weights, {runner.name} arithmetic")
 
     budget = _budget(config, device, spec, dtype, max_model_len, before)
@@ -104,10 +108,10 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
         ),
     )
     if native is not None:
+        if runner.name != NativeOps.name:
+            _swap_when_built(native, worker, load)
         # Every form of the draw gives the same tokens, so this one needs no care about streams.
         native.add_done_callback(lambda built: _use_native_draw(worker, built))
-        if not wait and runner.name != NativeOps.name:
-            _swap_when_built(native, worker, load)
     progress("KV pool")
     return worker, SchedulerConfig(
         num_pages=budget.num_pages,
@@ -174,23 +178,24 @@ def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOp
     return start_build(Path(config.cache_dir) if config.cache_dir else None)
 
 
-def _first_runner(
-    decoder: Decoder,
-    native: Future[NativeOps] | None,
-    config: DeviceConfig,
-    device: Device,
-    wait: bool,
-) -> Runner:
-    """What the server starts with: native kernels if they are there, else plain torch."""
-    if native is not None and (wait or native.done()):
-        try:
-            return native_runner(decoder, native.result())
-        except (BuildError, ValueError) as error:
-            log.warning("serving with plain torch operations, which are slower: %s", error)
+def _native_runner(
+    decoder: Decoder, native: Future[NativeOps] | None, patience: float | None
+) -> Runner | None:
+    """The runner on native kernels, if they are there in time and fit the model."""
+    if native is None:
+        return None
+    try:
+        return native_runner(decoder, native.result(patience))
+    except (TimeoutError, BuildError, ValueError):
+        return None  # `_swap_when_built` tries again and says what is wrong
+
+
+def _torch_runner(decoder: Decoder, config: EngineConfig, device: Device) -> Runner:
     on_cpu = device.torch_device.type == "cpu"
-    prepare_linears(
-        decoder, "invariant" if config.deterministic else "packed" if on_cpu else "dense"
+    mode: LinearMode = (
+        "invariant" if config.device.deterministic else "packed" if on_cpu else "dense"
     )
+    prepare_linears(decoder, mode)
     return EagerRunner(decoder, TorchOps())
 
 

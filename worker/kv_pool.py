@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,15 @@ def allocate_pool(
 ) -> list[Tensor]:
     """Per layer [num_pages, 2, kv_heads, page_size, head_dim], see `kernels.ops.Ops.attend`.
 
-    Zeroed, so that a padded read of a page never written is finite; on a CPU the zeros cost
-    nothing until a page is touched.
+    Zero, so that a padded read of a page never written is finite.
     """
     shape = (num_pages, 2, spec.num_kv_heads, page_size, spec.head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+    if device.type != "cpu":
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+    return [_mapped_zeros(shape, dtype) for _ in range(spec.num_layers)]
+
+
+def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that cost nothing until a page is touched, where `torch.zeros` writes them all."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
