@@ -62,9 +62,11 @@ class Replay:
             (tools / name).write_text(f"#!/bin/sh\n{script}\n")
             (tools / name).chmod(0o755)
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-        keep = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "LANG", "SSL_"))}
+        # HOME stays: a machine's own package index is configured there.
+        names = ("HOME", "PIP_", "LANG", "SSL_")
+        keep = {name: value for name, value in os.environ.items() if name.startswith(names)}
         self.environment = keep | {
-            "HOME": str(folder),
+            "XDG_CACHE_HOME": str(folder / "cache"),
             "PATH": f"{tools}:{folder / 'venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin",
             "PIP_RETRIES": "0",  # an index out of reach is skipped at once, not five times
         }

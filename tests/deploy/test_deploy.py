@@ -69,6 +69,26 @@ def test_the_context_is_the_program_and_nothing_else() -> None:
     assert not {"tests", ".git", "benchmarks", "loadtest", "docs", ".venv"} & sent
 
 
+def test_an_installed_copy_has_every_file_of_its_packages() -> None:
+    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = set(setup["packages"])
+    top = {name for name in packages if "." not in name}
+    installed = {
+        path
+        for name, patterns in setup["package-data"].items()
+        for pattern in patterns
+        for path in (root / name.replace(".", "/")).glob(pattern)
+    }
+    for path in project_files():
+        file = root / path
+        if path.split("/")[0] not in top:
+            continue
+        if file.suffix == ".py":
+            assert ".".join(Path(path).parent.parts) in packages, f"{path}: not in packages"
+        else:
+            assert file in installed, f"{path}: not in package-data"
+
+
 @pytest.mark.parametrize(
     ("path", "sent"),
     [
