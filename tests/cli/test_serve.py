@@ -19,7 +19,14 @@ from cli.config import PROJECT
 from tests.engine.workers import model
 
 TOKENIZER = PROJECT / "assets" / "demo" / "target"
-BODY = {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 300, "stream": True}
+# The scripted tokens are random: without ignore_eos one might end the text.
+BODY = {
+    "model": "demo",
+    "prompt": [1, 2, 3],
+    "max_tokens": 300,
+    "ignore_eos": True,
+    "stream": True,
+}
 
 
 def command(name: str, *flags: str) -> list[str]:
