@@ -3,4 +3,11 @@
 Data in: `Request`s, aborts and `StepResult`s. Data out: `StepPlan`s and `Output`s.
 Imports the standard library and numpy only: no torch, no asyncio, no clock, no I/O; time and
 randomness are arguments. The same code serves the engine, the simulator and the planner.
+
+    request, plan    what crosses to the server and to the worker
+    scheduler        the story: add, abort, plan, settle
+    decide, policy   what the next step should be, without changing anything
+    sequence         one number line per choice; choices makes them, waiting queues them
+    memory           slots and pages: pages counts references, prefix names contents
+    counts           counters since start
 """

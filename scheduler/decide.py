@@ -77,7 +77,7 @@ class Decider:
         if others:
             self._continue_prompts(d, running)
         if self._memory.free_slots and not d.blocked and not d.pressure:
-            self._admit(d, waiting)
+            self._admit(d, running[: d.keep], waiting)
         if d.long:
             self._widen(d)
         return d
@@ -168,7 +168,7 @@ class Decider:
             d.budget = budget - use
             work.tokens = use
 
-    def _admit(self, d: Decision, waiting: WaitingQueue) -> None:
+    def _admit(self, d: Decision, running: list[Sequence], waiting: WaitingQueue) -> None:
         """Waiting sequences, in order, while slots, pages and budget last.
 
         A sequence gets the pages of all its known tokens at once, so a prompt that was begun is
@@ -191,7 +191,7 @@ class Decider:
             hits = self._memory.hits(sequence)
             need = -(-len(sequence.tokens) // config.page_size) - len(hits)
             cost = need + pool.cost_of_pinning(hits, pinned)
-            if not self._room(cost, d.free, d.keep + len(d.admits)):
+            if not self._room(sequence, cost, d.free, running):
                 d.head = d.head or sequence
                 passed = True
                 continue
@@ -202,4 +202,5 @@ class Decider:
             d.free -= cost
             pinned.update(hits)
             d.admits.append((sequence, hits))
+            running.append(sequence)
         d.blocked = d.head is not None and not d.long

@@ -124,6 +124,6 @@ class PagePool:
         """
         places = [*self._blank, *self._cached, *self._fence_of, *held]
         assert sorted(places) == list(range(1, len(self._refs))), "a page is lost or in two places"
-        assert all(self._refs[page] == held[page] for page in range(len(self._refs))), "references"
+        assert self._refs == [held[page] for page in range(len(self._refs))], "references"
         assert all(page in self._index for page in self._cached), "a cached page without a name"
         assert not any(page in self._index for page in self._blank), "a blank page with a name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from scheduler.request import Request
 from scheduler.sequence import Sequence
@@ -10,8 +11,20 @@ from scheduler.sequence import Sequence
 # Draft slots a live sequence may use in its next step. `k = 0` takes the same path as any other k.
 DraftCap = Callable[[Sequence], int]
 
-# (pages the candidate needs beyond its prefix hits, pages available, running sequences) -> admit?
-Room = Callable[[int, int, int], bool]
+
+class Room(Protocol):
+    """The admission test; replace it to admit by another rule."""
+
+    def __call__(
+        self, candidate: Sequence, need: int, available: int, running: list[Sequence]
+    ) -> bool:
+        """May the candidate run now?
+
+        `need` of the `available` pages would be its own: its known tokens' pages beyond prefix
+        hits, and the hits nobody holds yet. `running` includes whoever was let in just before it.
+        Must be true for whoever is alone and fits.
+        """
+        ...
 
 
 def no_drafts(sequence: Sequence) -> int:
@@ -19,12 +32,9 @@ def no_drafts(sequence: Sequence) -> int:
     return 0
 
 
-def current_room(need: int, available: int, running: int) -> bool:
-    """Admits what fits now and leaves each running sequence a page to grow into.
-
-    Whoever is alone is always let in: `Scheduler.add` refuses what can't fit an empty pool.
-    """
-    return need <= available - running
+def current_room(candidate: Sequence, need: int, available: int, running: list[Sequence]) -> bool:
+    """Admits what fits now and leaves each running sequence a page to grow into."""
+    return need <= available - len(running)
 
 
 def order_of(request: Request, serial: int, ageing: float) -> tuple[float, int]:

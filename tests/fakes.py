@@ -97,7 +97,8 @@ class ScriptedStep:
         if self.hang is not None:
             self.hang.wait()
             raise RuntimeError("the worker was closed while a step hung")
-        time.sleep(max(0.0, self.ready_at - time.monotonic()))
+        if not self.done():
+            time.sleep(max(0.0, self.ready_at - time.monotonic()))
         if self.error is not None:
             raise self.error
         return self.result

@@ -18,6 +18,7 @@ from scheduler.request import (
     TokenLogprob,
 )
 from scheduler.scheduler import Scheduler
+from scheduler.sequence import Sequence
 from tests.fakes import Script, ScriptedStep, ScriptedWorker, extend, history_of
 
 EOS = 7
@@ -48,7 +49,7 @@ def request(
     return Request(name, tuple(prompt), params, arrival, **fields)
 
 
-def greedy(need: int, available: int, running: int) -> bool:
+def greedy(candidate: Sequence, need: int, available: int, running: list[Sequence]) -> bool:
     """Admission that leaves no page to grow into: preemption all the time."""
     return need <= available
 

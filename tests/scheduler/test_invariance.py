@@ -50,7 +50,7 @@ def run(pair: Pair, requests: list[Request], per_step: int = 3) -> None:
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_output_is_that_of_plain_decoding(page_size: int, depth: int) -> None:
-    requests = workload(30, seed=page_size)
+    requests = workload(24, seed=page_size)
     preemptions = hits = 0
     for budget, drafts, ample, acceptance in itertools.product(
         (16, 64), (0, 1, 4), (0, 1), (0.3, 0.9)
@@ -203,6 +203,27 @@ def test_what_was_produced_before_a_restart_is_continued_exactly(case) -> None:
             if answer is not None and answer.finish is not None:
                 after.abort(item.id, choice=choice)  # it ended before and is not to go on
     assert_exact(after.finish(), resumed, after.worker.script)
+
+
+def test_deciding_changes_nothing() -> None:
+    """What is decided twice is decided alike, and nothing is written before the commit."""
+    both = pair(num_pages=46, room=greedy, drafts=2)
+    scheduler = both.scheduler
+    decide, compared = scheduler._decider.decide, 0
+
+    def twice(*args):
+        nonlocal compared
+        compared += 1
+        before = repr((scheduler._running, list(scheduler._waiting), scheduler.load()))
+        first, second = decide(*args), decide(*args)
+        assert repr(first) == repr(second)
+        assert repr((scheduler._running, list(scheduler._waiting), scheduler.load())) == before
+        return second
+
+    scheduler._decider.decide = twice
+    run(both, workload(20, seed=2))
+    assert compared > 50
+    assert scheduler.load().preemptions > 0
 
 
 def test_the_worker_notices_a_page_with_two_owners(monkeypatch: pytest.MonkeyPatch) -> None:
