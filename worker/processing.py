@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.sampling import processors
-from kernels.sampling.processors import History
+from kernels.sampling.processors import History, Penalties
 from kernels.sampling.upload import upload
 from worker.sampling_state import Need, Rules, SlotSampling
 
@@ -46,8 +46,7 @@ def process(z: Tensor, rows: SampleRows, slots: SlotSampling, table: Tensor) -> 
     """
     device = z.device
 
-    def history(at: Tensor) -> History:
-        slot, position = rows.slot[at], rows.position[at]
+    def history(slot: Tensor, position: Tensor) -> History:
         width = table.shape[1]
         if device.type == "cpu":  # reading a length back is free here
             width = int(position.max())
@@ -63,15 +62,15 @@ def process(z: Tensor, rows: SampleRows, slots: SlotSampling, table: Tensor) -> 
         row_of_id = [row for row, ids in zip(members, parts, strict=True) for _ in range(len(ids))]
         return members, rules, upload(row_of_id, device), torch.cat(parts)
 
-    if rows.union & Need.REPETITION:
-        at = upload(rows.needing(Need.REPETITION), device)
-        z[at] = processors.repetition_penalty(z[at], history(at), slots.repetition[rows.slot[at]])
-    if rows.union & Need.COUNTS:
-        at = upload(rows.needing(Need.COUNTS), device)
-        slot = rows.slot[at]
-        z[at] = processors.count_penalties(
-            z[at], history(at), slots.frequency[slot], slots.presence[slot]
-        )
+    if rows.union & Need.PENALTIES:
+        members = rows.needing(Need.PENALTIES)
+        every = len(members) == len(z)
+        at = slice(None) if every else upload(members, device)
+        slot, part = rows.slot[at], z[at]  # a view of all rows, or a copy of some
+        by = Penalties(slots.repetition[slot], slots.frequency[slot], slots.presence[slot])
+        processors.penalize(part, history(slot, rows.position[at]), by)
+        if not every:
+            z[at] = part
     if rows.union & Need.BIAS:
         _, rules, row_of_id, ids = ruled(Need.BIAS, lambda rule: rule.bias_ids)
         processors.add_bias(z, row_of_id, ids, torch.cat([rule.bias for rule in rules]))
@@ -87,8 +86,8 @@ def process(z: Tensor, rows: SampleRows, slots: SlotSampling, table: Tensor) -> 
                 for rule in rules
             ]
         )
-        every = torch.arange(len(z), device=device)
-        complete = processors.ends_with(history(every), row_of_id, prefixes)
+        before = history(rows.slot, rows.position)
+        complete = processors.ends_with(before, row_of_id, prefixes)
         processors.ban(z, row_of_id, ids, complete)
     if rows.union & Need.MIN_TOKENS:
         _, _, row_of_id, ids = ruled(Need.MIN_TOKENS, lambda rule: rule.stop_ids)

@@ -19,15 +19,14 @@ class Need(IntFlag):
 
     NOISE = 1
     TRUNCATION = 2
-    REPETITION = 4
-    COUNTS = 8
-    BIAS = 16
-    ALLOWED = 32
-    BAD_WORDS = 64
-    MIN_TOKENS = 128
-    LOGPROBS = 256
+    PENALTIES = 4
+    BIAS = 8
+    ALLOWED = 16
+    BAD_WORDS = 32
+    MIN_TOKENS = 64
+    LOGPROBS = 128
 
-    PROCESSING = REPETITION | COUNTS | BIAS | ALLOWED | BAD_WORDS | MIN_TOKENS
+    PROCESSING = PENALTIES | BIAS | ALLOWED | BAD_WORDS | MIN_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +96,12 @@ class SlotSampling:
             needs |= Need.NOISE
             if params.min_p > 0 or top_k < vocab or params.top_p < 1:
                 needs |= Need.TRUNCATION
-        if params.repetition_penalty != 1:
-            needs |= Need.REPETITION
-        if params.presence_penalty != 0 or params.frequency_penalty != 0:
-            needs |= Need.COUNTS
+        if (
+            params.repetition_penalty != 1
+            or params.frequency_penalty != 0
+            or params.presence_penalty != 0
+        ):
+            needs |= Need.PENALTIES
         if params.logprobs is not None:
             needs |= Need.LOGPROBS
         self.logprobs[slot] = params.logprobs or 0

@@ -1,9 +1,8 @@
 """Logits processors: functions of a logits row, its parameters and its history, nothing else.
 
 A row's history is `tokens[slot, :position]` of the token table; drafts before the row stand in it,
-so a verified row sees exactly what a plain decode step would. `z` is float32 [rows, vocab], and
-rows everywhere are its rows. The penalties return a new tensor; the others, which touch few
-tokens, work in place. Nothing here synchronises with the host.
+so a verified row sees exactly what a plain decode step would. `z` is float32 [rows, vocab] and
+changed in place; rows everywhere are its rows. Nothing here synchronises with the host.
 """
 
 from __future__ import annotations
@@ -16,38 +15,44 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Tokens before each row. `tokens[:, position:]` is whatever stands there, and ignored."""
+    """Tokens before each row. What stands in `tokens` from `position` on is ignored."""
 
     tokens: Tensor  # [rows, width] int64; width >= every position
-    position: Tensor  # [rows] int64
+    position: Tensor  # [rows] int64, at least 1
     prompt_len: Tensor  # [rows] int64; from here on, tokens are output
 
-    def occurrences(self, vocab: int, *, output_only: bool) -> Tensor:
-        """How often each token stands in the history: [rows, vocab] float32."""
-        at = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        counted = at < self.position[:, None]
-        if output_only:
-            counted &= at >= self.prompt_len[:, None]
-        counts = torch.zeros(len(self.tokens), vocab, device=self.tokens.device)
-        # Sums of ones are exact in float32, so the order of the additions does not matter.
-        return counts.scatter_add_(1, self.tokens, counted.to(torch.float32))
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """One entry a row; the neutral values are 1, 0 and 0."""
+
+    repetition: Tensor  # [rows] float32 > 0
+    frequency: Tensor  # [rows] float32
+    presence: Tensor  # [rows] float32
 
 
-def repetition_penalty(z: Tensor, history: History, penalty: Tensor) -> Tensor:
-    """Keskar et al. 2019: seen tokens, prompt included, have their logit divided by `penalty` when
-    positive and multiplied when not. penalty: [rows] float32."""
-    seen = history.occurrences(z.shape[1], output_only=False) > 0
-    by = penalty[:, None]
-    return torch.where(seen, torch.where(z > 0, z / by, z * by), z)
+def penalize(z: Tensor, history: History, by: Penalties) -> None:
+    """The three penalties, in this order.
 
-
-def count_penalties(z: Tensor, history: History, frequency: Tensor, presence: Tensor) -> Tensor:
-    """OpenAI's penalties over the output: `frequency` for each occurrence, `presence` once.
-
-    frequency, presence: [rows] float32.
+    - repetition (Keskar et al. 2019): tokens of the prompt and the output have their logit divided
+      by it when positive and multiplied when not;
+    - frequency (OpenAI): subtracted for each occurrence in the output;
+    - presence (OpenAI): subtracted once from tokens of the output.
     """
-    counts = history.occurrences(z.shape[1], output_only=True)
-    return z - frequency[:, None] * counts - presence[:, None] * (counts > 0)
+    at = torch.arange(history.tokens.shape[1], device=z.device)
+    known = at < history.position[:, None]
+    # Only tokens of the history change, so only they are read and written. Places past its end
+    # repeat its first token: every writer of a token then writes the same value.
+    ids = torch.where(known, history.tokens, history.tokens[:, :1])
+    output = known & (at >= history.prompt_len[:, None])
+    # Sums of ones are exact in float32, so the order of the additions does not matter.
+    counts = torch.zeros_like(z).scatter_add_(1, ids, output.to(z.dtype)).gather(1, ids)
+    seen = z.gather(1, ids)
+    repetition = by.repetition[:, None]
+    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    seen -= by.frequency[:, None] * counts
+    seen -= by.presence[:, None] * (counts > 0)
+    z.scatter_(1, ids, seen)
 
 
 def add_bias(z: Tensor, rows: Tensor, ids: Tensor, bias: Tensor) -> None:
