@@ -203,11 +203,54 @@ INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lane
         std::memcpy(padded[1], second, count * sizeof(bf16));
         first = padded[0], second = padded[1];
     }
+#if NATIVE_AVX512
+    const auto pairs = [](int from) {  // words from, 32 + from, from + 1, ...
+        Words order{};
+        for (int i = 0; i < 32; i++) order[i] = uint16_t(from + i / 2 + i % 2 * 32);
+        return (__m512i)order;
+    };
+    const __m512i one = _mm512_loadu_si512(first), two = _mm512_loadu_si512(second);
+    b[0] = (Lanes)_mm512_permutex2var_epi16(one, pairs(0), two);
+    b[1] = (Lanes)_mm512_permutex2var_epi16(one, pairs(16), two);
+#else
     for (int h = 0; h < 2; h++) {
         const Halves low = load_as<Halves>(first + h * kLanes);
         const Halves high = load_as<Halves>(second + h * kLanes);
         b[h] = __builtin_convertvector(low, Lanes) | (__builtin_convertvector(high, Lanes) << 16);
     }
+#endif
+}
+
+// Where the keys and values of one tile lie: kTile vectors each, scattered over pages.
+template <class T>
+struct Tile {
+    const T* keys[kTile];
+    const T* values[kTile];
+    int count = 0;  // of visible positions; what is past them repeats the last
+
+    Tile(const Pool& pool, int64_t head, const int32_t* pages, int64_t start, int64_t last) {
+        count = int(last + 1 - start < kTile ? last + 1 - start : kTile);
+        int64_t page = start / pool.page_size, offset = start % pool.page_size;
+        for (int i = 0; i < count; i++) {
+            keys[i] = pool.at<T>(pages[page], 0, head, offset);
+            values[i] = pool.at<T>(pages[page], 1, head, offset);
+            if (++offset == pool.page_size) offset = 0, page++;
+        }
+        for (int i = count; i < kTile; i++) {
+            keys[i] = keys[count - 1];
+            values[i] = values[count - 1];
+        }
+    }
+};
+
+// Asks for the i-th pair of cache lines of a tile: first those at the start of every vector, then the
+// next ones. The products of one tile count i up to just the number of pairs in a tile, so that the
+// next one arrives evenly while this one is computed.
+template <class T>
+INLINE void prefetch(const T* const* vectors, int i) {
+    const char* pair = reinterpret_cast<const char*>(vectors[i % kTile]) + i / kTile * 128;
+    __builtin_prefetch(pair, 0, 2);
+    __builtin_prefetch(pair + 64, 0, 2);
 }
 
 // One thread's workspace for a block of query rows.
@@ -241,34 +284,27 @@ struct Workspace {
     }
 };
 
-// Adds the keys [start, start + kTile) to the split. positions: of each query row.
+// Adds the keys of the tile at `start` to the split. positions: of each query row.
 template <class T>
-void attend_tile(const Workspace<T>& work, const Pool& pool, int64_t head, const int32_t* pages,
-                 int64_t start, const int64_t* positions, int64_t rows, int64_t last,
-                 const AttentionShape& shape, int64_t width) {
-    const int units = int(pool.head_dim / kPack<T>);
-    const int count = int(last + 1 - start < kTile ? last + 1 - start : kTile);
-    const int panels = (count + kPanel - 1) / kPanel;
-    const uint32_t* keys[kTile];
-    const T* values[kTile];
-    for (int i = 0; i < panels * kPanel; i++) {  // past the end: the last key again, masked below
-        const int64_t position = start + (i < count ? i : count - 1);
-        const int64_t page = pages[position / pool.page_size], offset = position % pool.page_size;
-        keys[i] = reinterpret_cast<const uint32_t*>(pool.at<T>(page, 0, head, offset));
-        values[i] = pool.at<T>(page, 1, head, offset);
-    }
+void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& next, int64_t dim,
+                 int64_t start, const int64_t* positions, int64_t rows, const AttentionShape& shape,
+                 int64_t width) {
+    const int units = int(dim / kPack<T>);
+    const int panels = (tile.count + kPanel - 1) / kPanel;
     for (int i = 0; i < panels * kPanel; i += kLanes)
-        transpose_keys(keys + i, units, work.keys + i / kPanel * units * kPanel + i % kPanel, kPanel);
+        transpose_keys(reinterpret_cast<const uint32_t* const*>(tile.keys + i), units,
+                       work.keys + i / kPanel * units * kPanel + i % kPanel, kPanel);
 
     for (int p = 0; p < panels; p++) {
         const uint32_t* panel = work.keys + p * units * kPanel;
         const auto columns = [&](int u, Lanes(&b)[2]) {
+            prefetch(next.keys, p * units + u);
             b[0] = load_as<Lanes>(panel + u * kPanel);
             b[1] = load_as<Lanes>(panel + u * kPanel + kLanes);
         };
         const auto zero = [](int64_t, Floats(&acc)[2]) { acc[0] = acc[1] = Floats{}; };
         const auto finish = [&](int64_t row, Floats(&acc)[2]) {
-            for (int h = 0; h < 2; h++)
+            UNROLL for (int h = 0; h < 2; h++)
                 store(work.scores + row * kTile + p * kPanel + h * kLanes, acc[h] * shape.scale);
         };
         multiply_all<T, 2>(rows, work.q, units, units, columns, zero, finish);
@@ -306,20 +342,21 @@ void attend_tile(const Workspace<T>& work, const Pool& pool, int64_t head, const
         work.split.total[row] += sum(total);
     }
 
-    for (int64_t column = 0; column < pool.head_dim; column += kPanel) {
+    const int pairs = (tile.count + kPack<T> - 1) / kPack<T>;
+    for (int64_t column = 0; column < dim; column += kPanel) {
         const auto columns = [&](int u, Lanes(&b)[2]) {
-            value_lanes(values + u * kPack<T>, column, int(pool.head_dim - column), b);
+            prefetch(next.values, int(column / kPanel) * pairs + u);
+            value_lanes(tile.values + u * kPack<T>, column, int(dim - column), b);
         };
         const auto start_row = [&](int64_t row, Floats(&acc)[2]) {
-            for (int h = 0; h < 2; h++)
+            UNROLL for (int h = 0; h < 2; h++)
                 acc[h] = load(work.split.values + row * width + column + h * kLanes);
         };
         const auto finish = [&](int64_t row, Floats(&acc)[2]) {
-            for (int h = 0; h < 2; h++)
+            UNROLL for (int h = 0; h < 2; h++)
                 store(work.split.values + row * width + column + h * kLanes, acc[h]);
         };
-        multiply_all<T, 2>(rows, work.weights, kTile / kPack<T>,
-                           (count + kPack<T> - 1) / kPack<T>, columns, start_row, finish);
+        multiply_all<T, 2>(rows, work.weights, kTile / kPack<T>, pairs, columns, start_row, finish);
     }
 }
 
@@ -353,13 +390,19 @@ void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, Atten
     const int64_t last = positions[rows - 1];
     const int64_t oldest = shape.window ? positions[0] - shape.window + 1 : 0;
     const int32_t* pages = batch.page_table + unit.row * batch.table_stride;
+    const int64_t first = unit.first_split * kSplit;
+    Tile<T> tile(pool, head, pages, first > oldest ? first : oldest / kTile * kTile, last);
     for (int64_t s = unit.first_split; s <= unit.last_split; s++) {
         const Partial& split = work.split;
         split.clear(rows, plan.width);
-        for (int64_t start = s * kSplit; start < (s + 1) * kSplit && start <= last; start += kTile)
-            if (start + kTile > oldest)
-                attend_tile(work, pool, head, pages, start, positions.data(), rows, last, shape,
-                            plan.width);
+        const int64_t begin = s * kSplit > oldest ? s * kSplit : oldest / kTile * kTile;
+        const int64_t end = (s + 1) * kSplit < last + 1 ? (s + 1) * kSplit : last + 1;
+        for (int64_t start = begin; start < end; start += kTile) {
+            const int64_t after = start + kTile <= last ? start + kTile : start;
+            const Tile<T> next(pool, head, pages, after, last);
+            attend_tile(work, tile, next, dim, start, positions.data(), rows, shape, plan.width);
+            tile = next;
+        }
         if (unit.partial >= 0) {
             const Partial to = plan.partial(unit.partial, pool.kv_heads, head);
             to.clear(rows, plan.width);

@@ -39,15 +39,15 @@ INLINE void linear_block(const Linear& w, const T* x, Out* out, Range rows, int6
     const uint32_t* weights = w.packed + panel * w.units * kPanel;
     const auto columns = [&](int u, Lanes(&b)[V]) {
         for (int p = 0; p < Panels; p++)
-            for (int h = 0; h < 2; h++)
+            UNROLL for (int h = 0; h < 2; h++)
                 b[2 * p + h] = load_as<Lanes>(weights + (p * w.units + u) * kPanel + h * kLanes);
     };
     const auto zero = [](int64_t, Floats(&acc)[V]) {
-        for (int v = 0; v < V; v++) acc[v] = Floats{};
+        UNROLL for (int v = 0; v < V; v++) acc[v] = Floats{};
     };
     const auto finish = [&](int64_t row, Floats(&acc)[V]) {
         Out* to = out + (rows.begin + row) * w.columns + column;
-        for (int v = 0; v < V; v++) {
+        UNROLL for (int v = 0; v < V; v++) {
             const int count = int(w.columns - column) - v * kLanes;
             if (count <= 0) break;
             if (w.bias)

@@ -19,41 +19,46 @@ constexpr int kPanel = 2 * kLanes;  // columns multiplied at once
 // a: rows of `units` lanes, `stride` lanes apart; load(u, b): fills V vectors of columns.
 template <class T, int R, int V, class Load>
 INLINE void multiply(const uint32_t* a, int64_t stride, int units, Load load, Floats (&acc)[R][V]) {
+    Floats sums[R][V];  // in registers; what is passed on by reference lies in memory
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) sums[r][v] = acc[r][v];
     for (int u = 0; u < units; u++) {
         Lanes b[V];
         load(u, b);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             const uint32_t x = a[r * stride + u];
-            for (int v = 0; v < V; v++) acc[r][v] = dot<T>(acc[r][v], x, b[v]);
+            UNROLL for (int v = 0; v < V; v++) sums[r][v] = dot<T>(sums[r][v], x, b[v]);
         }
     }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) acc[r][v] = sums[r][v];
 }
 
-// One block of exactly R <= kRows rows, found by recursion. `start(row, acc)` gives the initial
-// values of a row, `finish(row, acc)` takes its sums.
+// Sizes of row blocks that exist, so that the code stays small: 12, 8, 6, 4, 3, 2, 1.
+constexpr int smaller(int rows) { return rows > 8 ? 8 : rows > 4 ? rows - 2 : rows - 1; }
+
+// Rows [row, row + rows) in blocks of R while there are as many, then of smaller sizes.
+// `start(row, acc)` gives the initial values of a row, `finish(row, acc)` takes its sums.
 template <class T, int V, int R, class Load, class Start, class Finish>
-void multiply_rows(int rows, int64_t row, const uint32_t* a, int64_t stride, int units,
-                   const Load& load, const Start& start, const Finish& finish) {
-    if constexpr (R > 1) {
-        if (rows < R)
-            return multiply_rows<T, V, R - 1>(rows, row, a, stride, units, load, start, finish);
+INLINE void multiply_rows(int64_t row, int64_t rows, const uint32_t* a, int64_t stride, int units,
+                          const Load& load, const Start& start, const Finish& finish) {
+    for (; rows >= R; row += R, rows -= R) {
+        Floats acc[R][V];
+        UNROLL for (int r = 0; r < R; r++) start(row + r, acc[r]);
+        multiply<T, R, V>(a + row * stride, stride, units, load, acc);
+        UNROLL for (int r = 0; r < R; r++) finish(row + r, acc[r]);
     }
-    Floats acc[R][V];
-    for (int r = 0; r < R; r++) start(row + r, acc[r]);
-    multiply<T, R, V>(a + row * stride, stride, units, load, acc);
-    for (int r = 0; r < R; r++) finish(row + r, acc[r]);
+    if constexpr (R > 1)
+        if (rows)
+            multiply_rows<T, V, smaller(R)>(row, rows, a, stride, units, load, start, finish);
 }
 
-// Any number of rows, in blocks of nearly equal size.
+// a: `rows` rows of lanes, `stride` lanes apart.
 template <class T, int V, int MaxRows = kRows, class Load, class Start, class Finish>
-void multiply_all(int64_t rows, const void* a, int64_t stride, int units, const Load& load,
-                  const Start& start, const Finish& finish) {
-    const int64_t blocks = (rows + MaxRows - 1) / MaxRows;
-    for (int64_t i = 0; i < blocks; i++) {
-        const int64_t begin = rows * i / blocks, end = rows * (i + 1) / blocks;
-        multiply_rows<T, V, MaxRows>(int(end - begin), begin, static_cast<const uint32_t*>(a),
-                                     stride, units, load, start, finish);
-    }
+INLINE void multiply_all(int64_t rows, const void* a, int64_t stride, int units, const Load& load,
+                         const Start& start, const Finish& finish) {
+    multiply_rows<T, V, MaxRows>(0, rows, static_cast<const uint32_t*>(a), stride, units, load,
+                                 start, finish);
 }
 
 }  // namespace native

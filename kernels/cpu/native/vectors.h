@@ -16,6 +16,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// Loops over accumulators are unrolled before anything else, or they would live in memory.
+#define UNROLL _Pragma("GCC unroll 24")
 
 namespace native {
 
@@ -24,6 +26,7 @@ constexpr int kLanes = 16;
 using Floats = float __attribute__((vector_size(64)));
 using Lanes = uint32_t __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
+using Words = uint16_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
 
 struct bf16 {
