@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from engine.config import Config
@@ -44,6 +44,7 @@ def create_app(engine: Engine, text: TextAssets, config: Config) -> FastAPI:
             ApiError: _api_error,
             HTTPException: _http_error,
             RequestValidationError: _validation_error,
+            ClientDisconnect: _client_left,
         },
         redirect_slashes=False,
     )
@@ -120,3 +121,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     return await _api_error(request, invalid("The request is malformed."))
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    """Nobody reads this; the status is for the log."""
+    return Response(status_code=499)

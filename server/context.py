@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-import orjson
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -95,11 +94,14 @@ class ContextMiddleware:
         self._metrics.http_requests.add(label=str(context.status))
         self._metrics.http_seconds.add(seconds)
         if access_log.isEnabledFor(logging.INFO):
-            access_log.info("%s", log_line(scope, context, seconds))
+            fields = log_fields(scope, context, seconds)
+            message = "%s %s %d in %g ms"
+            shown = (fields["method"], fields["path"], context.status, fields["ms"])
+            access_log.info(message, *shown, extra=fields)
 
 
-def log_line(scope: Scope, context: Context, seconds: float) -> str:
-    """One JSON object about a request. Never its text."""
+def log_fields(scope: Scope, context: Context, seconds: float) -> dict[str, object]:
+    """What the one log line of a request says. Never its text, unless configured."""
     fields = context.log
     line: dict[str, object] = {
         "request_id": context.request_id,
@@ -126,7 +128,9 @@ def log_line(scope: Scope, context: Context, seconds: float) -> str:
         }
     if fields.error:
         line["error"] = fields.error
-    return orjson.dumps(line).decode()
+    if fields.prompts:
+        line |= {"prompts": fields.prompts, "outputs": fields.outputs}
+    return line
 
 
 async def send_error(send: Send, error: ApiError) -> None:

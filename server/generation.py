@@ -45,6 +45,7 @@ class Generation:
     prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = field(default_factory=dict)
     finish_reasons: dict[int, str] = field(default_factory=dict)
     first_output: float | None = None
+    transcript: list[list[str]] | None = None  # each choice's pieces of text, when they are logged
     _choices: dict[tuple[str, int], _Choice] = field(default_factory=dict)
     _streams: list[RequestStream] = field(default_factory=list)
     _source: RequestStream | None = None
@@ -162,6 +163,8 @@ class Generation:
         for piece in pieces:
             if piece.finish is not None:
                 self.finish_reasons[piece.index] = piece.finish
+            if self.transcript is not None:
+                self.transcript[piece.index].append(piece.text)
         return pieces
 
     def _push(self, choice: _Choice, output: Output) -> Piece:

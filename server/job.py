@@ -99,3 +99,5 @@ class LogFields:
     queue_ms: float | None = None
     first_token_ms: float | None = None
     error: str = ""
+    prompts: list[str] = field(default_factory=list)  # only when the configuration asks for them
+    outputs: list[str] = field(default_factory=list)

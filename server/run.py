@@ -34,22 +34,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bind(config: ServerConfig) -> socket.socket:
-    """The listening socket, so that a taken port is an error before a model is loaded.
-
-    Raises `OSError`.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((config.host, config.port))
-    except OSError:
-        bound.close()
-        raise
-    return bound
-
-
 async def run(app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:
     """Serve until a signal. Call it from the main thread, under uvloop where there is one."""
     services: Services = app.state.services

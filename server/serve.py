@@ -47,6 +47,8 @@ async def generate(request: Request, services: Services, endpoint: Endpoint) -> 
         return Response(status_code=CLIENT_LEFT)
     services.observer.accepted(job)
     generation = Generation(services.engine, job, services.text.tokenizer, services.observer)
+    if services.config.server.log_prompts:
+        generation.transcript = [[] for _ in range(job.choices)]
     answering = _Answer(services, job, generation, context)
     return await answering.stream() if job.view.stream else await answering.whole(request)
 
@@ -124,6 +126,10 @@ class _Answer:
         log.queue_ms = timings["queue_time_ms"]
         log.first_token_ms = timings["time_to_first_token_ms"]
         log.error = end.error
+        if self._generation.transcript is not None:
+            decode = self._services.text.tokenizer.decode
+            log.prompts = [decode(r.prompt, skip_special_tokens=False) for r in job.requests]
+            log.outputs = ["".join(pieces) for pieces in self._generation.transcript]
 
 
 async def until_disconnect(
