@@ -8,18 +8,32 @@ from pathlib import Path
 import torch
 
 from models.decoder import Decoder
-from models.errors import CheckpointError
+from models.errors import CheckpointError, UnsupportedArchitecture
 from models.spec import ModelSpec
 from models.weights import dummy_weights, load_weights, read_json
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """What config.json and generation_config.json say. Raises `CheckpointError`."""
+    """What config.json and generation_config.json say. Raises `CheckpointError`.
+
+    What the native decoder does not compute is left to the transformers library: `spec.native` is
+    False then, and `models.transformers_fallback.load_fallback` loads it.
+    """
     generation = "generation_config.json"
     has_generation = (folder / generation).exists()
-    return ModelSpec.from_hf(
-        read_json(folder, "config.json"), read_json(folder, generation) if has_generation else None
-    )
+    config = read_json(folder, "config.json")
+    try:
+        return ModelSpec.from_hf(config, read_json(folder, generation) if has_generation else None)
+    except UnsupportedArchitecture as error:
+        if config.get("quantization_config"):
+            raise
+        # Imports transformers, which takes seconds, so only when there is no other way.
+        from models.transformers_fallback import fallback_spec
+
+        try:
+            return fallback_spec(folder)
+        except UnsupportedArchitecture as other:
+            raise other from error
 
 
 def load_decoder(
@@ -36,7 +50,10 @@ def load_decoder(
 
     Raises `CheckpointError` (also `UnsupportedArchitecture`), one sentence for a person.
     """
-    decoder = Decoder(read_spec(folder), dtype=dtype, device=device, max_model_len=max_model_len)
+    spec = read_spec(folder)
+    if not spec.native:
+        raise UnsupportedArchitecture(f"{spec.model_type} has no native decoder.")
+    decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
     if load_format == "dummy":
         dummy_weights(decoder.targets(), seed)
     elif load_format == "safetensors":

@@ -54,6 +54,7 @@ class ModelSpec:
     moe: MoeSpec | None = None
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: tuple[int, ...] = ()
+    native: bool = True  # False: models.transformers_fallback runs it
 
     @classmethod
     def from_hf(
@@ -114,6 +115,12 @@ class ModelSpec:
 
 def _check_architecture(config: Mapping[str, Any]) -> str:
     """The native model_type of a configuration; raises `UnsupportedArchitecture`."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise UnsupportedArchitecture(
+            f"the weights are quantized with {method}, which is not read; "
+            "use the checkpoint's original bf16 or fp16 weights."
+        )
     model_type = str(config.get("model_type", ""))
     named = list(config.get("architectures") or ())
     known = ARCHITECTURES.get(model_type)
@@ -122,12 +129,6 @@ def _check_architecture(config: Mapping[str, Any]) -> str:
         raise UnsupportedArchitecture(
             f"architecture {name} has no native decoder; there is one for "
             f"{', '.join(ARCHITECTURES.values())}."
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise UnsupportedArchitecture(
-            f"the weights are quantized with {method}, which is not read; "
-            "use the checkpoint's original bf16 or fp16 weights."
         )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):

@@ -74,7 +74,7 @@ def load_weights(
     Raises `CheckpointError` when a file or a tensor is missing, damaged, of another shape, or when
     the checkpoint holds tensors that have no place in the model.
     """
-    files = _files(folder)
+    files = checkpoint_files(folder)
     missing = set(targets)
     unexpected: list[str] = []
     for i, path in enumerate(files, 1):
@@ -112,8 +112,11 @@ def dummy_weights(targets: Mapping[str, Tensor], seed: int = 0) -> None:
             target.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in the order of their names."""
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the order of their names.
+
+    Raises `CheckpointError` when there are none or some are missing.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = read_json(folder, index.name).get("weight_map")

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
+from models.transformers_fallback import TransformersDecoder
 from tests.kernels.batches import Rows
 
 SIZES = {
@@ -55,12 +56,17 @@ def expected_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 class Paged:
     """Sequences that go through a decoder step by step, on shuffled pages."""
 
-    def __init__(self, decoder: Decoder, sequences: Sequence[Tensor], page_size: int = 8) -> None:
+    def __init__(
+        self,
+        decoder: Decoder | TransformersDecoder,
+        sequences: Sequence[Tensor],
+        page_size: int = 8,
+    ) -> None:
         g = torch.Generator().manual_seed(11)
         self._rows = Rows.shuffled([len(ids) for ids in sequences], page_size, g)
         spec = decoder.spec
         size = (self._rows.num_pages, 2, spec.num_kv_heads, page_size, spec.head_dim)
-        dtype = decoder.embedding.dtype
+        dtype = next(decoder.parameters()).dtype
         self._kv = [torch.zeros(size, dtype=dtype) for _ in range(spec.num_layers)]
         self._decoder, self._sequences, self._ops = decoder, sequences, TorchOps()
 
