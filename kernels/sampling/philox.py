@@ -40,12 +40,14 @@ def philox4x32(
     # Torch has no 32-bit multiply-high, but the int64 product of two uint32 values keeps all 64
     # bits. c1 and c3 carry rubbish above bit 31 (the product's high half, the shift's sign); it
     # only ever meets an xor, and the mask on c0 and c2 removes it before the next product.
-    for _ in range(_ROUNDS):
+    rounds = torch.arange(_ROUNDS, device=k0.device).view(-1, *(1,) * k0.dim())
+    keys0 = ((k0 + rounds * _W0) & _MASK).unbind(0)
+    keys1 = ((k1 + rounds * _W1) & _MASK).unbind(0)
+    for k0, k1 in zip(keys0, keys1, strict=True):
         p0, p1 = c0 * _M0, c2 * _M1
         c0 = ((p1 >> 32) ^ (c1 ^ k0)).bitwise_and_(_MASK)
         c2 = ((p0 >> 32) ^ (c3 ^ k1)).bitwise_and_(_MASK)
         c1, c3 = p1, p0
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 

@@ -19,6 +19,7 @@ from kernels.sampling.reference import NoiseKey, Truncation, scale
 TILE = 32  # tokens; a multiple of the four that share a Philox block
 # Slack of the float32 filters below, in nats: orders of magnitude above their rounding.
 _SLACK = 1e-3
+_BUCKETS, _PER_NAT = 128, 4  # of the histogram that bounds a nucleus
 
 
 def argmax_rows(logits: Tensor) -> Tensor:
@@ -150,13 +151,17 @@ def _floors(logits: Tensor, tiled: _Tiled, limits: Truncation) -> tuple[Tensor, 
         floor[by_k] = torch.maximum(floor[by_k], kth)
     by_p = (has_p & ~has_k & floor.isneginf()).nonzero().squeeze(1)
     if len(by_p):
-        # Tokens less likely than (1 - p) / vocab hold less than 1 - p together, so the others
-        # contain the nucleus.
-        z = scale(logits[by_p], tiled.temperature[by_p])
-        mass = z.softmax(-1).amax(-1).double().reciprocal_()
-        total[by_p] = mass
-        share = mass * (1.0 - limits.top_p[by_p]) / vocab
-        floor[by_p] = (share.log_() - _SLACK).to(torch.float32)
+        # A histogram of the mass over z shows in which bucket the nucleus ends.
+        z = scale(logits[by_p], tiled.temperature[by_p]).nan_to_num_(nan=-torch.inf)
+        bucket = (z * -_PER_NAT).clamp_(max=_BUCKETS - 1).long()
+        mass = torch.zeros(len(by_p), _BUCKETS, dtype=torch.float64)
+        mass.scatter_add_(1, bucket, z.exp_().double())
+        running = mass.cumsum(-1)
+        total[by_p] = running[:, -1]
+        wanted = limits.top_p[by_p] * running[:, -1] * (1 + 1e-6)
+        end = (running < wanted[:, None]).sum(-1)
+        bottom = (end + 1) / -_PER_NAT - _SLACK
+        floor[by_p] = bottom.masked_fill_(end >= _BUCKETS - 1, -torch.inf).to(torch.float32)
     # Without top-p, what cannot win need not be counted either.
     floor[~has_p] = floor[~has_p].clamp_(min=-GUMBEL_SPAN)
     return floor, total
