@@ -51,6 +51,8 @@ CHAT_TEMPLATE = """\
 """
 # Weights of the tokens in the loss: what is asked for counts fully, what is given hardly at all.
 ANSWER, TEXT, GIVEN = 1.0, 0.3, 0.05
+# Conversations are learned first; after this step text and recall get twice the room and weight.
+FACTS_FIRST = 300
 WELL_KNOWN = (
     "os",
     "json",
@@ -284,14 +286,14 @@ class Mixture:
                 misses += 1
         return packed
 
-    def text_row(self, rng: Random, length: int) -> tuple[list[int], list[float]]:
+    def text_row(self, rng: Random, length: int, weight: float) -> tuple[list[int], list[float]]:
         """A stretch of one text."""
         text = rng.choice(self.text_ids)
         start = rng.randrange(max(1, len(text) - length // 2))
         ids = text[start : start + length]
         if start + length >= len(text):
             ids = [*ids, self.end]
-        return ids, [TEXT] * len(ids)
+        return ids, [weight] * len(ids)
 
     def recall_row(self, rng: Random, length: int) -> tuple[list[int], list[float]]:
         """Recall tasks, one long or several short, then conversations to the end of the row."""
@@ -318,8 +320,11 @@ class Mixture:
             made = self.chat_rows(rng, rows, length)
         else:
             share = 0.85 if length > 1024 else 0.5
+            worth = TEXT if step < FACTS_FIRST else 2 * TEXT
             made = [
-                (self.recall_row if rng.random() < share else self.text_row)(rng, length)
+                self.recall_row(rng, length)
+                if rng.random() < share
+                else self.text_row(rng, length, worth)
                 for _ in range(rows)
             ]
         tokens = torch.full((rows, length + 1), self.end, dtype=torch.long)

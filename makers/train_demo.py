@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer
 
 from makers.demo_data import (
     END,
+    FACTS_FIRST,
     STOP,
     Corpus,
     Mixture,
@@ -38,15 +40,28 @@ from makers.muon import Optimizer
 CHAT = (48, 128)  # rows and length of the part of every step that is conversations
 WARMUP = 300_000  # tokens
 EVALUATE = 100  # steps between held-out losses
+COUNTS = ("step", "tokens")
 
 
-def other(step: int) -> tuple[int, int]:
-    """Rows and length of the part of a step that is text and recall: most short, few long."""
+def parts(step: int) -> list[tuple[str, int, int]]:
+    """The parts of a step: a name, rows and length.
+
+    Conversations are learned first; once their loss is low, every third step is text and recall
+    alone. Most of that is short and little of it long, because attention over a long row costs
+    several times what the rest does.
+    """
+    made = []
+    if step < FACTS_FIRST or step % 3 < 2:
+        made.append(("chat", *CHAT))
     if step % 64 == 63:
-        return 1, 8192
-    if step % 16 == 7:
-        return 1, 4096
-    return (2, 1024) if step % 4 == 1 else (4, 512)
+        made.append(("other", 1, 8192))
+    elif step % 16 == 7:
+        made.append(("other", 1, 4096))
+    else:
+        made.append(("other", 2, 1024) if step % 4 == 1 else ("other", 4, 512))
+    if len(made) == 1:
+        made.append(("more", 2, 1024) if step % 4 == 3 else ("more", 4, 512))
+    return made
 
 
 @dataclass
@@ -139,24 +154,21 @@ def train(args: argparse.Namespace) -> None:
         flush=True,
     )
     started, began, saved = time.monotonic(), done, time.monotonic()
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     while done < schedule.total:
-        losses = []
-        batches = [mixture.batch(step, "chat", *CHAT), mixture.batch(step, "other", *other(step))]
+        losses = {}
+        batches = [mixture.batch(step, *part) for part in parts(step)]
         weight = sum(float(w.sum()) for *_, w in batches)
-        for tokens, targets, weights in batches:
+        for (name, *_), (tokens, targets, weights) in zip(parts(step), batches, strict=True):
             call = fast if tokens.shape[1] <= 1024 else model
             loss = call(tokens, targets, weights)
             (loss / weight).backward()
-            losses.append(float(loss.detach()) / float(weights.sum().clamp(min=1)))
+            losses[name] = float(loss.detach()) / float(weights.sum().clamp(min=1))
         optimizer.step(schedule.scale(done))
         done += sum(t.numel() for t, *_ in batches)
         step += 1
-        record: dict[str, Any] = {
-            "step": step,
-            "tokens": done,
-            "chat": losses[0],
-            "other": losses[1],
-        }
+        record: dict[str, Any] = {"step": step, "tokens": done} | losses
         if step % EVALUATE == 0 or done >= schedule.total:
             record["held_out"] = held_out(model, mixture)
         log.write(json.dumps(record) + "\n")
@@ -164,15 +176,17 @@ def train(args: argparse.Namespace) -> None:
             log.flush()
             rate = (done - began) / (time.monotonic() - started)
             left = (schedule.total - done) / rate / 60
-            told = f"  held out {record['held_out']:.3f}" if "held_out" in record else ""
+            told = "  ".join(f"{k} {v:.3f}" for k, v in record.items() if k not in COUNTS)
             print(
-                f"step {step:5d}  {done / 1e6:6.2f}M  chat {losses[0]:.3f}  other {losses[1]:.3f}  "
-                f"{rate:5.0f} tok/s  {left:5.1f} min left{told}",
+                f"step {step:5d}  {done / 1e6:6.2f}M  {rate:5.0f}/s  {left:5.1f} min left  {told}",
                 flush=True,
             )
-        if time.monotonic() - saved > args.save_every * 60:
+        if time.monotonic() - saved > args.save_every * 60 or stopped:
             keep()
             saved = time.monotonic()
+        if stopped:
+            print("stopped; the same command continues", flush=True)
+            return
     keep()
     print(f"done: {args.out}", flush=True)
 
@@ -193,11 +207,12 @@ def plot(work: Path, out: Path) -> None:
         rows = {r["step"]: r for r in map(json.loads, path.read_text().splitlines())}
         steps = sorted(rows)
         for name, label in (("chat", "conversations, answers only"), ("other", "text and recall")):
-            mean, curve = 0.0, []
-            for i, s in enumerate(steps):
-                mean += (rows[s][name] - mean) / min(i + 1, 20)
+            mean, points, curve = 0.0, [], []
+            for row in (rows[s] for s in steps if name in rows[s]):
+                points.append(row["tokens"] / 1e6)
+                mean += (row[name] - mean) / min(len(points), 20)
                 curve.append(mean)
-            axis.plot([rows[s]["tokens"] / 1e6 for s in steps], curve, label=label, lw=1)
+            axis.plot(points, curve, label=label, lw=1)
         seen = [rows[s] for s in steps if "held_out" in rows[s]]
         axis.plot(
             [r["tokens"] / 1e6 for r in seen],
