@@ -13,6 +13,6 @@ def upload(
 ) -> Tensor:
     """values -> 1-D tensor on the device. On CUDA the copy is queued, from pinned memory."""
     host = torch.tensor(values, dtype=dtype)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.sampling import reference
+from kernels.sampling.accept import accepted_counts
 from scheduler.request import SamplingParams, TokenLogprob
 from tests.kernels.sampling import oracle
 from worker.sampler import Sampled, Sampler
@@ -334,3 +336,29 @@ def test_prompt_logprobs():
     assert first == TokenLogprob(2, -math.inf, 3, ((1, pytest.approx(math.log(0.75))),))
     assert second.logprob == pytest.approx(-math.log(3))
     assert (second.rank, second.top[0][0]) == (2, 0)
+
+
+def test_the_device_form_gives_the_same_tokens():
+    """What a GPU without a fused kernel runs, here on the CPU."""
+    bench = Bench(mixed_owners(), vocab=512)
+    rows = [(slot, position) for slot in range(1, 9) for position in (6, 21, 40)]
+    logits = torch.randn(len(rows), 512, generator=torch.Generator().manual_seed(4)) * 3
+    logits[5, 9] = math.nan
+    expected = bench.sample(logits, rows)
+    bench.sampler.use(reference)
+    sampled = bench.sample(logits, rows)
+    assert sampled.tokens.tolist() == expected.tokens.tolist()
+    assert sampled.finite.tolist() == expected.finite.tolist()
+
+
+def test_nothing_waits_for_the_device():
+    """On the meta device whatever reads a value back to the host raises."""
+    device = torch.device("meta")
+    slots = SlotSampling(9, VOCAB, device)
+    for slot, (params, choice) in enumerate(mixed_owners(), start=1):
+        slots.admit(slot, params, choice, 6)
+    sampler = Sampler(slots, torch.zeros(9, LENGTH, dtype=torch.int32, device=device))
+    positions = torch.ones(16, dtype=torch.int64, device=device)
+    sampled = sampler.sample(torch.zeros(16, VOCAB, device=device), [*range(1, 9)] * 2, positions)
+    assert sampled.asked is not None
+    assert accepted_counts(sampled.tokens, sampled.tokens, [0, 3, 16]).shape == (2,)
