@@ -8,7 +8,9 @@ import random
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
+from itertools import count
 
 from benchmarks.streaming import Endpoint
 
@@ -51,15 +53,17 @@ _piece = 6000  # characters a /tokenize call; well inside any server's context
 
 def text_pieces() -> Iterator[str]:
     """Plain documentation text in pieces, endless: the modules again and again, later laps cut
-    elsewhere, so that no two pieces are equal."""
-    texts = [pydoc.plain(pydoc.render_doc(import_module(name))) for name in _modules]
-    lap = 0
-    while True:
-        for text in texts:
-            shift = lap * 997 % _piece
-            for start in range(shift, len(text) - _piece, _piece):
+    elsewhere, so that no two pieces are equal. A module is rendered when its turn comes."""
+    for lap in count():
+        for name in _modules:
+            text = _documentation(name)
+            for start in range(lap * 997 % _piece, len(text) - _piece, _piece):
                 yield text[start : start + _piece]
-        lap += 1
+
+
+@cache
+def _documentation(module: str) -> str:
+    return pydoc.plain(pydoc.render_doc(import_module(module)))
 
 
 def call(endpoint: Endpoint, path: str, body: object | None = None, timeout: float = 60) -> object:

@@ -147,23 +147,28 @@ def test_summary_leaves_failed_requests_out_of_the_times() -> None:
     assert math.isnan(summarise("none", [], Slo()).ttft_ms[0])
 
 
+@pytest.mark.parametrize("scenario", ["completion", "mixed"])
 def test_a_headless_run_writes_its_report(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    scenario: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--users=3", "--spawn-rate=10", "--time=30", "--max-requests=9"]
     with scripted_server(Script()) as url:
-        status = main(["--scenario=completion", f"--host={url}", f"--out={tmp_path}", *arguments])
+        status = main([f"--scenario={scenario}", f"--host={url}", f"--out={tmp_path}", *arguments])
     assert status == 0, capfd.readouterr()
-    samples = (tmp_path / "completion_samples.jsonl").read_text().splitlines()
+    samples = (tmp_path / f"{scenario}_samples.jsonl").read_text().splitlines()
     # The limit ends the run; what was in flight may still be counted.
     assert 9 <= len(samples) <= 12
-    assert all(json.loads(line)["output_tokens"] == 64 for line in samples)
-    with (tmp_path / "completion_stats.csv").open() as file:
-        stats = {(row["Type"], row["Name"]): row for row in csv.DictReader(file)}
-    assert int(stats["TTFT", "completion"]["Request Count"]) >= 9
-    assert int(stats["inter-token", "completion"]["Request Count"]) >= 9 * 63
-    markdown = (tmp_path / "completion.md").read_text()
-    page = (tmp_path / "completion.html").read_text()
+    tokens = sum(json.loads(line)["output_tokens"] for line in samples)
+    with (tmp_path / f"{scenario}_stats.csv").open() as file:
+        stats = list(csv.DictReader(file))
+    counts = {
+        kind: sum(int(row["Request Count"]) for row in stats if row["Type"] == kind)
+        for kind in ("POST", "TTFT", "inter-token")
+    }
+    assert counts["POST"] == counts["TTFT"] == len(samples)
+    assert counts["inter-token"] == tokens - len(samples)
+    markdown = (tmp_path / f"{scenario}.md").read_text()
+    page = (tmp_path / f"{scenario}.html").read_text()
     assert "0 failed" in markdown
     assert page.count("<svg") == 4
     for image in tmp_path.glob("*.svg"):
