@@ -38,7 +38,6 @@ def create_app(engine: Engine, text: TextAssets, config: Config) -> FastAPI:
         title="Foresight",
         version=VERSION,
         description="An OpenAI-compatible LLM server that looks ahead.",
-        root_path=config.server.root_path,
         lifespan=_lifespan(services),
         exception_handlers={
             ApiError: _api_error,

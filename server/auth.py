@@ -12,7 +12,7 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.context import context_of, send_error
+from server.context import context_of, route_path, send_error
 from server.errors import unauthorized
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class AuthMiddleware:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or route_path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         tenant = self._keys.tenant(_presented(Headers(scope=scope)))

@@ -45,6 +45,12 @@ def context_of(scope: Scope) -> Context:
     return found
 
 
+def route_path(scope: Scope) -> str:
+    """The path below the prefix that a reverse proxy stripped and the server put back."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
 def valid_request_id(name: str) -> bool:
     return _REQUEST_ID.fullmatch(name) is not None
 
@@ -87,7 +93,7 @@ class ContextMiddleware:
                 raise  # the server resets the connection: a cut stream must not look complete
             await send_error(with_headers, internal())
         finally:
-            if scope["path"] not in QUIET_PATHS:
+            if route_path(scope) not in QUIET_PATHS:
                 self._record(scope, context, time.monotonic() - started)
 
     def _record(self, scope: Scope, context: Context, seconds: float) -> None:

@@ -47,6 +47,7 @@ async def run(app: FastAPI, config: ServerConfig, listener: socket.socket) -> No
             log_config=None,
             server_header=False,
             backlog=BACKLOG,
+            root_path=config.root_path,
             ssl_certfile=config.tls_certificate,
             ssl_keyfile=config.tls_key,
             timeout_graceful_shutdown=5,
