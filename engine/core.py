@@ -126,12 +126,15 @@ class EngineCore:
         return self._drain_until is not None and not self._routes
 
     def turn(self) -> None:
-        """Sleeps until something happened, then does everything that became possible."""
+        """Sleeps until something happened, then does what became possible.
+
+        Settles one step at most, so that messages are heard between any two.
+        """
         for client, message in self._transport.receive(self._patience()):
             self._handle(client, message)
         self._end_drain()
         self._publish()
-        while self._in_flight and self._in_flight[0].pending.done():
+        if self._in_flight and self._in_flight[0].pending.done():
             self._settle(self._in_flight.popleft())
         self._launch()
         self._publish()
@@ -150,6 +153,8 @@ class EngineCore:
 
     def _patience(self) -> float | None:
         """Seconds until something has to be done even if nobody wakes the loop; None: no end."""
+        if self._in_flight and self._in_flight[0].pending.done():
+            return 0.0  # its wake-up may be spent: two steps that end at once wake a loop once
         if not self._in_flight and self._scheduler.has_work():
             return RETRY_SECONDS
         if self._drain_until is None:

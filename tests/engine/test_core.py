@@ -175,6 +175,34 @@ def test_abort_counts_before_the_step_it_races_settles(make):
     assert len(client.finishes("r")) == 1
 
 
+def test_messages_are_heard_though_every_step_is_done_at_once(make):
+    """A turn that settled as long as something was done would never end."""
+
+    class Done:
+        def __init__(self, result):
+            self._result = result
+
+        def wait(self):
+            return self._result
+
+        def done(self):
+            return True
+
+        def notify(self, callback):
+            callback()
+
+    engine = make()
+    scripted = engine.worker.scripted
+    engine.worker.launch = lambda plan: Done(scripted.execute(plan))
+    client = Client(engine.transport)
+    client.send(Submit(request(max_tokens=400)))
+    engine.turns(5)
+    client.send(Abort("r"))
+    engine.turns(1)
+    assert client.finishes("r")[0].reason is FinishReason.ABORT
+    assert len(client.tokens("r")) < 10
+
+
 def test_stop_found_on_text_is_a_natural_end_of_one_choice(make):
     engine = make()
     client = Client(engine.transport)
