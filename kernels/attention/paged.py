@@ -21,7 +21,7 @@ from kernels.ops import AttentionBatch, AttentionLayer
 TILE = 128
 # 16-bit tiles by torch's fused attention are as long as this many keys' numbers, within limits:
 # long for a few rows, where calls cost most, short for many, where the cache does.
-FUSED_NUMBERS = 1 << 20
+FUSED_NUMBERS = 1 << 22
 FUSED_TILES = (128, 1024)
 # Rows with more queries than this are cut into blocks of BLOCK; the rest are padded together.
 SHORT_QUERY = 16
