@@ -44,6 +44,7 @@ class Observer:
         """The engine's account of one choice, whatever its end."""
         m = self.metrics
         m.success.add(label=str(finish.reason))
+        m.generation_tokens.add(finish.stop_token is not None)  # generated, though not shown
         m.request_generation_tokens.add(finish.completion_tokens)
         m.preemptions.add(finish.preemptions)
         m.e2e.add(finish.finished - finish.arrival)

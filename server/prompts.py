@@ -33,6 +33,7 @@ class Prompts:
     text: TextAssets
     pool: TextPool
     max_model_len: int
+    vocab_size: int
 
     async def chat(
         self,
@@ -98,6 +99,10 @@ class Prompts:
         """The ids, truncated if asked; at least one, and room for one more. Raises `ApiError`."""
         if not ids:
             raise invalid("The prompt has no tokens.", param)
+        if max(ids) >= self.vocab_size:  # a tokenizer may know tokens its model was not built for
+            raise invalid(
+                f"The prompt holds token {max(ids)}, which the model does not have.", param
+            )
         if truncation is not None and len(ids) > truncation.tokens:
             kept = ids[: truncation.tokens] if truncation.keep_start else ids[-truncation.tokens :]
             ids = kept

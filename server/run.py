@@ -71,7 +71,8 @@ class _Drain:
     def signalled(self) -> None:
         if self._task is not None:
             log.warning("second signal: ending at once")
-            self._server.should_exit = self._server.force_exit = True
+            self._server.config.timeout_graceful_shutdown = 0
+            self._server.should_exit = True
             return
         log.info("draining: running requests get up to %g s", self._seconds)
         self._services.admission.draining = True

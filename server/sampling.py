@@ -56,7 +56,7 @@ class Sampler:
         )
         top_k = _first(body.top_k, self.server.default_top_k, self.checkpoint.top_k)
         seed = body.seed if body.seed is not None else self.draw_seed()
-        ends: frozenset[int] = frozenset() if body.ignore_eos else self.checkpoint.end_ids
+        ends = frozenset() if body.ignore_eos else self.end_ids
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
@@ -105,6 +105,11 @@ class Sampler:
         if asked is not None and (body.min_tokens or 0) > asked:
             raise invalid(f"min_tokens must not exceed {name} ({asked}).", "min_tokens")
         return asked
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The checkpoint's end tokens, as far as the model has them."""
+        return frozenset(i for i in self.checkpoint.end_ids if i < self.limits.vocab_size)
 
     def client_stop_ids(self, body: ChatBody | CompletionBody) -> frozenset[int]:
         return frozenset(self.token_ids(body.stop_token_ids or [], "stop_token_ids"))

@@ -62,7 +62,7 @@ class Services:
             names=self.names,
             limits=limits,
             sampler=sampler,
-            prompts=Prompts(self.text, self.pool, facts.max_model_len),
+            prompts=Prompts(self.text, self.pool, facts.max_model_len, facts.vocab_size),
             strict=server.strict_params,
             timeout=server.request_timeout_seconds,
         )

@@ -19,6 +19,8 @@ from server.sampling import Limits, Sampler, stop_strings
 from server.schema import ChatBody, CompletionBody, SamplingFields, parse
 from text.stops import StopStrings
 
+MAX_WORK = 1024  # choices of one API request, over all prompts
+
 
 @dataclass(frozen=True, slots=True)
 class Translator:
@@ -36,7 +38,7 @@ class Translator:
         body = parse(ChatBody, fields)
         model = self.model(body.model)
         self._check_pairs(body)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self._check_logprobs(logprobs, "top_logprobs")
@@ -189,6 +191,9 @@ class Translator:
         self._check_logprobs(body.prompt_logprobs, "prompt_logprobs")
         if (body.n or 1) > self.limits.max_choices:
             raise invalid(f"n must not exceed {self.limits.max_choices}.", "n")
+        prompts = len(prompt_list(body.prompt)) if isinstance(body, CompletionBody) else 1
+        if prompts * (body.n or 1) > MAX_WORK:
+            raise invalid(f"prompts times n must not exceed {MAX_WORK}.", "n")
 
     def _check_logprobs(self, count: int | None, param: str) -> None:
         if count is not None and count > self.limits.max_logprobs:

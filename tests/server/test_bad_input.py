@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.fakes_engine import FACTS
-from tests.server.helpers import chat, client_of, completion, config, reply_engine
+from tests.server.helpers import TOKENIZER, chat, client_of, completion, config, reply_engine
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -128,6 +129,7 @@ async def test_every_wrong_value_is_named(post, engine, stream: bool) -> None:
         ),
         (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
         (COMPLETIONS, {"best_of": 3, "n": 2}, "best_of"),
+        (COMPLETIONS, {"prompt": ["x"] * 100, "n": 11}, "n"),
         (CHAT, {"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
         (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice"),
@@ -320,3 +322,17 @@ async def test_tokenize(post, body: dict[str, Any]) -> None:
 )
 async def test_detokenize(post, tokens: Any) -> None:
     assert (await post("/detokenize", json={"tokens": tokens})).status_code == 400
+
+
+async def test_tokens_the_model_was_not_built_for() -> None:
+    """Tokenizers have added tokens beyond the embedding; they must not reach the engine."""
+    start = TOKENIZER.token_id("<|im_start|>")
+    assert start is not None
+    engine = reply_engine("a", facts=msgspec.structs.replace(FACTS, vocab_size=start))
+    async with client_of(engine) as client:
+        answer = await client.post(CHAT, json=chat())
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "messages"
+        answer = await client.post(COMPLETIONS, json=completion("x", max_tokens=1))
+        assert answer.status_code == 200
+    assert engine.requests[0].params.stop_token_ids == frozenset()

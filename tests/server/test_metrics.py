@@ -161,6 +161,15 @@ async def test_counts(group: int, stream: bool) -> None:
     assert value(text, "foresight_http_requests_total", status="200") == n
 
 
+async def test_an_end_token_counts_as_generated() -> None:
+    async with client_of(reply_engine()) as client:
+        answer = await client.post("/v1/chat/completions", json=chat())
+        text = await scrape(client)
+    produced = answer.json()["usage"]["completion_tokens"]
+    assert value(text, "foresight_generation_tokens_total") == produced
+    assert value(text, "foresight_request_generation_tokens_sum") == produced
+
+
 async def test_siblings_share_one_prompt() -> None:
     engine = ScriptedEngine(lambda request, c: TOKENIZER.encode("x" * (c + 1)))
     async with client_of(engine) as client:
