@@ -21,6 +21,7 @@ from models.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+IGNORED = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more
 # Tensors that older exports carry though they follow from the configuration.
 DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
 DUMMY_STD = 0.02
@@ -43,7 +44,11 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED
+            )
+        )
     except Exception as error:  # network, authentication, unknown id: many unrelated types
         reason = str(error).strip().splitlines()
         raise CheckpointError(
@@ -125,6 +130,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
         if any(Path(name).name != name for name in names.values()):
             raise CheckpointError(f"{index} names files outside its folder.")
         files = [folder / name for name in sorted(set(names.values()))]
+    elif (folder / "model.safetensors").exists():
+        # Nothing beside it counts: the same weights in a vendor's own layout, adapters.
+        files = [folder / "model.safetensors"]
     else:
         files = sorted(folder.glob("*.safetensors"))
     absent = [path.name for path in files if not path.exists()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,20 @@ def test_a_stored_tied_head_and_old_buffers_are_ignored(checkpoint: Path) -> Non
 
     rewrite(checkpoint, add)
     load_decoder(checkpoint, dtype=torch.float32)
+
+
+def test_the_same_weights_in_another_layout_are_ignored(checkpoint: Path) -> None:
+    save_file({"tok_embeddings.weight": torch.ones(2)}, checkpoint / "consolidated.safetensors")
+    load_decoder(checkpoint, dtype=torch.float32)
+
+
+def test_native_models_do_not_import_transformers(checkpoint: Path) -> None:
+    script = (
+        "import sys, pathlib, torch; from models.loader import load_decoder; "
+        f"load_decoder(pathlib.Path({str(checkpoint)!r}), dtype=torch.float32); "
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
 def test_missing_tensor(checkpoint: Path) -> None:
@@ -181,7 +197,7 @@ def test_resolve_a_file(checkpoint: Path) -> None:
 def test_resolve_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict = {}
 
-    def snapshot(name: str, *, revision, allow_patterns):
+    def snapshot(name: str, *, revision, allow_patterns, ignore_patterns):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(tmp_path)
 
