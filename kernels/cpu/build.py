@@ -25,7 +25,7 @@ from kernels.cpu.library import Library
 from kernels.cpu.ops import NativeOps
 
 _SOURCES = Path(__file__).parent / "native"
-_UNITS = ("ops.cpp", "decoder.cpp", "sampling.cpp")
+_UNITS = ("attention.cpp", "linear.cpp", "decoder.cpp", "ops.cpp", "sampling.cpp")
 _FLAGS = (
     "-std=c++17",
     "-O3",

@@ -44,9 +44,9 @@ INLINE void multiply_rows(int64_t row, int64_t rows, const uint32_t* a, int64_t 
                           const Load& load, const Start& start, const Finish& finish) {
     for (; rows >= R; row += R, rows -= R) {
         Floats acc[R][V];
-        UNROLL for (int r = 0; r < R; r++) start(row + r, acc[r]);
+        for (int r = 0; r < R; r++) start(row + r, acc[r]);
         multiply<T, R, V>(a + row * stride, stride, units, load, acc);
-        UNROLL for (int r = 0; r < R; r++) finish(row + r, acc[r]);
+        for (int r = 0; r < R; r++) finish(row + r, acc[r]);
     }
     if constexpr (R > 1)
         if (rows)
