@@ -100,6 +100,13 @@ class PromptPool:
         random.Random(seed).shuffle(self._offsets)
         self._next = 0
 
+    def mark(self) -> int:
+        """Where the pool stands; `back_to` it gives the same prompts once more."""
+        return self._next
+
+    def back_to(self, mark: int) -> None:
+        self._next = mark
+
     def take(self, count: int) -> list[list[int]]:
         """The next `count` prompts, as token ids. Raises `ValueError` when none are left."""
         if self._next + count > len(self._offsets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.bandwidth import weight_bytes
 from benchmarks.freezing import ProcessTree
 from benchmarks.serving import main
 from benchmarks.workload import PromptPool
@@ -107,6 +109,30 @@ def test_prompts_run_out_with_a_sentence() -> None:
         pool.take(1)
     with pytest.raises(ValueError, match="shared prefix"):
         PromptPool(list(range(30)), length=20, shared=20, seed=0)
+
+
+def test_a_pool_gives_the_same_prompts_again_from_a_mark() -> None:
+    pool = PromptPool(list(range(200)), length=20, shared=4, seed=0)
+    pool.take(3)
+    mark = pool.mark()
+    first = pool.take(5)
+    assert pool.take(5) != first
+    pool.back_to(mark)
+    assert pool.take(5) == first
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_read_for_a_token(tmp_path: Path, tied: bool) -> None:
+    header = {
+        "__metadata__": {"format": "pt"},
+        "model.embed_tokens.weight": {"data_offsets": [0, 100]},
+        "model.layers.0.mlp.up_proj.weight": {"data_offsets": [100, 140]},
+    }
+    data = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(data)) + data + bytes(140))
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    assert weight_bytes(tmp_path) == (140 if tied else 40)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
