@@ -13,7 +13,7 @@ from server.errors import invalid, model_not_found
 from server.openapi import body_schema
 from server.parameters import Endpoint
 from server.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
-from server.serve import generate
+from server.serve import generate, translated
 from server.services import Services
 
 
@@ -37,6 +37,18 @@ def api_router(services: Services) -> APIRouter:
     async def completions(request: Request) -> Response:
         """One JSON object, or server-sent events with `stream: true`."""
         return await generate(request, services, Endpoint.COMPLETIONS)
+
+    @router.post(
+        "/chat/completions/render",
+        summary="The prompt of a conversation, without generating",
+        openapi_extra=body_schema(ChatBody),
+    )
+    async def render(request: Request) -> dict[str, Any]:
+        """What `/v1/chat/completions` would hand to the model: text and token ids."""
+        job = await translated(request, services, Endpoint.CHAT)
+        ids = job.requests[0].prompt
+        text = services.text.tokenizer.decode(ids, skip_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids, "count": len(ids)}
 
     def card(name: str) -> dict[str, Any]:
         facts = services.engine.facts

@@ -95,8 +95,8 @@ class ChoiceText:
                 self._ids.append(stop)
         piece = self._piece(text, everything=True)
         piece.finish = "length" if finish.reason is FinishReason.LENGTH else "stop"
-        if stop is not None and stop in self._view.client_stop_ids:
-            piece.stop_reason = stop
+        if stop is not None:  # an end token of the model is not named
+            piece.stop_reason = self._view.stop_reasons.get(stop)
         return piece
 
     @property

@@ -74,6 +74,7 @@ class Generation:
         HTTP status. Raises `ApiError`."""
         assert self._source is not None
         self._early = asyncio.ensure_future(self._source.batch())
+        self._early.add_done_callback(_retrieve)
         await asyncio.wait((self._early,), timeout=seconds)
         if self._early.done() and (error := self._early.exception()) is not None:
             self.close()
@@ -208,3 +209,9 @@ class Generation:
         if isinstance(error, RejectedError | EngineDeadError):
             return from_engine(error)
         raise error
+
+
+def _retrieve(task: asyncio.Task[list[Output]]) -> None:
+    """Mark the task's error as seen: when the client has left, nobody awaits it."""
+    if not task.cancelled():
+        task.exception()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from scheduler.request import Request
@@ -16,7 +17,9 @@ class View:
     stops: StopStrings
     min_tokens: int = 0  # no stop string before so many tokens
     skip_special_tokens: bool = True
-    client_stop_ids: frozenset[int] = frozenset()  # named in stop_reason, unlike end tokens
+    stop_reasons: Mapping[int, int | str] = field(
+        default_factory=dict
+    )  # by the client's stop token
     logprobs: int | None = None  # None: none; n: the token's own and the n most likely
     prompt_logprobs: int | None = None
     token_ids: bool = False

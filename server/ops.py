@@ -14,13 +14,15 @@ def ops_router(services: Services, version: str) -> APIRouter:
     engine, admission = services.engine, services.admission
 
     @router.get("/health", summary="Liveness: the engine makes progress")
-    @router.get("/ping", include_in_schema=False)
+    @router.head("/health", include_in_schema=False)
+    @router.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
     async def health() -> Response:
         """200 while the event loop answers and the engine settles steps whenever work is queued.
         Never runs a generation, so load alone cannot fail it."""
         return Response(status_code=200 if engine.healthy else 503)
 
     @router.get("/ready", summary="Readiness: new requests would be taken")
+    @router.head("/ready", include_in_schema=False)
     async def ready() -> Response:
         """503 while loading, draining or with a full queue."""
         return Response(status_code=200 if admission.ready else 503)

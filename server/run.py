@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 2048  # clients give up on a connection after 5 s; accepting is cheap
+# Idle connections stay open longer than clients keep theirs, so that none is closed while a client
+# is about to use it again.
+KEEP_ALIVE_SECONDS = 75
 
 
 class _Server(uvicorn.Server):
@@ -47,6 +50,7 @@ async def run(app: FastAPI, config: ServerConfig, listener: socket.socket) -> No
             log_config=None,
             server_header=False,
             backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             root_path=config.root_path,
             ssl_certfile=config.tls_certificate,
             ssl_keyfile=config.tls_key,

@@ -83,7 +83,7 @@ class Sampler:
                 logit_bias=self._logit_bias(body.logit_bias),
                 bad_words=self._bad_words(body.bad_words),
                 allowed_token_ids=self._allowed(body.allowed_token_ids),
-                stop_token_ids=ends | self.client_stop_ids(body),
+                stop_token_ids=ends.union(self.stop_reasons(body)),
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
             )
@@ -111,8 +111,20 @@ class Sampler:
         """The checkpoint's end tokens, as far as the model has them."""
         return frozenset(i for i in self.checkpoint.end_ids if i < self.limits.vocab_size)
 
-    def client_stop_ids(self, body: ChatBody | CompletionBody) -> frozenset[int]:
-        return frozenset(self.token_ids(body.stop_token_ids or [], "stop_token_ids"))
+    def stop_reasons(self, body: ChatBody | CompletionBody) -> dict[int, int | str]:
+        """The client's stop tokens, each with what to answer as `stop_reason`.
+
+        A stop string that is the name of a special token stops at that token, whose text would
+        never be seen.
+        """
+        reasons: dict[int, int | str] = {
+            i: i for i in self.token_ids(body.stop_token_ids or [], "stop_token_ids")
+        }
+        for stop in stop_strings(body.stop):
+            token = self.tokenizer.token_id(stop)
+            if token in self.tokenizer.special_ids and token < self.limits.vocab_size:
+                reasons[token] = stop
+        return reasons
 
     def token_ids(self, ids: list[int], param: str) -> list[int]:
         """The ids, all inside the vocabulary."""

@@ -35,7 +35,7 @@ async def generate(request: Request, services: Services, endpoint: Endpoint) -> 
     context = context_of(request.scope)
     try:
         services.admission.check()
-        job = await _translate(request, services, endpoint, context)
+        job = await translated(request, services, endpoint)
         services.admission.check(job.choices)
     except ApiError as error:
         if error.status in (429, 503):
@@ -151,9 +151,9 @@ async def _gone(receive: Callable[[], Any]) -> None:
         pass
 
 
-async def _translate(
-    request: Request, services: Services, endpoint: Endpoint, context: Context
-) -> Job:
+async def translated(request: Request, services: Services, endpoint: Endpoint) -> Job:
+    """The request as a job. Raises `ApiError`, `ClientDisconnect`."""
+    context = context_of(request.scope)
     server = services.config.server
     fields = await read_json(
         request, max_bytes=server.max_body_bytes, max_depth=server.max_json_depth

@@ -166,7 +166,7 @@ class Translator:
             ),
             min_tokens=body.min_tokens or 0,
             skip_special_tokens=body.skip_special_tokens is not False,
-            client_stop_ids=self.sampler.client_stop_ids(body),
+            stop_reasons=self.sampler.stop_reasons(body),
             logprobs=logprobs,
             prompt_logprobs=body.prompt_logprobs,
             token_ids=bool(body.return_token_ids),

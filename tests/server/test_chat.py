@@ -165,6 +165,17 @@ async def test_a_clients_stop_token_is_named_an_end_token_is_not() -> None:
     assert choice["stop_reason"] is None
 
 
+async def test_a_stop_string_that_names_a_special_token() -> None:
+    """Its text is never part of the output, so only the token can be looked for."""
+    ids = [*TOKENIZER.encode("a"), TOKENIZER.token_id("<|im_start|>"), *TOKENIZER.encode("b"), EOS]
+    choice = (await ask(ScriptedEngine(fixed(ids)), stop="<|im_start|>")).json()["choices"][0]
+    assert choice["message"]["content"] == "a"
+    assert choice["stop_reason"] == "<|im_start|>"
+    engine = ScriptedEngine(fixed([*TOKENIZER.encode("a"), EOS]))
+    choice = (await ask(engine, stop="<|im_end|>", ignore_eos=True)).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("a", "stop")
+
+
 async def test_length() -> None:
     answer = (await ask(reply_engine(), max_completion_tokens=3, max_tokens=99)).json()
     assert answer["choices"][0]["finish_reason"] == "length"

@@ -11,7 +11,7 @@ import pytest
 from scheduler.request import Load
 from server.app import create_app
 from tests.fakes_engine import FACTS
-from tests.server.helpers import MODEL, TEXT, TOKENIZER, client_of, config, reply_engine
+from tests.server.helpers import MODEL, TEXT, TOKENIZER, chat, client_of, config, reply_engine
 
 
 async def get(path: str, **options):
@@ -21,7 +21,9 @@ async def get(path: str, **options):
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/ready"])
 async def test_probes(path: str) -> None:
-    assert (await get(path)).status_code == 200
+    async with client_of(reply_engine()) as client:
+        assert (await client.get(path)).status_code == 200
+        assert (await client.head(path)).status_code == 200
 
 
 async def test_version_and_load() -> None:
@@ -81,6 +83,15 @@ async def test_tokenize_a_conversation() -> None:
         answer = (await client.post("/tokenize", json={"messages": messages})).json()
         text = (await client.post("/detokenize", json={"tokens": answer["tokens"]})).json()
     assert text["prompt"] == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_render() -> None:
+    async with client_of(reply_engine()) as client:
+        answer = await client.post("/v1/chat/completions/render", json=chat("x"))
+        bad = await client.post("/v1/chat/completions/render", json=chat("x", n=0))
+    assert answer.json()["prompt"] == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.json()["prompt_token_ids"] == TOKENIZER.encode(answer.json()["prompt"])
+    assert bad.status_code == 400
 
 
 async def test_the_description_holds_the_validated_schemas() -> None:
