@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from models.decoder import Decoder
 from models.errors import CheckpointError, UnsupportedArchitecture
 from models.spec import ModelSpec
 from models.weights import dummy_weights, load_weights, read_json
+
+if TYPE_CHECKING:
+    from models.transformers_fallback import TransformersDecoder
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -61,3 +65,31 @@ def load_decoder(
     else:
         raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
     return decoder.eval()
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    max_model_len: int | None = None,
+    load_format: str = "safetensors",
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Decoder | TransformersDecoder:
+    """`load_decoder`, or the transformers library where there is no native decoder."""
+    if read_spec(folder).native:
+        return load_decoder(
+            folder,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            load_format=load_format,
+            seed=seed,
+            progress=progress,
+        )
+    from models.transformers_fallback import load_fallback
+
+    return load_fallback(
+        folder, dtype=dtype, device=device, load_format=load_format, seed=seed, progress=progress
+    )

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import transformers_fallback
+from models.decoder import Decoder
 from models.errors import CheckpointError, UnsupportedArchitecture
-from models.loader import load_decoder, read_spec
-from models.transformers_fallback import load_fallback
+from models.loader import load_decoder, load_model, read_spec
+from models.model import LanguageModel
+from models.transformers_fallback import TransformersDecoder, load_fallback
 from tests.models.checkpoints import Paged, expected_logits, save
 
 RIGHT = {
@@ -101,6 +103,18 @@ def test_the_native_loader_names_the_other_way(tmp_path: Path) -> None:
     save(tmp_path, "olmo2")
     with pytest.raises(UnsupportedArchitecture, match="olmo2 has no native decoder"):
         load_decoder(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [("olmo2", TransformersDecoder), ("qwen3", Decoder)]
+)
+def test_one_loader_for_both(model_type: str, kind: type, tmp_path: Path) -> None:
+    model = save(tmp_path, model_type)
+    loaded: LanguageModel = load_model(tmp_path, dtype=torch.float32)
+    assert type(loaded) is kind
+    ids = torch.arange(3, 20)
+    found = Paged(loaded, [ids]).step([(0, 0, 17)])[0]
+    torch.testing.assert_close(found, expected_logits(model, ids), atol=3e-4, rtol=3e-4)
 
 
 def test_missing_tensors(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""`LanguageModel`: what the worker runs, native or through the transformers library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kernels.ops import AttentionBatch, Ops
+from models.spec import ModelSpec
+
+
+class LanguageModel(Protocol):
+    """A causal language model over paged KV."""
+
+    spec: ModelSpec
+
+    def __call__(
+        self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor], ops: Ops
+    ) -> Tensor:
+        """One ragged step; see `models.decoder.Decoder.forward`."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden] -> [rows, vocab] fp32."""
+        ...
