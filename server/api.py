@@ -8,6 +8,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from server.answers import (
+    ChatAnswer,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionChunk,
+    DetokenizeAnswer,
+    TokenizeAnswer,
+)
 from server.body import read_json
 from server.errors import invalid, model_not_found
 from server.openapi import body_schema
@@ -25,14 +33,16 @@ def api_router(services: Services) -> APIRouter:
     @router.post(
         "/chat/completions",
         summary="Continue a conversation",
-        openapi_extra=body_schema(ChatBody),
+        openapi_extra=body_schema(ChatBody, ChatAnswer, ChatChunk),
     )
     async def chat_completions(request: Request) -> Response:
         """One JSON object, or server-sent events with `stream: true`."""
         return await generate(request, services, Endpoint.CHAT)
 
     @router.post(
-        "/completions", summary="Continue a text", openapi_extra=body_schema(CompletionBody)
+        "/completions",
+        summary="Continue a text",
+        openapi_extra=body_schema(CompletionBody, CompletionAnswer, CompletionChunk),
     )
     async def completions(request: Request) -> Response:
         """One JSON object, or server-sent events with `stream: true`."""
@@ -87,7 +97,9 @@ def text_router(services: Services) -> APIRouter:
         )
 
     @router.post(
-        "/tokenize", summary="Token ids of a text", openapi_extra=body_schema(TokenizeBody)
+        "/tokenize",
+        summary="Token ids of a text",
+        openapi_extra=body_schema(TokenizeBody, TokenizeAnswer),
     )
     async def tokenize(request: Request) -> dict[str, Any]:
         """Of `prompt` (or `content`), or of `messages` as the chat template renders them."""
@@ -113,7 +125,9 @@ def text_router(services: Services) -> APIRouter:
         return answer
 
     @router.post(
-        "/detokenize", summary="Text of token ids", openapi_extra=body_schema(DetokenizeBody)
+        "/detokenize",
+        summary="Text of token ids",
+        openapi_extra=body_schema(DetokenizeBody, DetokenizeAnswer),
     )
     async def detokenize(request: Request) -> dict[str, str]:
         """The text, under both of the names clients look for."""

@@ -9,9 +9,25 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.answers import (
+    ChatAnswer,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionChunk,
+    DetokenizeAnswer,
+    TokenizeAnswer,
+)
 from server.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 BODIES: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+ANSWERS: tuple[type[BaseModel], ...] = (
+    ChatAnswer,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionChunk,
+    TokenizeAnswer,
+    DetokenizeAnswer,
+)
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -40,20 +56,33 @@ _ERRORS = {
 }
 
 
-def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """For a route that reads its body itself: what FastAPI would have written about it."""
-    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-    errors = {
+def body_schema(
+    body: type[BaseModel],
+    answer: type[BaseModel] | None = None,
+    chunk: type[BaseModel] | None = None,
+) -> dict[str, Any]:
+    """For a route that reads its body itself: what FastAPI would have written about it.
+
+    `chunk`: the payload of one server-sent event, for answers that may be streamed.
+    """
+    responses: dict[str, Any] = {
         status: {
             "description": text,
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
         }
         for status, text in _ERRORS.items()
     }
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
-        "responses": errors,
-    }
+    content = {} if answer is None else {"application/json": {"schema": _reference(answer)}}
+    if chunk is not None:
+        content["text/event-stream"] = {"schema": _reference(chunk)}
+    if content:
+        responses["200"] = {"description": "The answer.", "content": content}
+    taken = {"application/json": {"schema": _reference(body)}}
+    return {"requestBody": {"required": True, "content": taken}, "responses": responses}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -62,7 +91,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     _, definitions = models_json_schema(
-        [(model, "validation") for model in BODIES], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in (*BODIES, *ANSWERS)],
+        ref_template="#/components/schemas/{model}",
     )
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions["$defs"], Error=_ERROR)
