@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,8 +67,10 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
     name = config.model.dtype
     dtype = DTYPES[name] if name != "auto" else device.default_dtype(DTYPES[spec.dtype])
 
-    def load() -> Decoder:
-        return load_decoder(
+    before = device.available_memory()
+    if spec.native:
+        load = partial(
+            load_decoder,
             folder,
             dtype=dtype,
             device=device.torch_device,
@@ -75,16 +78,16 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
             load_format=config.model.load_format,
             progress=log.debug,
         )
-
-    before = device.available_memory()
-    decoder = load()
-    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    # The eager model and the native one live side by side until the last stream of the former has
-    # ended; where there is no room for both, and where text must not depend on when a build was
-    # done, the build is waited for.
-    wait = config.device.deterministic or 2 * weights > device.available_memory()
-    patience = None if wait else LOOKUP_SECONDS
-    runner = _native_runner(decoder, native, patience) or _torch_runner(decoder, config, device)
+        decoder = load()
+        weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
+        # The eager model and the native one live side by side until the last stream of the former
+        # has ended; where there is no room for both, and where text must not depend on when a
+        # build was done, the build is waited for.
+        wait = config.device.deterministic or 2 * weights > device.available_memory()
+        patience = None if wait else LOOKUP_SECONDS
+        runner = _native_runner(decoder, native, patience) or _torch_runner(decoder, config, device)
+    else:
+        runner = _fallback_runner(folder, dtype, config, device)
     progress(f"weights, {runner.name} arithmetic")
 
     budget = _budget(config, device, spec, dtype, max_model_len, before)
@@ -108,7 +111,7 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
         ),
     )
     if native is not None:
-        if runner.name != NativeOps.name:
+        if spec.native and runner.name != NativeOps.name:
             _swap_when_built(native, worker, load)
         # Every form of the draw gives the same tokens, so this one needs no care about streams.
         native.add_done_callback(lambda built: _use_native_draw(worker, built))
@@ -196,6 +199,22 @@ def _torch_runner(decoder: Decoder, config: EngineConfig, device: Device) -> Run
         "invariant" if config.device.deterministic else "packed" if on_cpu else "dense"
     )
     prepare_linears(decoder, mode)
+    return EagerRunner(decoder, TorchOps())
+
+
+def _fallback_runner(
+    folder: Path, dtype: torch.dtype, config: EngineConfig, device: Device
+) -> Runner:
+    """An architecture that only the transformers library computes."""
+    from models.transformers_fallback import load_fallback
+
+    decoder = load_fallback(
+        folder,
+        dtype=dtype,
+        device=device.torch_device,
+        load_format=config.model.load_format,
+        progress=log.info,
+    )
     return EagerRunner(decoder, TorchOps())
 
 

@@ -8,7 +8,6 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, Ops
-from models.decoder import Decoder
 
 
 class Runner(Protocol):
@@ -25,10 +24,20 @@ class Runner(Protocol):
         ...
 
 
+class Model(Protocol):
+    """A causal language model: `models.decoder.Decoder`, or one run by the transformers library."""
+
+    def __call__(
+        self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor], ops: Ops
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
 class EagerRunner:
     """The decoder, operation by operation, on one implementation of `Ops`."""
 
-    def __init__(self, decoder: Decoder, ops: Ops) -> None:
+    def __init__(self, decoder: Model, ops: Ops) -> None:
         self.name = ops.name
         self._decoder = decoder
         self._ops = ops
