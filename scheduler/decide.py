@@ -34,6 +34,7 @@ class Decision:
     promised: int  # pages the steps in flight give back when they settle
     keep: int  # running[keep:] are preempted
     in_flight: bool  # pages released now are only promised
+    dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
     blocked: bool = False  # nobody can be admitted until pages, slots, hits or candidates come
     work: list[Work] = field(default_factory=list)  # decodes first
@@ -73,7 +74,7 @@ class Decider:
             blocked=blocked,
         )
         others = self._continue_live(d, running)
-        d.lane = lane_size(d.budget)
+        d.lane = lane_size(d.budget, self._config.long_prefill_rows)
         if others:
             self._continue_prompts(d, running)
         if self._memory.free_slots and not d.blocked and not d.pressure:
@@ -124,12 +125,9 @@ class Decider:
         in need stalls until the fence lifts; preempting on would empty the batch for nothing.
         """
         d.pressure = True
-        dropped: Counter[int] = Counter()
-        for victim in running[d.keep :]:
-            self._pool.freed_by_dropping(victim.pages, dropped)
         while need > d.free + d.promised and d.keep > first:
             d.keep -= 1
-            freed = self._pool.freed_by_dropping(running[d.keep].pages, dropped)
+            freed = self._pool.freed_by_dropping(running[d.keep].pages, d.dropped)
             if d.in_flight:
                 d.promised += freed
             else:
@@ -151,7 +149,7 @@ class Decider:
         long = known - fed > d.lane
         if long:
             budget -= d.lane
-            if budget <= 0 or len(d.long) == self._config.long_prefill_rows:
+            if budget <= 0:
                 return False
         use = chunk_size(fed, known, budget, self._config.page_size)
         d.budget -= use
@@ -178,7 +176,7 @@ class Decider:
         config, pool = self._config, self._pool
         pinned: set[int] = set()
         tries = 0  # behind the first that was not admitted
-        passed = False
+        passed = lane_only = False
         for sequence in waiting:
             if d.budget <= 0 or len(d.admits) == self._memory.free_slots:
                 return
@@ -196,11 +194,11 @@ class Decider:
                 passed = True
                 continue
             if not self._feed(d, sequence, len(hits) * config.page_size, need):
-                passed = True  # a long prompt behind long prompts: its turn comes with theirs done
+                passed = lane_only = True  # long, behind long ones: its turn comes after theirs
                 continue
             d.overtakes += d.head is not None
             d.free -= cost
             pinned.update(hits)
             d.admits.append((sequence, hits))
             running.append(sequence)
-        d.blocked = d.head is not None and not d.long
+        d.blocked = d.head is not None and not lane_only

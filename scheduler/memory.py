@@ -53,13 +53,12 @@ class Memory:
 
         A rejected draft never stands in one of them: it lies beyond `computed`.
         """
-        if not self._config.enable_prefix_cache:
-            return
         size = self._config.page_size
         while sequence.computed - sequence.registered >= size:
-            page = sequence.registered // size
-            link = sequence.chain.link(page, sequence.tokens)
-            self._index.register(sequence.pages[page], link)
+            if self._config.enable_prefix_cache:
+                page = sequence.registered // size
+                link = sequence.chain.link(page, sequence.tokens)
+                self._index.register(sequence.pages[page], link)
             sequence.registered += size
 
     def release(self, sequence: Sequence, fence: int | None) -> None:

@@ -60,10 +60,10 @@ def chunk_size(fed: int, known: int, budget: int, page_size: int) -> int:
     return (aligned if aligned > fed else end) - fed
 
 
-def lane_size(budget: int) -> int:
+def lane_size(budget: int, parts: int) -> int:
     """Of the tokens decodes leave in a step, how many long prompts leave to short ones.
 
-    A prompt is long while more than that is left of it: the others are served within a step or
-    two even when a long one came first.
+    A prompt is long while more than that is left of it. So fewer than `parts` long prompts share
+    a step, and short ones are served within a step or two even when a long one came first.
     """
-    return budget // 4
+    return budget // parts

@@ -178,7 +178,9 @@ class SchedulerConfig:
     max_queued_requests: int = 2048
     lookahead: int = 8  # how many waiting sequences may be tried behind one that does not fit
     priority_ageing: float = 30.0  # seconds of waiting that equal one level of priority
-    long_prefill_rows: int = 4  # prompts that may be partway through prefill at once
+    # A prompt is long while more than 1 / long_prefill_rows of a step's budget is left of it. Fewer
+    # than so many are computed in one step, and that part of it is kept for short ones.
+    long_prefill_rows: int = 4
 
     def __post_init__(self) -> None:
         def check(ok: bool, what: str) -> None:
@@ -194,4 +196,4 @@ class SchedulerConfig:
         )
         check(self.priority_ageing > 0, "priority_ageing must be positive")
         check(self.lookahead >= 0, "lookahead must not be negative")
-        check(self.long_prefill_rows >= 1, "long_prefill_rows must be at least 1")
+        check(self.long_prefill_rows >= 2, "long_prefill_rows must be at least 2")

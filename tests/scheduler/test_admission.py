@@ -7,7 +7,7 @@ import pytest
 from scheduler.plan import StepPlan
 from scheduler.policy import chunk_size, order_of
 from scheduler.request import SchedulerConfig
-from tests.scheduler.driving import Pair, pair, request
+from tests.scheduler.driving import Pair, greedy, pair, request
 
 
 def tokens_of(plan: StepPlan) -> int:
@@ -34,13 +34,14 @@ def test_decodes_come_first_and_no_step_exceeds_the_budget(drafts: int) -> None:
 
 
 def test_drafts_leave_a_token_to_every_running_sequence() -> None:
-    both = pair(budget=8, slots=8, drafts=5)
+    both = pair(budget=12, slots=8, drafts=5)
     both.add(*(request(f"r{i}", [i], 20, seed=i) for i in range(8)))
     for _ in range(12):
         both.step()
     live = [plan for plan in both.worker.plans if all(row.chunk is None for row in plan.rows)]
     assert live
     assert all(len(plan.rows) == 8 for plan in live)
+    assert all(tokens_of(plan) == 12 for plan in live)
 
 
 def test_chunks_end_on_page_boundaries_or_at_the_end() -> None:
@@ -182,12 +183,28 @@ def test_long_prompts_are_served_one_after_the_other() -> None:
     assert first["r1"] <= 1200 // 60 + 3
 
 
-def test_only_so_many_long_prompts_are_partway_at_once() -> None:
-    both = pair(budget=64, num_pages=900, max_len=1000, depth=0, long_prefill_rows=1)
-    both.add(*(request(f"r{i}", range(i, i + 100), 1, seed=i, arrival=i) for i in range(5)))
+@pytest.mark.parametrize("rows", [2, 4])
+def test_few_long_prompts_share_a_step(rows: int) -> None:
+    both = pair(budget=64, num_pages=900, max_len=1000, depth=0, long_prefill_rows=rows)
+    both.add(*(request(f"r{i}", range(i, i + 100), 1, seed=i, arrival=i) for i in range(9)))
     both.finish()
+    left = {admit.slot: 100 for plan in both.worker.plans for admit in plan.admits}
+    most = 0
     for plan in both.worker.plans:
-        assert sum(not row.samples for row in plan.rows) <= 2  # one, and one that just got short
+        left |= {admit.slot: 100 for admit in plan.admits}
+        most = max(most, sum(left[row.slot] > 64 // rows for row in plan.rows))
+        for row in plan.rows:
+            left[row.slot] -= len(row.chunk or ())
+    assert 0 < most < rows
+
+
+def test_shared_hits_cost_their_pages_once() -> None:
+    both = pair(num_pages=7, room=greedy, depth=0)
+    both.add(request("first", range(17), 1, seed=0))
+    both.finish()  # four cached pages, two blank ones
+    both.add(*(request(f"r{i}", range(17), 1, seed=1 + i) for i in range(2)))
+    both.step()
+    assert admission_order(both) == [0, 1, 2], "four hits and one page each: six in all"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +214,7 @@ def test_only_so_many_long_prompts_are_partway_at_once() -> None:
         {"max_step_tokens": 3, "max_num_seqs": 4},
         {"priority_ageing": 0.0},
         {"page_size": 0},
-        {"long_prefill_rows": 0},
+        {"long_prefill_rows": 1},
     ],
 )
 def test_impossible_limits_are_refused(wrong: dict) -> None:

@@ -279,6 +279,7 @@ def test_a_parked_choice_can_be_aborted() -> None:
     answers = both.finish()
     assert_exact(answers, [item], both.worker.script)
     assert answers["r", 2].tokens == []
+    assert chunk_tokens(both) == 20 + 4, "the other one stayed parked"
 
 
 def test_what_was_produced_counts_as_output() -> None:
@@ -290,6 +291,16 @@ def test_what_was_produced_counts_as_output() -> None:
     assert answer.finish is not None
     assert (answer.finish.prompt_tokens, answer.finish.completion_tokens) == (10, 8)
     assert both.worker.plans[0].admits[0].prompt_len == 10
+
+
+def test_cached_tokens_are_of_the_prompt() -> None:
+    both = pair()
+    both.add(request("a", PROMPT, 12))
+    both.finish()
+    both.add(request("r", PROMPT, 12, produced=(text_of()[:9],)))
+    finish = both.finish()["r", 0].finish
+    assert finish is not None
+    assert finish.cached_tokens == 10, "of sixteen that were found"
 
 
 def test_what_was_complete_before_a_restart_ends_at_once() -> None:

@@ -95,7 +95,7 @@ def anything(draw: st.DrawFn) -> tuple[Pair, list[Request], random.Random]:
         script=Script(vocab_size=20, acceptance=draw(st.sampled_from([0.0, 0.5, 1.0]))),
         enable_prefix_cache=draw(st.booleans()),
         lookahead=draw(st.integers(0, 3)),
-        long_prefill_rows=draw(st.integers(1, 3)),
+        long_prefill_rows=draw(st.integers(2, 4)),
     )
     shared = [rng.randrange(20) for _ in range(40)]
     limit = min(max(max_len, 41), (max(num_pages, 1 + -(-41 // page_size)) - 1) * page_size)

@@ -6,7 +6,6 @@ import pytest
 
 from scheduler.pages import PagePool
 from scheduler.request import FinishReason
-from tests.fakes import Script
 from tests.scheduler.driving import Pair, assert_exact, greedy, pair, request
 
 
@@ -60,10 +59,12 @@ def test_nobody_is_admitted_while_somebody_stalls() -> None:
 
 
 def test_drafts_go_before_sequences() -> None:
-    both, items = crowd(3, num_pages=13, tokens=8, drafts=4, script=Script(acceptance=0.0))
-    answers = both.finish()
-    assert_exact(answers, items, both.worker.script)
-    assert both.scheduler.load().preemptions == 0, "sixteen positions each, and no more"
+    """All pages are held and full: the drafts of one must not cost the other its place."""
+    both = pair(num_pages=5, drafts=3, depth=0, room=greedy)
+    items = [request("a", [1] * 7, 8, seed=1), request("b", [2] * 7, 2, seed=2, arrival=1.0)]
+    both.add(*items)
+    assert_exact(both.finish(), items, both.worker.script)
+    assert both.scheduler.load().preemptions == 0
     assert any(row.drafts for plan in both.worker.plans for row in plan.rows)
 
 
