@@ -25,16 +25,13 @@ from kernels.torch_ops import TorchOps
 from models.errors import CheckpointError, UnsupportedArchitecture
 from models.rope import RopeParameters
 from models.spec import ModelSpec
+from models.trial import run_trial, trial_sequences
 from models.weights import checkpoint_files, read_json
 
 ATTENTION = "foresight_paged"
 # Keyword arguments with which a model asks its attention for something else than a softmax of
 # scaled products; any of them given means that ours would be wrong.
 BEYOND = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "head_mask")
-# Lengths of the two sequences of the trial, and where the first one is cut.
-TRIAL = (20, 9)
-TRIAL_CUT = 13
-PAGE_SIZE = 8
 # The trial's largest error, relative to the spread of the logits.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
@@ -264,60 +261,26 @@ def _own_logits(model: Any, spec: ModelSpec) -> list[Tensor]:
     with torch.inference_mode():
         return [
             model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].float()
-            for ids in _trial_ids(spec)
+            for ids in trial_sequences(spec.vocab_size)
         ]
 
 
 def _paged_logits(decoder: TransformersDecoder, dtype: torch.dtype, device: Any) -> list[Tensor]:
-    """The same through pages: the first sequence in two chunks, the second beside its second."""
+    """The trial's sequences through pages."""
     spec = decoder.spec
-    ids = [each.to(device) for each in _trial_ids(spec)]
-    size = (8, 2, spec.num_kv_heads, PAGE_SIZE, spec.head_dim)
-    kv = [torch.zeros(size, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-    tables = torch.tensor([[3, 6, 1], [4, 2, 5]], dtype=torch.int32, device=device)
-    first, second = TRIAL
-    steps = ([(0, 0, TRIAL_CUT)], [(0, TRIAL_CUT, first), (1, 0, second)])
-    found: list[list[Tensor]] = [[], []]
+
+    def run(ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
+        step = PagedStep(batch, kv, TorchOps(), spec.windows)
+        logits = decoder.logits(decoder.step(ids, step))
+        if sorted(step.seen) != list(range(spec.num_layers)):
+            raise UnsupportedArchitecture(
+                f"only {len(set(step.seen))} of its {spec.num_layers} layers are attention "
+                "that can be paged."
+            )
+        return logits
+
     with torch.inference_mode():
-        for spans in steps:
-            step = PagedStep(_batch(tables, spans), kv, TorchOps(), spec.windows)
-            tokens = torch.cat([ids[row][start:stop] for row, start, stop in spans])
-            logits = decoder.logits(decoder.step(tokens, step))
-            if sorted(step.seen) != list(range(spec.num_layers)):
-                raise UnsupportedArchitecture(
-                    f"only {len(set(step.seen))} of its {spec.num_layers} layers are attention "
-                    "that can be paged."
-                )
-            counts = [stop - start for _, start, stop in spans]
-            for (row, _, _), part in zip(spans, logits.split(counts), strict=True):
-                found[row].append(part)
-    return [torch.cat(parts) for parts in found]
-
-
-def _trial_ids(spec: ModelSpec) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(spec.vocab_size, (n,), generator=generator) for n in TRIAL]
-
-
-def _batch(tables: Tensor, spans: Sequence[tuple[int, int, int]]) -> AttentionBatch:
-    """spans: (row of `tables`, first position, behind the last)."""
-    device = tables.device
-    counts = torch.tensor([stop - start for _, start, stop in spans], device=device)
-    positions = torch.cat([torch.arange(a, b, device=device) for _, a, b in spans])
-    rows = torch.repeat_interleave(torch.arange(len(spans), device=device), counts)
-    table = tables[[row for row, _, _ in spans]]
-    pages = table[rows, positions // PAGE_SIZE].long()
-    lengths = [stop for _, _, stop in spans]
-    return AttentionBatch(
-        positions=positions,
-        token_rows=rows,
-        query_starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
-        kv_lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
-        page_table=table,
-        kv_slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
-        max_query=int(counts.max()),
-        max_kv=max(lengths),
-    )
+        return run_trial(run, spec, dtype, device)
 
 
 def _config(folder: Path) -> Any:
