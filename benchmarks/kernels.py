@@ -1,0 +1,206 @@
+"""What the decoder's operators cost on this CPU: native kernels beside eager torch.
+
+    python -m benchmarks.kernels [--threads 2] [--context 320] [--dtype bfloat16] [--quick]
+
+Operators, linear layers and whole steps of a decoder of the bundled model's shape with random
+weights, at 1, 8 and 32 rows. Torch's linear layers are oneDNN's on prepacked weights where those
+work. Both sides take turns; a time is the median of the turns, a ratio the median of their ratios
+with its interval. Building the kernels is timed as well, from sources to loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import Row, json_line, median_interval, table
+from kernels.cpu.build import build, load
+from kernels.cpu.ops import NativeOps
+from kernels.linear.prepare import prepare_linears
+from kernels.ops import AttentionBatch
+from kernels.torch_ops import TorchOps
+from models.decoder import Decoder, DecoderLayer
+from models.spec import ModelSpec
+from worker.native import native_runner
+from worker.runner import EagerRunner
+
+page_size = 16
+row_counts = (1, 8, 32)
+step_targets = {1: 1.5, 8: 2.5, 32: 6.0}  # milliseconds, bf16 on two cores
+shape = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 4096,
+    "hidden_size": 320,
+    "intermediate_size": 640,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One thing done in two ways."""
+
+    name: str
+    rows: int
+    torch: Callable[[], object]
+    native: Callable[[], object]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--context", type=int, default=320, help="positions before the step's token (320)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--repeats", type=int, default=15, help="turns of each side (15)")
+    add("--quick", action="store_true", help="7 turns")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype]
+    repeats = 7 if args.quick else args.repeats
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        started = time.perf_counter()
+        native = load(build(Path(folder)))
+        rows = [Row("build of the native kernels, s", time.perf_counter() - started, 10, "at most")]
+        lines = []
+        for pair in pairs(native, dtype, args.context):
+            ours, theirs, ratio, low, high = compare(pair, repeats)
+            name = f"{pair.name}, {pair.rows} rows"
+            lines.append(
+                (name, f"{theirs:.1f}", f"{ours:.1f}", f"{ratio:.2f} ({low:.2f} to {high:.2f})")
+            )
+            rows.append(Row(f"{name}: torch / native", ratio, 1.0, interval=(low, high)))
+            if pair.name == "step" and dtype == torch.bfloat16:
+                target = step_targets[pair.rows]
+                rows.append(Row(f"{name}: native, ms", ours / 1e3, target, "at most"))
+    print(table(("operation", "torch, µs", "native, µs", "torch / native"), lines))
+    print(json_line("kernels", rows))
+    return 0
+
+
+def compare(pair: Pair, repeats: int) -> tuple[float, float, float, float, float]:
+    """Microseconds of native and torch, and the ratio's median and interval."""
+    times = []
+    calls = [max(1, int(2e-3 / once(way, 3))) for way in (pair.native, pair.torch)]
+    for _ in range(repeats):
+        times.append((once(pair.native, calls[0]), once(pair.torch, calls[1])))
+    ratio, low, high = median_interval([theirs / ours for ours, theirs in times])
+    ours, theirs = (median(side) * 1e6 for side in zip(*times, strict=True))
+    return ours, theirs, ratio, low, high
+
+
+def once(run: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, over `calls` of them."""
+    run()
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - started) / calls
+
+
+def pairs(native: NativeOps, dtype: torch.dtype, context: int) -> Iterator[Pair]:
+    """Everything that is compared, at every number of rows."""
+    spec = ModelSpec.from_hf(shape)
+    plain, packed = random_decoder(spec, dtype), random_decoder(spec, dtype)
+    layer, dense = plain.layers[0], packed.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    assert isinstance(dense, DecoderLayer)
+    attention, norm = layer.attention.layer, layer.input_norm
+    runner = native_runner(plain, native)  # packs the linear layers in place
+    prepare_linears(packed, "packed")
+    eager = EagerRunner(packed, TorchOps())
+    for rows in row_counts:
+        batch, pages = decode_step(rows, context)
+        kv = [
+            torch.randn(pages, 2, spec.num_kv_heads, page_size, spec.head_dim, dtype=dtype)
+            for _ in range(spec.num_layers)
+        ]
+        width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        x, residual = torch.randn(2, rows, spec.hidden_size, dtype=dtype)
+        qkv = torch.randn(rows, width, dtype=dtype)
+        gate_up = torch.randn(rows, 2 * spec.intermediate_size, dtype=dtype)
+        q = torch.randn(rows, spec.num_heads, spec.head_dim, dtype=dtype)
+        attended, ids = q.flatten(1), torch.randint(0, spec.vocab_size, (rows,))
+
+        def on(name: str, call: Callable[[TorchOps | NativeOps], object], rows: int = rows) -> Pair:
+            eager_ops = TorchOps()
+            return Pair(name, rows, lambda: call(eager_ops), lambda: call(native))
+
+        def linear(name: str, pick: Callable[[Decoder], torch.nn.Module], x: Tensor) -> Pair:
+            theirs, ours = pick(packed), pick(plain)
+            return Pair(f"linear {name}", x.shape[0], lambda: theirs(x), lambda: ours(x))
+
+        yield on("rms_norm", lambda ops, x=x: ops.rms_norm(x, norm, 1e-6))
+        yield on("add_rms_norm", lambda ops, x=x, r=residual: ops.add_rms_norm(x, r, norm, 1e-6))
+        yield on("silu_mul", lambda ops, x=gate_up: ops.silu_mul(x))
+        yield on(
+            "rope_append",
+            lambda ops, x=qkv, kv=kv, b=batch: ops.rope_append(x, attention, kv[0], b),
+        )
+        yield on("attend", lambda ops, q=q, kv=kv, b=batch: ops.attend(q, kv[0], attention, b))
+        yield linear("qkv", lambda model: model.layers[0].attention.qkv, x)
+        yield linear("output", lambda model: model.layers[0].attention.output, attended)
+        yield linear("gate_up", lambda model: model.layers[0].mlp.gate_up, x)
+        half = gate_up[:, : spec.intermediate_size].contiguous()
+        yield linear("down", lambda model: model.layers[0].mlp.down, half)
+        yield linear("head", lambda model: model.head, x)
+        yield Pair(
+            "step",
+            rows,
+            lambda ids=ids, b=batch, kv=kv: eager.logits(eager.forward(ids, b, kv)),
+            lambda ids=ids, b=batch, kv=kv: runner.logits(runner.forward(ids, b, kv)),
+        )
+
+
+def random_decoder(spec: ModelSpec, dtype: torch.dtype) -> Decoder:
+    decoder = Decoder(spec, dtype=dtype)
+    for parameter in decoder.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return decoder
+
+
+def decode_step(rows: int, context: int) -> tuple[AttentionBatch, int]:
+    """One new token in each of `rows` equal rows over permuted pages, and the pool's pages."""
+    each = context // page_size + 1
+    table = (torch.randperm(rows * each) + 1).view(rows, each).int()
+    positions = torch.full((rows,), context)
+    batch = AttentionBatch(
+        positions=positions,
+        token_rows=torch.arange(rows),
+        query_starts=torch.arange(rows + 1, dtype=torch.int32),
+        kv_lengths=(positions + 1).int(),
+        page_table=table,
+        kv_slots=table[:, -1].long() * page_size + context % page_size,
+        max_query=1,
+        max_kv=context + 1,
+    )
+    return batch, rows * each + 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
