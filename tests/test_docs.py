@@ -14,7 +14,9 @@ from cli import document
 from cli.options import options
 from docs import tables
 from loadtest import __main__ as loadtest
+from server.app import create_app
 from tests.deploy.test_deploy import exported, metric_names
+from tests.server.helpers import config, reply_engine, text_assets
 
 root = Path(__file__).parent.parent
 pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
@@ -36,6 +38,23 @@ def test_generated_tables_are_fresh(page: str) -> None:
 
 def test_configuration_page_is_fresh() -> None:
     assert document.PAGE.read_text() == document.page(), "run make docs"
+
+
+def test_every_endpoint_is_documented() -> None:
+    paths = create_app(reply_engine(), text_assets(), config()).openapi()["paths"]
+    text = (root / "docs" / "api.md").read_text()
+    for path, methods in paths.items():
+        for method in methods:
+            if method != "head":
+                assert f"`{method.upper()} {path}`" in text, f"{method} {path}"
+
+
+def test_every_error_code_is_documented() -> None:
+    text = (root / "docs" / "api.md").read_text()
+    sources = (path.read_text() for path in (root / "server").glob("*.py"))
+    codes = set(chain.from_iterable(re.findall(r'code="([a-z_]+)"', s) for s in sources))
+    assert len(codes) > 8
+    assert [code for code in sorted(codes) if f"`{code}`" not in text] == []
 
 
 def anchors(page: Path) -> set[str]:
