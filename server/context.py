@@ -30,6 +30,7 @@ class Context:
 
     request_id: str
     named_by_client: bool
+    started: float  # seconds, monotonic
     tenant: str = ""
     status: int = 0  # 499 when the client left
     log: LogFields = field(default_factory=LogFields)
@@ -69,7 +70,7 @@ class ContextMiddleware:
         started = time.monotonic()
         named = Headers(scope=scope).get("x-request-id", "")
         by_client = valid_request_id(named)
-        context = Context(named if by_client else uuid4().hex, by_client)
+        context = Context(named if by_client else uuid4().hex, by_client, started)
         scope[_KEY] = context
         begun = False
 

@@ -65,7 +65,7 @@ class Job:
 class Caller:
     """What is known of a request besides its body."""
 
-    request_id: str
+    arrival: float  # seconds, monotonic: before the body was read and tokenized
     tenant: str = ""
     priority: int | None = None  # from a header; wins over the body
     timeout: float | None = None  # seconds, from a header

@@ -55,9 +55,10 @@ class LogprobFormat:
     ) -> dict[str, Any]:
         """The prompt's part of an echoed completion's `logprobs`; the first token has none."""
         offsets, offset = [], 0
+        decoder = self.tokenizer.detokenizer(())
         for token in prompt:
             offsets.append(offset)
-            offset += len(self.tokenizer.token_bytes(token).decode("utf-8", "ignore"))
+            offset += len(decoder.push((token,)))
         return {
             "tokens": [self.label(token) for token in prompt],
             "token_logprobs": [None if e is None else finite(e.logprob) for e in entries],

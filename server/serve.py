@@ -28,6 +28,7 @@ from server.sse import EventStream, StreamEnd
 # A refusal by the engine that arrives this fast becomes an HTTP status instead of an error event.
 REFUSAL_SECONDS = 0.25
 CLIENT_LEFT = 499
+OVERLOADED = 429
 
 
 async def generate(request: Request, services: Services, endpoint: Endpoint) -> Response:
@@ -126,6 +127,8 @@ class _Answer:
         log.queue_ms = timings["queue_time_ms"]
         log.first_token_ms = timings["time_to_first_token_ms"]
         log.error = end.error
+        if end.status == OVERLOADED:  # by the engine: our own refusals never come this far
+            self._services.metrics.rejections.add(label="server_overloaded")
         if self._generation.transcript is not None:
             decode = self._services.text.tokenizer.decode
             log.prompts = [decode(r.prompt, skip_special_tokens=False) for r in job.requests]
@@ -186,7 +189,7 @@ def _caller(request: Request, context: Context) -> Caller:
             "The header x-request-timeout-ms must be a positive integer.", "x-request-timeout-ms"
         )
     return Caller(
-        request_id=context.request_id,
+        arrival=context.started,
         tenant=context.tenant,
         priority=priority,
         timeout=None if timeout is None else int(timeout) / 1000,

@@ -74,15 +74,16 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         end = StreamEnd(499, "the client left")
         watcher: asyncio.Task[None] | None = None
+        task = asyncio.current_task()
+        assert task is not None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            task = asyncio.current_task()
-            assert task is not None
             watcher = asyncio.create_task(self._watch(receive, send, task))
             end = await self._write(send)
         except asyncio.CancelledError:
             if not self._left:
                 raise
+            task.uncancel()
         finally:
             if watcher is not None:
                 watcher.cancel()

@@ -214,7 +214,7 @@ class Translator:
     ) -> Job:
         prefix = "chatcmpl-" if endpoint is Endpoint.CHAT else "cmpl-"
         job_id = prefix + uuid4().hex
-        arrival = time.monotonic()
+        arrival = caller.arrival
         timeouts = [t for t in (self.timeout, caller.timeout) if t is not None]
         shared: dict[str, Any] = {
             "arrival": arrival,

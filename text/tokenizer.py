@@ -45,7 +45,7 @@ class Tokenizer:
         self.longest_token = max(map(len, vocabulary), default=1)  # characters
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._byte_level = _contains(decoder, "ByteLevel")
+        self._byte_level = _is_byte_level(decoder)
         self._bytes = _token_bytes(backend, vocabulary, decoder, self.vocab_size)
         self._visible_bytes = list(self._bytes)
         for token_id in self.special_ids:
@@ -128,6 +128,14 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             if role.endswith("_token") and isinstance(content, str):
                 tokens[role] = content
     return tokens
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    """Whether decoding is joining bytes and nothing else."""
+    if decoder is None:
+        return False
+    parts = decoder.get("decoders", [decoder])
+    return bool(parts) and all(part.get("type") == "ByteLevel" for part in parts)
 
 
 def _contains(decoder: dict[str, Any] | None, kind: str) -> bool:

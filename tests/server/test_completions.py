@@ -93,6 +93,15 @@ async def test_an_evaluation_harness_scores_a_continuation() -> None:
             assert max(top, key=top.__getitem__) == token  # greedy, by this engine's scores
 
 
+async def test_offsets_point_into_the_shown_text() -> None:
+    prompt = "🎉é🎉 x"
+    answer = await ask(reply_engine("é!"), prompt, echo=True, logprobs=0)
+    text, scores = answer["choices"][0]["text"], answer["choices"][0]["logprobs"]
+    for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
+        if not token.startswith("bytes:"):
+            assert text[offset:].startswith(token), (token, offset)
+
+
 async def test_zero_tokens_with_echo_only_score() -> None:
     answer = await ask(reply_engine(), IDS, max_tokens=0, logprobs=0, echo=True)
     (choice,) = answer["choices"]

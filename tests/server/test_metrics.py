@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from engine.errors import RejectedError
 from scheduler.request import Load
 from server import metrics
 from tests.fakes_engine import FACTS, ScriptedEngine
@@ -168,6 +169,15 @@ async def test_an_end_token_counts_as_generated() -> None:
     produced = answer.json()["usage"]["completion_tokens"]
     assert value(text, "foresight_generation_tokens_total") == produced
     assert value(text, "foresight_request_generation_tokens_sum") == produced
+
+
+async def test_refusals_by_the_engine_count_too() -> None:
+    engine = reply_engine(reject=RejectedError("queue_full", "full"))
+    async with client_of(engine) as client:
+        await client.post("/v1/chat/completions", json=chat())
+        await client.post("/v1/chat/completions", json=chat(stream=True))
+        text = await scrape(client)
+    assert value(text, "foresight_admission_rejections_total", reason="server_overloaded") == 2
 
 
 async def test_siblings_share_one_prompt() -> None:
