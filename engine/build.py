@@ -19,7 +19,8 @@ from kernels.linear.prepare import LinearMode, prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.errors import CheckpointError
-from models.loader import load_decoder, read_spec
+from models.loader import load_model, read_spec
+from models.model import LanguageModel
 from models.spec import ModelSpec
 from models.weights import resolve_checkpoint
 from scheduler.prefix import chain_root
@@ -67,27 +68,24 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
     name = config.model.dtype
     dtype = DTYPES[name] if name != "auto" else device.default_dtype(DTYPES[spec.dtype])
 
+    load = partial(
+        load_model,
+        folder,
+        dtype=dtype,
+        device=device.torch_device,
+        max_model_len=max_model_len,
+        load_format=config.model.load_format,
+        progress=log.debug,
+    )
     before = device.available_memory()
-    if spec.native:
-        load = partial(
-            load_decoder,
-            folder,
-            dtype=dtype,
-            device=device.torch_device,
-            max_model_len=max_model_len,
-            load_format=config.model.load_format,
-            progress=log.debug,
-        )
-        decoder = load()
-        weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
-        # The eager model and the native one live side by side until the last stream of the former
-        # has ended; where there is no room for both, and where text must not depend on when a
-        # build was done, the build is waited for.
-        wait = config.device.deterministic or 2 * weights > device.available_memory()
-        patience = None if wait else LOOKUP_SECONDS
-        runner = _native_runner(decoder, native, patience) or _torch_runner(decoder, config, device)
-    else:
-        runner = _fallback_runner(folder, dtype, config, device)
+    model = load()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # The eager model and the native one live side by side until the last stream of the former has
+    # ended; where there is no room for both, and where text must not depend on when a build was
+    # done, the build is waited for.
+    wait = config.device.deterministic or 2 * weights > device.available_memory()
+    patience = None if wait else LOOKUP_SECONDS
+    runner = _native_runner(model, native, patience) or _torch_runner(model, config, device)
     progress(f"weights, {runner.name} arithmetic")
 
     budget = _budget(config, device, spec, dtype, max_model_len, before)
@@ -111,7 +109,7 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
         ),
     )
     if native is not None:
-        if spec.native and runner.name != NativeOps.name:
+        if isinstance(model, Decoder) and runner.name != NativeOps.name:
             _swap_when_built(native, worker, load)
         # Every form of the draw gives the same tokens, so this one needs no care about streams.
         native.add_done_callback(lambda built: _use_native_draw(worker, built))
@@ -182,40 +180,27 @@ def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOp
 
 
 def _native_runner(
-    decoder: Decoder, native: Future[NativeOps] | None, patience: float | None
+    model: LanguageModel, native: Future[NativeOps] | None, patience: float | None
 ) -> Runner | None:
     """The runner on native kernels, if they are there in time and fit the model."""
-    if native is None:
+    if native is None or not isinstance(model, Decoder):
         return None
     try:
-        return native_runner(decoder, native.result(patience))
+        return native_runner(model, native.result(patience))
     except (TimeoutError, BuildError, ValueError):
         return None  # `_swap_when_built` tries again and says what is wrong
 
 
-def _torch_runner(decoder: Decoder, config: EngineConfig, device: Device) -> Runner:
-    on_cpu = device.torch_device.type == "cpu"
-    mode: LinearMode = (
-        "invariant" if config.device.deterministic else "packed" if on_cpu else "dense"
-    )
-    prepare_linears(decoder, mode)
-    return EagerRunner(decoder, TorchOps())
-
-
-def _fallback_runner(
-    folder: Path, dtype: torch.dtype, config: EngineConfig, device: Device
-) -> Runner:
-    """An architecture that only the transformers library computes."""
-    from models.transformers_fallback import load_fallback
-
-    decoder = load_fallback(
-        folder,
-        dtype=dtype,
-        device=device.torch_device,
-        load_format=config.model.load_format,
-        progress=log.info,
-    )
-    return EagerRunner(decoder, TorchOps())
+def _torch_runner(model: LanguageModel, config: EngineConfig, device: Device) -> Runner:
+    if isinstance(model, Decoder):
+        mode: LinearMode = "packed" if device.torch_device.type == "cpu" else "dense"
+        prepare_linears(model, "invariant" if config.device.deterministic else mode)
+    elif config.device.deterministic:
+        raise StartupError(
+            f"a {model.spec.model_type} model runs through the transformers library, whose linear "
+            "layers are not batch-invariant: serve it without --deterministic."
+        )
+    return EagerRunner(model, TorchOps())
 
 
 def _use_native_draw(worker: Worker, built: Future[NativeOps]) -> None:
@@ -224,14 +209,17 @@ def _use_native_draw(worker: Worker, built: Future[NativeOps]) -> None:
 
 
 def _swap_when_built(
-    native: Future[NativeOps], worker: Worker, load: Callable[[], Decoder]
+    native: Future[NativeOps], worker: Worker, load: Callable[[], LanguageModel]
 ) -> None:
     """Gives new sequences the native kernels as soon as these are built."""
     started = time.monotonic()
 
     def swap(built: Future[NativeOps]) -> None:
         try:
-            worker.use(native_runner(load(), built.result()))
+            ops = built.result()
+            model = load()
+            assert isinstance(model, Decoder)
+            worker.use(native_runner(model, ops))
         except (BuildError, ValueError, CheckpointError) as error:
             log.warning("serving with plain torch operations, which are slower: %s", error)
         else:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.ops import AttentionBatch, Ops
+from models.model import LanguageModel
 
 
 class Runner(Protocol):
@@ -24,26 +25,16 @@ class Runner(Protocol):
         ...
 
 
-class Model(Protocol):
-    """A causal language model: `models.decoder.Decoder`, or one run by the transformers library."""
-
-    def __call__(
-        self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor], ops: Ops
-    ) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-
 class EagerRunner:
-    """The decoder, operation by operation, on one implementation of `Ops`."""
+    """Any model, operation by operation, on one implementation of `Ops`."""
 
-    def __init__(self, decoder: Model, ops: Ops) -> None:
+    def __init__(self, model: LanguageModel, ops: Ops) -> None:
         self.name = ops.name
-        self._decoder = decoder
+        self._model = model
         self._ops = ops
 
     def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
-        return self._decoder(ids, batch, kv, self._ops)
+        return self._model(ids, batch, kv, self._ops)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._decoder.logits(hidden)
+        return self._model.logits(hidden)
