@@ -63,49 +63,51 @@ def draw(
 
 
 @triton.jit
-def _block_maxima(logits, maxima, vocab, blocks, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _block_maxima(
+    logits: tl.tensor, maxima: tl.tensor, vocab: tl.tensor, blocks: tl.tensor, size: tl.constexpr
+) -> None:
     row, block = tl.program_id(0), tl.program_id(1)
-    at = block * BLOCK + tl.arange(0, BLOCK)
+    at = block * size + tl.arange(0, size)
     x = tl.load(logits + row.to(tl.int64) * vocab + at, mask=at < vocab, other=-float("inf"))
     tl.store(maxima + row * blocks + block, tl.max(x, 0))
 
 
 @triton.jit
-def _draw_block(  # noqa: ANN202
-    logits,  # noqa: ANN001  [rows, vocab] fp32
-    maxima,  # noqa: ANN001  [rows, blocks] fp32
-    temperature,  # noqa: ANN001  [rows] fp32
-    seed,  # noqa: ANN001  [rows] int64
-    choice,  # noqa: ANN001  [rows] int64
-    position,  # noqa: ANN001  [rows] int64
-    scores,  # noqa: ANN001  [rows, blocks] fp32, written: the block's best z + g
-    tokens,  # noqa: ANN001  [rows, blocks] int32, written: the token that has it
-    vocab,  # noqa: ANN001
-    blocks,  # noqa: ANN001
-    BLOCK: tl.constexpr,  # noqa: N803
-    BLOCKS: tl.constexpr,  # noqa: N803  a power of two, at least `blocks`
-    SPAN: tl.constexpr,  # noqa: N803
-    VERSION: tl.constexpr,  # noqa: N803
-):
+def _draw_block(
+    logits: tl.tensor,  # [rows, vocab] fp32
+    maxima: tl.tensor,  # [rows, blocks] fp32
+    temperature: tl.tensor,  # [rows] fp32
+    seed: tl.tensor,  # [rows] int64
+    choice: tl.tensor,  # [rows] int64
+    position: tl.tensor,  # [rows] int64
+    scores: tl.tensor,  # [rows, blocks] fp32, written: the block's best z + g
+    tokens: tl.tensor,  # [rows, blocks] int32, written: the token that has it
+    vocab: tl.tensor,
+    blocks: tl.tensor,
+    size: tl.constexpr,  # of a block, tokens
+    room: tl.constexpr,  # a power of two, at least `blocks`
+    span: tl.constexpr,
+    version: tl.constexpr,
+) -> None:
     row, block = tl.program_id(0), tl.program_id(1)
     lowest = -float("inf")
-    every = tl.arange(0, BLOCKS)
+    every = tl.arange(0, room)
     tops = tl.load(maxima + row * blocks + every, mask=every < blocks, other=lowest)
     top = tl.max(tops, 0)
     own = tl.load(maxima + row * blocks + block)
     heat = tl.load(temperature + row)
     best_score, best_token = lowest, 0
-    if (own - top) / heat >= -SPAN:
-        quads = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    if (own - top) / heat >= -span:
+        quads = block * (size // 4) + tl.arange(0, size // 4)
         zero = quads * 0
         words = tl.philox(
             tl.load(seed + row),
             quads,
             zero + tl.load(position + row).to(tl.int32),
             zero + tl.load(choice + row).to(tl.int32),
-            zero + VERSION,
+            zero + version,
         )
-        best = tl.full((BLOCK // 4,), lowest, tl.float32)
+        best = tl.full((size // 4,), lowest, tl.float32)
         token = quads * 4
         for w in tl.static_range(4):
             at = quads * 4 + w

@@ -21,11 +21,21 @@ def test_against_sorting_in_float64():
         order = sorted(range(300), key=lambda t: (-float(logits[row, t]), t))
         token = int(tokens[row])
         assert found.top_ids[row].tolist() == order[:6]
-        assert int(found.rank[row]) == order.index(token) + 1
+        likelier = int((logits[row] > logits[row, token]).sum())
+        assert int(found.rank[row]) == 1 + likelier
         assert float(found.logprob[row]) == pytest.approx(float(exact[row, token]), abs=1e-5)
         expected = exact[row, order[:6]].tolist()
         assert found.top_logprobs[row].tolist() == pytest.approx(expected, abs=1e-5)
     assert float(found.logprob[1]) == -math.inf
+
+
+def test_padding_is_never_among_the_top():
+    """Where masked tokens are listed, they come before the padding of the last tile, which equals
+    them."""
+    logits = torch.full((1, 33), -math.inf)
+    logits[0, 32] = 1.0
+    found = row_logprobs(logits, torch.tensor([32]), 33)
+    assert found.top_ids.tolist() == [[32, *range(32)]]
 
 
 def test_more_than_there_are():
