@@ -4,7 +4,7 @@
 around an engine that hands every open stream one token per turn of the event loop. Each token is
 decoded, checked against stop strings, encoded as JSON and sent as one server-sent event. The
 client, in this process, reads bytes and never parses them. Tokens per second of wall time need a
-free core; processor time per token, the engine stand-in's own included, does not. Also measured: the
+free core; processor time per token, the engine stand-in included, does not. Also measured: the
 API process's memory.
 """
 
