@@ -189,7 +189,7 @@ def test_min_tokens_is_counted_from_the_prompt():
 
 
 def test_bad_words_see_the_prompt_and_their_own_length():
-    params = replace(GREEDY, bad_words=((1, 2, 3), (7,), (5, 3)))
+    params = replace(GREEDY, bad_words=((1, 2, 3), (7,), (5, 3), (2, 2, 3)))
     bench = Bench([(params, 0)])
     logits = torch.zeros(1, VOCAB)
     logits[0, 7], logits[0, 3], logits[0, 9] = 3.0, 2.0, 1.0
@@ -201,7 +201,7 @@ def test_bad_words_see_the_prompt_and_their_own_length():
         bench.table[1, :6] = torch.tensor(history).int()
         assert bench.sample(logits, [(1, 6)]).tokens.tolist() == [token]
     bench.slots.admit(1, params, 0, prompt_len=1)
-    bench.table[1, 0] = 2  # shorter than the longest prefix: nothing before the text matches
+    bench.table[1, 0] = 2  # what is no token yet must not match as if it were the first
     assert bench.sample(logits, [(1, 1)]).tokens.tolist() == [3]
 
 
