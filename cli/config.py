@@ -37,7 +37,9 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         values |= _from_yaml(Path(file))
     values |= _from_environment(environment)
     values |= flags
-    return _with_places(_build(Config, (), values), environment)
+    config = _with_places(_build(Config, (), values), environment)
+    _check(config)
+    return config
 
 
 def parser() -> argparse.ArgumentParser:
@@ -178,6 +180,42 @@ def _build(node: Any, path: tuple[str, ...], values: Values) -> Any:
         elif here in values:
             given[field.name] = values[here]
     return node(**given)
+
+
+def _check(config: Config) -> None:
+    """What no source may ask for. Raises `CommandError`."""
+    cache, schedule, server = config.engine.cache, config.engine.schedule, config.server
+    positive = {
+        "max_model_len": config.engine.model.max_model_len,
+        "page_size": cache.page_size,
+        "kv_bytes": cache.kv_bytes,
+        "num_pages": cache.num_pages,
+        "max_num_seqs": schedule.max_num_seqs,
+        "max_step_tokens": schedule.max_step_tokens,
+        "max_queued_requests": schedule.max_queued_requests,
+        "threads": config.engine.device.threads,
+        "max_body_bytes": server.max_body_bytes,
+        "max_json_depth": server.max_json_depth,
+        "max_choices": server.max_choices,
+        "keep_alive_seconds": server.keep_alive_seconds,
+        "heartbeat_seconds": server.heartbeat_seconds,
+        "request_timeout_seconds": server.request_timeout_seconds,
+        "tokenizer_threads": server.tokenizer_threads,
+    }
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise CommandError(f"{name} must be positive, not {value}.")
+    if not 0 < cache.memory_fraction <= 1:
+        raise CommandError(f"memory_fraction must be in (0, 1], not {cache.memory_fraction}.")
+    if not 0 <= server.port < 65536:
+        raise CommandError(f"port must be between 0 and 65535, not {server.port}.")
+    if server.drain_seconds < 0:
+        raise CommandError(f"drain_seconds must not be negative, not {server.drain_seconds}.")
+    if schedule.max_step_tokens < schedule.max_num_seqs:
+        raise CommandError(
+            f"max_step_tokens {schedule.max_step_tokens} must be at least max_num_seqs "
+            f"{schedule.max_num_seqs}: each running sequence gets a token a step."
+        )
 
 
 def _with_places(config: Config, environment: Mapping[str, str]) -> Config:

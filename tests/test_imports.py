@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from importlinter import cli
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -20,10 +19,9 @@ def test_import_contracts_hold(monkeypatch):
     assert cli.lint_imports(cache_dir=None) == cli.EXIT_STATUS_SUCCESS
 
 
-@pytest.mark.parametrize("module", ["server.app", "engine.client", "engine.supervisor", "cli.api"])
-def test_the_api_process_never_loads_torch(module):
+def test_the_api_process_never_loads_torch():
     script = (
-        f"import {module}, sys; "
+        "import cli.api, engine.client, engine.supervisor, server.app, sys; "
         "print([name for name in ('torch', 'worker', 'models', 'kernels', 'transformers') "
         "if name in sys.modules])"
     )

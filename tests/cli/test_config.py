@@ -109,6 +109,10 @@ def test_variables_of_a_kubernetes_service_are_not_ours():
         ([], {"FORESIGHT_PROT": "1"}, r"did you mean FORESIGHT_PORT\?"),
         ([], {"FORESIGHT_MAX_NUM_SEQS": "x"}, "FORESIGHT_MAX_NUM_SEQS: 'x'"),
         (["--config", "/nowhere/x.yaml"], {}, "cannot read /nowhere/x.yaml"),
+        (["--port", "70000"], {}, "between 0 and 65535"),
+        (["--max-num-seqs", "0"], {}, "max_num_seqs must be positive"),
+        (["--gpu-memory-utilization", "1.5"], {}, "memory_fraction"),
+        (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], {}, "at least max_num_seqs"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, environment, sentence):

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from cli.config import PROJECT
+from cli.main import main
 from tests.engine.workers import model
 
 TOKENIZER = PROJECT / "assets" / "demo" / "target"
@@ -77,7 +78,7 @@ def serving(name: str = "scripted", *flags: str):
 
 def failing(*arguments: str, name: str = "scripted") -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(name, *arguments), cwd=PROJECT, capture_output=True, text=True, timeout=30
+        command(name, *arguments), cwd=PROJECT, capture_output=True, text=True, timeout=60
     )
 
 
@@ -181,6 +182,14 @@ def test_a_start_that_fails_is_one_sentence(name, flags, sentence):
     (line,) = ended.stderr.splitlines()
     assert line.startswith("foresight: ")
     assert sentence in line
+
+
+def test_chat_asks_the_server_and_says_when_there_is_none(capsys):
+    with serving(model(vocab_size=100_000)) as server:
+        assert main(["chat", "hello", "--max-tokens", "8", "--url", server.base]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["chat", "hello", "--url", server.base]) == 1
+    assert capsys.readouterr().err.startswith(f"foresight: no answer from {server.base}")
 
 
 def test_port_in_use_is_one_sentence_before_anything_is_loaded():

@@ -79,8 +79,6 @@ class ThreadedWorker:
     With a `gate`, each step waits for one `gate.release()` first.
     """
 
-    facts = Facts()
-
     def __init__(
         self,
         step_seconds: float = 0.0,
@@ -88,7 +86,9 @@ class ThreadedWorker:
         raise_at: int | None = None,
         kill_at: int | None = None,
         hang_at: int | None = None,
+        vocab_size: int = VOCAB,
     ) -> None:
+        self.facts = Facts(vocab_size)  # its own tokens are below VOCAB whatever it claims
         self.scripted = ScriptedWorker(num_pages=NUM_PAGES, page_size=PAGE_SIZE)
         self.log: list[tuple[str, int]] = []
         self.launched: list[FutureStep] = []
@@ -141,5 +141,6 @@ def build(
         raise_at=int(options["raise_at"]) if "raise_at" in options else None,
         kill_at=int(options["kill_at"]) if "kill_at" in options else None,
         hang_at=int(options["hang_at"]) if "hang_at" in options else None,
+        vocab_size=int(options.get("vocab_size", VOCAB)),
     )
     return worker, scheduler_config(max_queued_requests=config.schedule.max_queued_requests)
