@@ -148,6 +148,28 @@ def test_a_blocked_queue_is_tried_again_only_when_something_changed(
     assert 2 <= tried.count("head") <= 6
 
 
+def test_a_blocked_head_is_tried_again_when_its_prefix_was_published() -> None:
+    both = pair(num_pages=15, budget=16, depth=0, room=greedy)
+    both.add(request("first", range(40), 8, seed=0))
+    both.add(request("same", range(41), 1, seed=1, arrival=1.0))
+    answers = both.finish()
+    first, same = answers["first", 0].finish, answers["same", 0].finish
+    assert first is not None
+    assert same is not None
+    assert same.cached_tokens == 32
+    assert same.finished < first.finished
+
+
+def test_who_waits_for_the_budget_is_tried_again_though_the_head_is_blocked() -> None:
+    both = pair(page_size=64, num_pages=8, budget=40, depth=0, max_len=500)
+    both.add(request("long", range(55), 5, seed=0))
+    both.add(request("head", range(400), 1, seed=1, arrival=1.0))
+    both.add(request("next", range(100, 130), 1, seed=2, arrival=2.0))
+    finish = both.finish()["next", 0].finish
+    assert finish is not None
+    assert finish.admitted == 2.0, "as soon as the long one leaves part of the step"
+
+
 def test_admission_leaves_every_running_sequence_a_page() -> None:
     both = pair(num_pages=11, slots=8, depth=0, budget=80)
     both.add(*(request(f"r{i}", [i] * 8, 4, seed=i, arrival=i) for i in range(4)))
