@@ -43,7 +43,9 @@ class Admission:
             raise unavailable("The server is shutting down.")
         if not self._engine.serving:
             raise unavailable("The model is loading.")
-        if self.waiting + choices - 1 >= self._max_waiting:
+        waiting = self.waiting
+        # Without a queue any number of choices is taken: to refuse them forever would be worse.
+        if waiting >= self._max_waiting or (waiting and waiting + choices > self._max_waiting):
             raise overloaded(
                 "The server is overloaded: its queue is full. Try again later.", self.retry_after()
             )

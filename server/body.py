@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
@@ -37,7 +38,7 @@ async def read_json(request: Request, *, max_bytes: int, max_depth: int) -> Json
 async def _read(request: Request, limit: int) -> bytes:
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limit:
+    if re.fullmatch("[0-9]{1,18}", length) and int(length) > limit:
         raise too_large
     data = bytearray()
     while True:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from server.choice import Piece
+from server.extras import answer_extras, chunk_tail, closing_chunk
 from server.generation import Generation
 from server.job import Job
 from server.logprobs import LogprobFormat
@@ -41,7 +42,7 @@ class ChatChunks:
 
     def opening(self, generation: Generation) -> bytes:
         """The role of every choice, once, before anything else."""
-        usage = self._usage(generation)
+        usage = chunk_tail(generation)
         return b"".join(
             start + b'"","role":"assistant"},"logprobs":null,"finish_reason":null}]' + usage
             for start in self._content
@@ -55,28 +56,25 @@ class ChatChunks:
             written += b'},"logprobs":' + self._logprobs(piece)
             if piece.tokens:
                 written += b',"token_ids":' + orjson.dumps(piece.tokens)
-            written += b',"finish_reason":null}]' + self._usage(generation)
+            written += b',"finish_reason":null}]' + chunk_tail(generation)
         if piece.finish is not None:
             written += self._head + b',"choices":[{"index":%d,"delta":{},"logprobs":null,' % (
                 piece.index
             )
             written += b'"finish_reason":"%b"' % piece.finish.encode()
             written += b',"stop_reason":' + orjson.dumps(piece.stop_reason)
-            written += b"}]" + self._usage(generation)
+            written += b"}]" + chunk_tail(generation)
         return written
 
     def closing(self, generation: Generation) -> bytes:
         """The usage chunk, when asked for."""
-        return closing_chunk(self._head, self.job, generation)
+        return closing_chunk(self._head, generation)
 
     def _logprobs(self, piece: Piece) -> bytes:
         top = self.job.view.logprobs
         if top is None:
             return b"null"
         return orjson.dumps(self.logprobs.chat(piece.logprobs, top))
-
-    def _usage(self, generation: Generation) -> bytes:
-        return usage_tail(self.job, generation)
 
 
 def chat_answer(
@@ -119,30 +117,3 @@ def chat_answer(
             generation.prompt_scores(0), view.prompt_logprobs
         )
     return answer | answer_extras(generation)
-
-
-def answer_extras(generation: Generation) -> dict[str, Any]:
-    """Fields of both formats that were asked for."""
-    extras: dict[str, Any] = {}
-    if generation.job.view.timings:
-        extras["metrics"] = generation.timings()
-    if generation.job.view.metadata is not None:
-        extras["metadata"] = generation.job.view.metadata
-    return extras
-
-
-def usage_tail(job: Job, generation: Generation) -> bytes:
-    """The end of a chunk: usage so far, when asked for on every chunk."""
-    if not job.view.usage_always:
-        return b"}\n\n"
-    return b',"usage":' + orjson.dumps(generation.usage().as_json()) + b"}\n\n"
-
-
-def closing_chunk(head: bytes, job: Job, generation: Generation) -> bytes:
-    """A chunk without choices: usage, timings and metadata, as far as they were asked for."""
-    extras = answer_extras(generation)
-    if job.view.usage_at_end:
-        extras = {"usage": generation.usage().as_json(), **extras}
-    if not extras:
-        return b""
-    return head + b',"choices":[],' + orjson.dumps(extras)[1:] + b"\n\n"

@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from server.chat_format import answer_extras, closing_chunk, usage_tail
 from server.choice import Piece
+from server.extras import answer_extras, chunk_tail, closing_chunk
 from server.generation import Generation
 from server.job import Job
 from server.logprobs import LogprobFormat, joined
@@ -49,17 +49,17 @@ class CompletionChunks:
             written += b',"logprobs":' + self._logprobs(piece)
             if piece.tokens:
                 written += b',"token_ids":' + orjson.dumps(piece.tokens)
-            written += b',"finish_reason":null}]' + usage_tail(self.job, generation)
+            written += b',"finish_reason":null}]' + chunk_tail(generation)
         if piece.finish is not None:
             written += self._text[piece.index] + b'"","logprobs":null,"finish_reason":"%b"' % (
                 piece.finish.encode()
             )
             written += b',"stop_reason":' + orjson.dumps(piece.stop_reason)
-            written += b"}]" + usage_tail(self.job, generation)
+            written += b"}]" + chunk_tail(generation)
         return written
 
     def closing(self, generation: Generation) -> bytes:
-        return closing_chunk(self._head, self.job, generation)
+        return closing_chunk(self._head, generation)
 
     def _echo(self, index: int, generation: Generation) -> bytes:
         """The prompt as the first chunk of its choice."""
@@ -75,7 +75,7 @@ class CompletionChunks:
             + b',"logprobs":'
             + orjson.dumps(scores)
             + b',"finish_reason":null}]'
-            + usage_tail(self.job, generation)
+            + chunk_tail(generation)
         )
 
     def _logprobs(self, piece: Piece) -> bytes:

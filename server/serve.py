@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -17,6 +15,7 @@ from server.chat_format import ChatChunks, chat_answer
 from server.choice import Piece
 from server.completion_format import CompletionChunks, completion_answer
 from server.context import Context, context_of
+from server.disconnect import until_disconnect
 from server.errors import ApiError, invalid
 from server.generation import Generation
 from server.job import Caller, Job
@@ -88,7 +87,7 @@ class _Answer:
         end = StreamEnd(CLIENT_LEFT, "the client left")
         try:
             self._generation.start()
-            pieces = await until_disconnect(request, self._collect())
+            pieces = await until_disconnect(request.receive, self._collect())
             if pieces is None:
                 return Response(status_code=CLIENT_LEFT)
             form = chat_answer if self._job.endpoint is Endpoint.CHAT else completion_answer
@@ -122,7 +121,8 @@ class _Answer:
         log.n = job.choices
         log.seed = job.requests[0].params.seed
         reasons = self._generation.finish_reasons
-        log.finish = [reasons.get(i, str(FinishReason.ABORT)) for i in range(job.choices)]
+        otherwise = FinishReason.ABORT if end.status == CLIENT_LEFT else FinishReason.ERROR
+        log.finish = [reasons.get(i, str(otherwise)) for i in range(job.choices)]
         log.usage = self._generation.usage()
         log.queue_ms = timings["queue_time_ms"]
         log.first_token_ms = timings["time_to_first_token_ms"]
@@ -133,25 +133,6 @@ class _Answer:
             decode = self._services.text.tokenizer.decode
             log.prompts = [decode(r.prompt, skip_special_tokens=False) for r in job.requests]
             log.outputs = ["".join(pieces) for pieces in self._generation.transcript]
-
-
-async def until_disconnect(
-    request: Request, work: Coroutine[Any, Any, list[list[Piece]]]
-) -> list[list[Piece]] | None:
-    """The work's result, or None, with the work cancelled, when the client leaves first."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request.receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _gone(receive: Callable[[], Any]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def translated(request: Request, services: Services, endpoint: Endpoint) -> Job:
@@ -184,7 +165,7 @@ def _caller(request: Request, context: Context) -> Caller:
         if not -(2**31) <= priority < 2**31:
             raise invalid(f"The header {name} must fit 32 bits.", name)
     timeout = headers.get("x-request-timeout-ms")
-    if timeout is not None and not (timeout.isascii() and timeout.isdigit() and int(timeout) > 0):
+    if timeout is not None and not re.fullmatch("[0-9]{0,8}[1-9][0-9]{0,8}", timeout):
         raise invalid(
             "The header x-request-timeout-ms must be a positive integer.", "x-request-timeout-ms"
         )

@@ -18,13 +18,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.choice import Piece
+from server.disconnect import disconnected
 from server.errors import ApiError, internal
 from server.generation import Generation
 
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
+COMMENT = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
+MIN_PAUSE_SECONDS = 0.005  # between looks at the clock
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -69,6 +71,7 @@ class EventStream(Response):
         self._on_end = on_end
         self._left = False
         self._ending = False
+        self._sending = False
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,31 +118,27 @@ class EventStream(Response):
         return StreamEnd(problem.status, problem.message)
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        self._ending = not more
+        self._sending, self._ending = True, not more
         await send({"type": "http.response.body", "body": body, "more_body": more})
-        self._sent_at = time.monotonic()
+        self._sending, self._sent_at = False, time.monotonic()
 
     async def _watch(self, receive: Receive, send: Send, writer: asyncio.Task[None]) -> None:
         """End the writer when the client leaves; meanwhile keep the connection alive."""
-        leaving = asyncio.ensure_future(_gone(receive))
+        leaving = asyncio.ensure_future(disconnected(receive))
         self._sent_at = time.monotonic()
         try:
-            while not leaving.done():
-                idle = time.monotonic() - self._sent_at
-                if self._ending:
+            while True:
+                rest = self._sent_at + self._keep_alive - time.monotonic()
+                await asyncio.wait((leaving,), timeout=max(rest, MIN_PAUSE_SECONDS))
+                if self._ending:  # after the last event the server reports a disconnect too
                     return
-                if idle >= self._keep_alive:
-                    await self._send(send, KEEP_ALIVE)
-                    continue
-                await asyncio.wait((leaving,), timeout=self._keep_alive - idle)
-            if not self._ending:  # after the last event the server reports a disconnect too
-                self._left = True
-                writer.cancel()
+                if leaving.done():
+                    self._left = True
+                    writer.cancel()
+                    return
+                quiet = time.monotonic() - self._sent_at >= self._keep_alive
+                if quiet and not self._sending:  # a client that does not read is not waiting
+                    self._sent_at = time.monotonic()
+                    await send(COMMENT)
         finally:
             leaving.cancel()
-
-
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -295,6 +295,8 @@ async def test_unknown_models(post, path: str) -> None:
         ("x-request-timeout-ms", "0"),
         ("x-request-timeout-ms", "-5"),
         ("x-request-timeout-ms", "soon"),
+        ("x-request-timeout-ms", "9" * 5000),
+        ("x-priority", "9" * 5000),
     ],
 )
 async def test_headers(post, name: str, value: str) -> None:

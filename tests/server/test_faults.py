@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,14 @@ async def test_a_request_with_more_choices_than_room_is_refused() -> None:
     assert (await refused(engine, chat(n=20)))[0].status_code == 429
     async with client_of(engine) as client:
         assert (await client.post(PATH, json=chat(n=2))).status_code == 200
+
+
+async def test_an_idle_server_takes_more_choices_than_its_queue_holds() -> None:
+    cfg = config()
+    schedule = replace(cfg.engine.schedule, max_queued_requests=3)
+    cfg = replace(cfg, engine=replace(cfg.engine, schedule=schedule))
+    async with client_of(reply_engine(), cfg=cfg) as client:
+        assert (await client.post(PATH, json=chat(n=9))).status_code == 200
 
 
 def test_requests_sent_since_the_last_word_of_the_engine_count() -> None:
