@@ -97,7 +97,7 @@ INLINE Floats noise_bound(Floats v) {
 
 INLINE bool any(Ints mask) {
 #if NATIVE_AVX512
-    return _mm512_movepi32_mask((__m512i)mask) != 0;
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #else
     Wide halves = bit_cast<Wide>(mask);
     uint64_t bits = 0;
@@ -225,7 +225,7 @@ struct Candidates {
     // Appends the lanes where `keep` is set. May write up to sixteen entries past `count`.
     INLINE void append(Floats values, Lanes tokens, Ints keep) {
 #if NATIVE_AVX512
-        const __mmask16 mask = _mm512_movepi32_mask((__m512i)keep);
+        const __mmask16 mask = _mm512_test_epi32_mask((__m512i)keep, (__m512i)keep);
         store_as(z.data() + count, _mm512_maskz_compress_ps(mask, (__m512)values));
         store_as(token.data() + count, _mm512_maskz_compress_epi32(mask, (__m512i)tokens));
         count += __builtin_popcount(mask);
