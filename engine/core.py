@@ -204,6 +204,8 @@ class EngineCore:
         except ValueError as error:
             self._send(client, Rejected(request.id, "invalid", str(error)))
             return
+        if not self._routes:
+            self._last_finish = now  # the pause before says nothing about the pace
         self._routes[name] = _Route(client, request.id, request.n)
 
     def _find(self, client: bytes, request_id: str) -> str | None:
@@ -290,7 +292,7 @@ class EngineCore:
         log.warning("lost an API process; aborting %d requests", len(orphans))
         for name in orphans:
             del self._routes[name]
-            self._scheduler.abort(name, self._clock())
+            self._collect(self._scheduler.abort(name, self._clock()))  # may bring others' ends
 
     def _note_finish(self, finished: float) -> None:
         gap, self._last_finish = max(finished - self._last_finish, 0.0), finished

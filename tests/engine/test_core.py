@@ -47,13 +47,15 @@ class Client:
 class Engine:
     """A core driven by hand; steps end when the gate is released, or at once without one."""
 
-    def __init__(self, gated=False, step_seconds=0.0, raise_at=None, **config) -> None:
+    def __init__(
+        self, gated=False, step_seconds=0.0, raise_at=None, clock=time.monotonic, **config
+    ) -> None:
         self.gate = threading.Semaphore(0) if gated else None
         self.worker = ThreadedWorker(step_seconds, gate=self.gate, raise_at=raise_at)
         self.scheduler = Scheduler(scheduler_config(**config))
         self.transport = LocalEngineTransport()
         self.steps_ended = 0
-        self.core = EngineCore(self.scheduler, self.worker, self.transport, FACTS)
+        self.core = EngineCore(self.scheduler, self.worker, self.transport, FACTS, clock)
 
     def turns(self, count: int) -> None:
         for _ in range(count):
@@ -244,6 +246,21 @@ def test_refusals(make):
     assert full.retry_after >= 1.0
     engine.run_until(lambda: client.finishes("a"))
     assert client.tokens("a") == Script().answer(request("a"))[0]
+
+
+def test_an_idle_hour_does_not_make_retry_after_long(make):
+    now = [0.0]
+    engine = make(clock=lambda: now[0], max_num_seqs=1, max_queued_requests=1)
+    client = Client(engine.transport)
+    for name in ("a", "b"):
+        client.send(Submit(request(name)))
+        engine.run_until(lambda name=name: client.finishes(name))
+        now[0] += 3600.0
+    for name in ("running", "waiting", "refused"):
+        client.send(Submit(request(name, max_tokens=400)))
+        engine.turns(1)
+    (refused,) = [m for m in client.messages if isinstance(m, Rejected)]
+    assert (refused.request_id, refused.retry_after) == ("refused", 1.0)
 
 
 def test_drain_refuses_finishes_and_ends(make):
