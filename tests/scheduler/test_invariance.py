@@ -119,6 +119,7 @@ def anything(draw: st.DrawFn) -> tuple[Pair, list[Request], random.Random]:
                 priority=rng.choice([0, 0, -1, 2]),
                 tenant=rng.choice(["", "a"]),
                 cache_salt=rng.choice([b"", b"s"]),
+                deadline=rng.choice([None, None, None, rng.uniform(2, 40)]),
             )
         )
     return both, requests, rng
@@ -139,8 +140,9 @@ def test_output_is_exact_for_anything_a_request_can_ask(case) -> None:
 
 @RANDOM
 @given(anything())
-def test_aborts_at_any_time_leave_the_others_exact(case) -> None:
+def test_aborts_and_failed_rows_leave_the_others_exact(case) -> None:
     both, requests, rng = case
+    both.worker.fail_row = lambda step, index, row: "failed" if rng.random() < 0.01 else ""
     todo = list(requests)
     while todo or both.scheduler.has_work():
         for item in todo[:2]:
