@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import Library, type_of
+from kernels.cpu.library import Library, check_batch, type_of
 from kernels.cpu.linear import NativeLinear
 from kernels.ops import AttentionBatch, AttentionLayer
 
@@ -78,6 +78,7 @@ class NativeDecoder:
         ids: [tokens] int64; kv: per layer [pages, 2, kv_heads, page_size, head_dim], appended to
         in place. Returns hidden states after the final norm, [tokens, hidden].
         """
+        check_batch(batch)
         if kv is not self._kv:
             self._attach(kv)
         tokens = ids.shape[0]

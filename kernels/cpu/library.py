@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.ops import AttentionBatch
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 # A signature is a letter an argument: i int, s size (int64), p pointer or None, f float.
@@ -30,6 +32,7 @@ class Library:
         self.rope_append = self._bind("native_rope_append", "i ppp sss pp ss ps pp f i")
         self.append = self._bind("native_append", "i pp ss p sss p s i")
         self.attend = self._bind("native_attend", "i ppp sss ppp sss f s i")
+        self.has_tiles = self._bind("native_has_tiles", "", "i")
         self.packed_bytes = self._bind("native_packed_bytes", "i ss", "s")
         self.pack = self._bind("native_pack", "i pp ss i")
         self.linear = self._bind("native_linear", "i pppp sss i i")
@@ -55,3 +58,16 @@ def type_of(*tensors: Tensor) -> int:
             f"native kernels take all fp32 or all bf16, not {[t.dtype for t in tensors]}"
         )
     return TYPES[dtype]
+
+
+def check_batch(batch: AttentionBatch) -> None:
+    """Raises ValueError unless the arrays are laid out as the kernels read them."""
+    table = batch.page_table
+    if (
+        batch.positions.dtype != torch.int64
+        or batch.kv_slots.dtype != torch.int64
+        or batch.query_starts.dtype != torch.int32
+        or table.dtype != torch.int32
+        or table.stride(1) != 1
+    ):
+        raise ValueError("positions and slots are int64, query starts and page tables int32")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.decoder import DecoderLayer, NativeDecoder
-from kernels.cpu.library import Library, type_of
+from kernels.cpu.library import Library, check_batch, type_of
 from kernels.cpu.linear import NativeLinear
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.sampling.native import NativeSampling
@@ -97,6 +97,7 @@ class NativeOps:
         self, qkv: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
     ) -> Tensor:
         """See `Ops.rope_append`."""
+        check_batch(batch)
         qkv = qkv.contiguous()
         tokens, dim = qkv.shape[0], layer.head_dim
         if not 0 < dim <= _LARGEST_HEAD:
@@ -143,6 +144,7 @@ class NativeOps:
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         """See `Ops.attend`."""
+        check_batch(batch)
         q = q.contiguous()
         if layer.head_dim * q.element_size() % 4 or layer.num_heads % layer.num_kv_heads:
             raise ValueError(f"attention shape {layer} is not supported by {self.name}")

@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "pointwise.h"
+#include "tiles.h"
 
 using namespace native;
 
@@ -97,6 +98,9 @@ void native_attend(int type, const void* q, void* out, void* pool, int64_t kv_he
         });
     });
 }
+
+// Whether bf16 products run on the machine's matrix tiles.
+int native_has_tiles() { return tiles_work(); }
 
 // weight: [columns, inner]; packed: room for native_packed_bytes.
 int64_t native_packed_bytes(int type, int64_t columns, int64_t inner) {

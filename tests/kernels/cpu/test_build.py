@@ -46,7 +46,7 @@ def test_a_failing_compiler_leaves_nothing_behind(
     )
     compiler.chmod(0o755)
     cache = tmp_path / "cache"
-    with pytest.raises(BuildError, match=r"failed on attention\.cpp: x\.cpp:1: error: cannot do it"):
+    with pytest.raises(BuildError, match=r"broken\+\+ failed: x\.cpp:1: error: cannot do it"):
         build(cache, find_toolchain((str(compiler),)))
     assert list(cache.iterdir()) == []
     monkeypatch.setattr(building, "find_toolchain", lambda: find_toolchain((str(compiler),)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,3 +187,7 @@ def test_unsupported_types_and_layouts_are_refused(native: NativeOps) -> None:
         native.append(k, k, torch.zeros(pages, 2, 3, 4, 8), batch)
     with pytest.raises(ValueError, match="KV pool"):
         native.append(k, k, torch.zeros(pages, 2, 2, 8, 4).transpose(3, 4), batch)
+    q = torch.zeros(2, 2, 8)
+    short = replace(batch, positions=batch.positions.int())
+    with pytest.raises(ValueError, match="int64"):
+        native.attend(q, torch.zeros(pages, 2, 2, 4, 8), Shape(2, 2, 8, 4).layer(), short)
