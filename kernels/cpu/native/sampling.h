@@ -286,10 +286,15 @@ inline void keep_nucleus(Candidates& found, double top_p) {
     const auto bucket_of = [](float z) { return (int)std::min(-z * kPerNat, kBuckets - 1.0f); };
     double parts[8][kBuckets] = {};  // one a lane, so that no addition waits for another
     found.pad();
-    for (int64_t i = 0; i < found.count; i += 8) {
-        const HalfFloats z = load_as<HalfFloats>(found.z.data() + i);
-        const Doubles e = exp(__builtin_convertvector(z, Doubles));
-        for (int j = 0; j < 8; j++) parts[j][bucket_of(z[j])] += e[j];
+    for (int64_t i = 0; i < found.count; i += kLanes) {
+        const float* z = found.z.data() + i;
+        alignas(64) int32_t bucket[kLanes];
+        alignas(64) double e[kLanes];
+        const Floats place = load(z) * -kPerNat, lowest = splat(kBuckets - 1);
+        store_as(bucket, __builtin_convertvector(place < lowest ? place : lowest, Ints));
+        for (int j = 0; j < kLanes; j += 8)
+            store_as(e + j, exp(__builtin_convertvector(load_as<HalfFloats>(z + j), Doubles)));
+        for (int j = 0; j < kLanes; j++) parts[j % 8][bucket[j]] += e[j];
     }
     double mass[kBuckets] = {}, total = 0;
     for (int b = 0; b < kBuckets; b++) {
