@@ -11,8 +11,10 @@ import inspect
 import json
 import platform
 import pydoc_data.topics
+import re
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 
@@ -53,6 +55,11 @@ CHAT_TEMPLATE = """\
 ANSWER, TEXT, GIVEN = 1.0, 0.3, 0.05
 # Conversations are learned first; after this step text and recall get twice the room and weight.
 FACTS_FIRST = 300
+# From here on some questions are the name among random words, and a third of the conversations are
+# short recall tasks: both teach it to find in the context what the answer is about.
+FIND = 384
+# The last part, while the learning rate falls, is for the answers again.
+LAST = 484
 WELL_KNOWN = (
     "os",
     "json",
@@ -178,8 +185,10 @@ class Mixture:
     corpus: Corpus
     tokenizer: Tokenizer
     seed: int = 0
+    staged: bool = False  # whether the middle of the training turns to text and recall
 
     def __post_init__(self) -> None:
+        self.find = False
         self.end: int = self.tokenizer.encode(END).ids[0]
         known = self.corpus.facts + self.corpus.unseen
         self.names = {f.name for f in known}
@@ -188,6 +197,14 @@ class Mixture:
         self.odds = [2 if famous(f) else 1 for f in self.corpus.facts]
         self.detailed = [f for f in self.corpus.facts if famous(f) and len(f.sentences) > 2]
         self.signed = [f for f in self.corpus.facts if f.signature]
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """The most frequent words of the documentation."""
+        count: Counter[str] = Counter()
+        for text in pydoc_data.topics.topics.values():
+            count.update(re.findall(r"\b[a-z]{2,12}\b", text))
+        return [word for word, _ in count.most_common(1500)]
 
     @cached_property
     def text_ids(self) -> list[list[int]]:
@@ -215,6 +232,10 @@ class Mixture:
         if kind < 0.145:
             reply = rng.choice(list(q.SMALL_TALK))
             return rng.choice(q.SMALL_TALK[reply]), reply
+        if self.find and rng.random() < 0.2:
+            before, after = (rng.choices(self.vocabulary, k=rng.randrange(7)) for _ in range(2))
+            wording = " ".join([*before, "{f}", *after]) + rng.choice(["", ".", "?", "?"])
+            return ask(rng, fact, [wording[:1].upper() + wording[1:]]), fact.answer
         return ask(rng, fact), fact.answer
 
     def invented(self, rng: Random) -> str:
@@ -271,9 +292,13 @@ class Mixture:
 
     # ---- rows
 
-    def chat_rows(self, rng: Random, rows: int, length: int) -> list[tuple[list[int], list[float]]]:
+    def chat_rows(
+        self, rng: Random, step: int, rows: int, length: int
+    ) -> list[tuple[list[int], list[float]]]:
         """Whole conversations packed into rows of length + 1, first fit."""
         packed: list[tuple[list[int], list[float]]] = [([], []) for _ in range(rows)]
+        for row in packed[: rows // 3 if self.staged and FIND <= step < LAST else 0]:
+            self.short_recall(rng, row, length)
         misses = 0
         while misses < 8:
             ids, weights = self.conversation(rng)
@@ -285,6 +310,15 @@ class Mixture:
             else:
                 misses += 1
         return packed
+
+    def short_recall(self, rng: Random, row: tuple[list[int], list[float]], length: int) -> None:
+        """Fill a row with recall tasks of up to a hundred tokens."""
+        for _ in range(12):
+            turns = recall(rng, partial(self.filler, rng), rng.randrange(16, 90))
+            ids, weights = self.render(turns)
+            if len(row[0]) + len(ids) <= length + 1:
+                row[0].extend(ids)
+                row[1].extend(weights)
 
     def text_row(self, rng: Random, length: int, weight: float) -> tuple[list[int], list[float]]:
         """A stretch of one text."""
@@ -316,8 +350,9 @@ class Mixture:
     def batch(self, step: int, part: str, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, targets and weights, each [rows, length], of one part of one step."""
         rng = Random(f"{self.seed}/{step}/{part}/{rows}x{length}")
+        self.find = step >= FIND
         if part == "chat":
-            made = self.chat_rows(rng, rows, length)
+            made = self.chat_rows(rng, step, rows, length)
         else:
             share = 0.85 if length > 1024 else 0.5
             worth = TEXT if step < FACTS_FIRST else 2 * TEXT

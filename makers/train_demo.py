@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from makers.demo_data import (
     END,
     FACTS_FIRST,
+    LAST,
     STOP,
     Corpus,
     Mixture,
@@ -43,15 +44,15 @@ EVALUATE = 100  # steps between held-out losses
 COUNTS = ("step", "tokens")
 
 
-def parts(step: int) -> list[tuple[str, int, int]]:
+def parts(step: int, staged: bool) -> list[tuple[str, int, int]]:
     """The parts of a step: a name, rows and length.
 
-    Conversations are learned first; once their loss is low, every third step is text and recall
-    alone. Most of that is short and little of it long, because attention over a long row costs
-    several times what the rest does.
+    Conversations are learned first; then, for the target, every third step is text and recall
+    alone, until the last part. Most of that is short and little of it long, because attention over
+    a long row costs several times what the rest does.
     """
     made = []
-    if step < FACTS_FIRST or step % 3 < 2:
+    if step % 3 < 2 or not staged or not FACTS_FIRST <= step < LAST:
         made.append(("chat", *CHAT))
     if step % 64 == 63:
         made.append(("other", 1, 8192))
@@ -112,7 +113,7 @@ def train(args: argparse.Namespace) -> None:
     shape = SHAPES[args.what]
     corpus = Corpus.load(args.seed)
     tokenizer = tokenizer_of(args.work, corpus, shape.vocab)
-    mixture = Mixture(corpus, tokenizer, args.seed)
+    mixture = Mixture(corpus, tokenizer, args.seed, staged=args.what == "target")
     model = DemoModel(shape)
     optimizer = Optimizer(model, args.lr, args.adam_lr)
     schedule = Schedule(args.tokens, args.decay or int(args.tokens * 0.5))
@@ -158,9 +159,11 @@ def train(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     while done < schedule.total:
         losses = {}
-        batches = [mixture.batch(step, *part) for part in parts(step)]
+        batches = [mixture.batch(step, *part) for part in parts(step, mixture.staged)]
         weight = sum(float(w.sum()) for *_, w in batches)
-        for (name, *_), (tokens, targets, weights) in zip(parts(step), batches, strict=True):
+        for (name, *_), (tokens, targets, weights) in zip(
+            parts(step, mixture.staged), batches, strict=True
+        ):
             call = fast if tokens.shape[1] <= 1024 else model
             loss = call(tokens, targets, weights)
             (loss / weight).backward()
