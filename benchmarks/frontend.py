@@ -19,7 +19,7 @@ import selectors
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class Scenario:
     name: str
     streams: int
     tokens: int
-    fields: dict[str, object]
+    fields: Mapping[str, object]
 
 
 def run_load(port: int, load: Scenario) -> tuple[float, int]:

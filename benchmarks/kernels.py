@@ -20,6 +20,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from benchmarks.report import Row, json_line, median_interval, table
 from kernels.cpu.build import build, load
@@ -28,6 +29,7 @@ from kernels.linear.prepare import prepare_linears
 from kernels.ops import AttentionBatch
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder, DecoderLayer
+from models.layers import Mlp
 from models.spec import ModelSpec
 from worker.native import native_runner
 from worker.runner import EagerRunner
@@ -131,7 +133,15 @@ def pairs(native: NativeOps, dtype: torch.dtype, context: int) -> Iterator[Pair]
     runner = native_runner(plain, native)  # packs the linear layers in place
     prepare_linears(packed, "packed")
     eager = EagerRunner(packed, TorchOps())
-    for rows in row_counts:
+
+    def on(name: str, rows: int, call: Callable[[TorchOps | NativeOps], object]) -> Pair:
+        eager_ops = TorchOps()
+        return Pair(name, rows, lambda: call(eager_ops), lambda: call(native))
+
+    def linear(name: str, theirs: Module, ours: Module, x: Tensor) -> Pair:
+        return Pair(f"linear {name}", x.shape[0], lambda: theirs(x), lambda: ours(x))
+
+    def at(rows: int) -> Iterator[Pair]:
         batch, pages = decode_step(rows, context)
         kv = [
             torch.randn(pages, 2, spec.num_kv_heads, page_size, spec.head_dim, dtype=dtype)
@@ -141,37 +151,30 @@ def pairs(native: NativeOps, dtype: torch.dtype, context: int) -> Iterator[Pair]
         x, residual = torch.randn(2, rows, spec.hidden_size, dtype=dtype)
         qkv = torch.randn(rows, width, dtype=dtype)
         gate_up = torch.randn(rows, 2 * spec.intermediate_size, dtype=dtype)
+        half = gate_up[:, : spec.intermediate_size].contiguous()
         q = torch.randn(rows, spec.num_heads, spec.head_dim, dtype=dtype)
         attended, ids = q.flatten(1), torch.randint(0, spec.vocab_size, (rows,))
-
-        def on(name: str, call: Callable[[TorchOps | NativeOps], object], rows: int = rows) -> Pair:
-            eager_ops = TorchOps()
-            return Pair(name, rows, lambda: call(eager_ops), lambda: call(native))
-
-        def linear(name: str, pick: Callable[[Decoder], torch.nn.Module], x: Tensor) -> Pair:
-            theirs, ours = pick(packed), pick(plain)
-            return Pair(f"linear {name}", x.shape[0], lambda: theirs(x), lambda: ours(x))
-
-        yield on("rms_norm", lambda ops, x=x: ops.rms_norm(x, norm, 1e-6))
-        yield on("add_rms_norm", lambda ops, x=x, r=residual: ops.add_rms_norm(x, r, norm, 1e-6))
-        yield on("silu_mul", lambda ops, x=gate_up: ops.silu_mul(x))
-        yield on(
-            "rope_append",
-            lambda ops, x=qkv, kv=kv, b=batch: ops.rope_append(x, attention, kv[0], b),
-        )
-        yield on("attend", lambda ops, q=q, kv=kv, b=batch: ops.attend(q, kv[0], attention, b))
-        yield linear("qkv", lambda model: model.layers[0].attention.qkv, x)
-        yield linear("output", lambda model: model.layers[0].attention.output, attended)
-        yield linear("gate_up", lambda model: model.layers[0].mlp.gate_up, x)
-        half = gate_up[:, : spec.intermediate_size].contiguous()
-        yield linear("down", lambda model: model.layers[0].mlp.down, half)
-        yield linear("head", lambda model: model.head, x)
+        yield on("rms_norm", rows, lambda ops: ops.rms_norm(x, norm, 1e-6))
+        yield on("add_rms_norm", rows, lambda ops: ops.add_rms_norm(x, residual, norm, 1e-6))
+        yield on("silu_mul", rows, lambda ops: ops.silu_mul(gate_up))
+        yield on("rope_append", rows, lambda ops: ops.rope_append(qkv, attention, kv[0], batch))
+        yield on("attend", rows, lambda ops: ops.attend(q, kv[0], attention, batch))
+        yield linear("qkv", dense.attention.qkv, layer.attention.qkv, x)
+        yield linear("output", dense.attention.output, layer.attention.output, attended)
+        assert isinstance(dense.mlp, Mlp)
+        assert isinstance(layer.mlp, Mlp)
+        yield linear("gate_up", dense.mlp.gate_up, layer.mlp.gate_up, x)
+        yield linear("down", dense.mlp.down, layer.mlp.down, half)
+        yield linear("head", packed.head, plain.head, x)
         yield Pair(
             "step",
             rows,
-            lambda ids=ids, b=batch, kv=kv: eager.logits(eager.forward(ids, b, kv)),
-            lambda ids=ids, b=batch, kv=kv: runner.logits(runner.forward(ids, b, kv)),
+            lambda: eager.logits(eager.forward(ids, batch, kv)),
+            lambda: runner.logits(runner.forward(ids, batch, kv)),
         )
+
+    for rows in row_counts:
+        yield from at(rows)
 
 
 def random_decoder(spec: ModelSpec, dtype: torch.dtype) -> Decoder:
