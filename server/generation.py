@@ -111,6 +111,11 @@ class Generation:
         found = (self.prompt_logprobs.get(i) for i in range(first, first + self.job.n))
         return next((scores for scores in found if scores is not None), ())
 
+    @property
+    def unfinished(self) -> int:
+        """Choices of whose end the engine has not told."""
+        return sum(choice.finish is None for choice in self._choices.values())
+
     def usage(self) -> Usage:
         """Counts so far."""
         usage = Usage(prompt_tokens=sum(len(r.prompt) for r in self.job.requests))

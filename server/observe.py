@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.messages import Step
-from scheduler.request import Finish, Request
+from scheduler.request import Finish, FinishReason, Request
 from server.job import Job
 from server.metrics import Metrics
 
@@ -63,6 +63,11 @@ class Observer:
         if finish.completion_tokens > 1:
             mean = (finish.finished - finish.first_token) / (finish.completion_tokens - 1)
             m.per_output_token.add(mean)
+
+    def abandoned(self, choices: int, reason: FinishReason) -> None:
+        """Choices whose end nobody waited for, or whose engine is gone."""
+        if choices:
+            self.metrics.success.add(choices, str(reason))
 
     def longest(self, tokens: int) -> None:
         """Of one prompt's choices, when the last has ended."""

@@ -121,8 +121,11 @@ class _Answer:
         log.n = job.choices
         log.seed = job.requests[0].params.seed
         reasons = self._generation.finish_reasons
-        otherwise = FinishReason.ABORT if end.status == CLIENT_LEFT else FinishReason.ERROR
+        ends = {200: FinishReason.STOP, CLIENT_LEFT: FinishReason.ABORT}
+        otherwise = ends.get(end.status, FinishReason.ERROR)
         log.finish = [reasons.get(i, str(otherwise)) for i in range(job.choices)]
+        if end.status == CLIENT_LEFT or self._generation.first_output is not None:
+            self._services.observer.abandoned(self._generation.unfinished, otherwise)
         log.usage = self._generation.usage()
         log.queue_ms = timings["queue_time_ms"]
         log.first_token_ms = timings["time_to_first_token_ms"]

@@ -239,6 +239,7 @@ async def test_when_the_client_leaves_the_work_ends(stream: bool, stall, caplog)
     assert record.status == 499
     assert record.finish == ["abort", "abort"]
     assert not any(b"[DONE]" in m.get("body", b"") for m in client.sent)
+    assert app.state.services.metrics.success.values == {"abort": 2}
 
 
 async def test_a_client_that_leaves_before_its_body_arrived(caplog) -> None:

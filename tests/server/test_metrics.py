@@ -180,6 +180,14 @@ async def test_refusals_by_the_engine_count_too() -> None:
     assert value(text, "foresight_admission_rejections_total", reason="server_overloaded") == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_choices_that_never_ended_are_errors(stream: bool) -> None:
+    async with client_of(reply_engine(die_after=3)) as client:
+        await client.post("/v1/chat/completions", json=chat(n=2, stream=stream))
+        text = await scrape(client)
+    assert value(text, "foresight_request_success_total", finished_reason="error") == 2
+
+
 async def test_siblings_share_one_prompt() -> None:
     engine = ScriptedEngine(lambda request, c: TOKENIZER.encode("x" * (c + 1)))
     async with client_of(engine) as client:
