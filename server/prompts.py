@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -13,7 +14,10 @@ from text.assets import TextAssets
 from text.chat_template import TemplateError
 from text.pool import PoolFullError, TextPool
 
+T = TypeVar("T")
+
 MAX_PROMPTS = 1024
+TRUNCATABLE = 8  # contexts; longer lists of ids are not worth truncating
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 THOUGHT_PARTS = frozenset({"thinking", "reasoning"})
 
@@ -75,11 +79,9 @@ class Prompts:
             )
 
         try:
-            return await self.pool.run(make)
+            return await self.off_loop(make)
         except TemplateError as error:
             raise invalid(f"{error}", "messages", "invalid_messages") from None
-        except PoolFullError:
-            raise unavailable("Too many prompts are waiting to be tokenized.", 1.0) from None
 
     async def encode(self, text: str, *, add_special_tokens: bool, completion: int) -> list[int]:
         """Token ids of a plain prompt. Raises `ApiError`."""
@@ -88,8 +90,12 @@ class Prompts:
         def make() -> list[int]:
             return self.text.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+        return await self.off_loop(make)
+
+    async def off_loop(self, function: Callable[[], T]) -> T:
+        """The result of a function that tokenizes. Raises `ApiError` when too many wait."""
         try:
-            return await self.pool.run(make)
+            return await self.pool.run(function)
         except PoolFullError:
             raise unavailable("Too many prompts are waiting to be tokenized.", 1.0) from None
 
@@ -99,9 +105,12 @@ class Prompts:
         """The ids, truncated if asked; at least one, and room for one more. Raises `ApiError`."""
         if not ids:
             raise invalid("The prompt has no tokens.", param)
+        if min(ids) < 0:
+            raise invalid(f"Token id {min(ids)} is negative.", param)
         if max(ids) >= self.vocab_size:  # a tokenizer may know tokens its model was not built for
             raise invalid(
-                f"The prompt holds token {max(ids)}, which the model does not have.", param
+                f"Token id {max(ids)} in the prompt is out of vocabulary ({self.vocab_size} ids).",
+                param,
             )
         if truncation is not None and len(ids) > truncation.tokens:
             kept = ids[: truncation.tokens] if truncation.keep_start else ids[-truncation.tokens :]
@@ -125,8 +134,11 @@ class Prompts:
             )
 
 
-def prompt_list(value: object) -> list[str | list[int]]:
-    """The `prompt` field of a completion as a list of prompts. Raises `ApiError`."""
+def prompt_list(value: object, max_model_len: int) -> list[str | list[int]]:
+    """The `prompt` field of a completion as a list of prompts. Raises `ApiError`.
+
+    Hopelessly long lists of ids are refused before each id is looked at.
+    """
     if isinstance(value, str):
         prompts: list[Any] = [value]
     elif isinstance(value, list) and value and _is_id(value[0]):
@@ -143,6 +155,10 @@ def prompt_list(value: object) -> list[str | list[int]]:
         raise invalid(f"prompt must hold 1 to {MAX_PROMPTS} prompts.", "prompt")
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, list):
+            if len(prompt) > TRUNCATABLE * max_model_len:
+                raise context_exceeded(
+                    limit=max_model_len, prompt=len(prompt), completion=0, param="prompt"
+                )
             if not all(map(_is_id, prompt)):
                 raise invalid("Token ids must be integers.", f"prompt[{index}]", "invalid_type")
         elif not isinstance(prompt, str):

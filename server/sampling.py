@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config import ServerConfig
 from scheduler.request import SamplingParams
@@ -15,8 +15,9 @@ from text.tokenizer import Tokenizer
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default on /v1/completions
-# A mask of more entries than this would be slower to ship than the answer is to compute.
+# More would take longer to check and to ship than the answer takes to compute.
 MAX_TOKEN_IDS = 65536
+MAX_BIASES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,15 @@ class Sampler:
         logprobs: int | None,
         prompt_logprobs: int | None,
     ) -> SamplingParams:
-        """`max_tokens` is final. Raises `ApiError` naming the field."""
+        """Parameters that `fitted` adapts to each prompt. Raises `ApiError` naming the field.
+
+        Tokenizes `bad_words`, so with them it belongs on a thread.
+        """
         temperature = _first(
             body.temperature, self.server.default_temperature, self.checkpoint.temperature
         )
         top_k = _first(body.top_k, self.server.default_top_k, self.checkpoint.top_k)
-        seed = body.seed if body.seed is not None else self.draw_seed()
+        seed = 0 if body.seed is None else body.seed
         ends = frozenset() if body.ignore_eos else self.end_ids
         try:
             return SamplingParams(
@@ -89,6 +93,20 @@ class Sampler:
             )
         except ValueError as error:
             raise invalid(f"{error}.") from None
+
+    def fitted(self, params: SamplingParams, room: int, *, seeded: bool) -> SamplingParams:
+        """The parameters for one prompt that leaves `room` tokens of the context.
+
+        Without a seed of the client's own each prompt draws one, or equal prompts of one request
+        would have equal answers.
+        """
+        limit = min(params.max_tokens, room)
+        return replace(
+            params,
+            max_tokens=limit,
+            min_tokens=min(params.min_tokens, limit),
+            seed=params.seed if seeded else self.draw_seed(),
+        )
 
     def max_tokens(self, body: ChatBody | CompletionBody) -> int | None:
         """The limit asked for, None for "as many as fit". 0 only with echo: scoring."""
@@ -128,7 +146,7 @@ class Sampler:
 
     def token_ids(self, ids: list[int], param: str) -> list[int]:
         """The ids, all inside the vocabulary."""
-        if len(ids) > MAX_TOKEN_IDS and param != "prompt":
+        if len(ids) > MAX_TOKEN_IDS:
             raise invalid(f"{param} must not hold more than {MAX_TOKEN_IDS} ids.", param)
         size = self.limits.vocab_size
         if ids and (min(ids) < 0 or max(ids) >= size):
@@ -137,6 +155,8 @@ class Sampler:
         return ids
 
     def _logit_bias(self, bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+        if bias is not None and len(bias) > MAX_BIASES:
+            raise invalid(f"logit_bias must not hold more than {MAX_BIASES} ids.", "logit_bias")
         entries: dict[int, float] = {}
         for key, value in (bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 12):

@@ -37,7 +37,7 @@ class Translator:
         ignored = unhonoured(Endpoint.CHAT, fields, strict=self.strict)
         body = parse(ChatBody, fields)
         model = self.model(body.model)
-        self._check_pairs(body)
+        self._check_pairs(body, prompts=1)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -53,28 +53,29 @@ class Translator:
             body, completion=limit or 0, variables=variables, documents=body.documents
         )
         ids = self._fit(body, ids, limit, "messages")
-        params = self._params(body, ids, limit, logprobs, body.prompt_logprobs)
+        params = await self._params(body, limit, logprobs, body.prompt_logprobs)
         view = self._view(body, logprobs=logprobs)
         return self._job(
-            body, caller, Endpoint.CHAT, model, [(ids, params)], view, ignored, asked=limit
+            body, caller, Endpoint.CHAT, model, [ids], params, view, ignored, asked=limit
         )
 
     async def completions(self, fields: JsonObject, caller: Caller) -> Job:
         ignored = unhonoured(Endpoint.COMPLETIONS, fields, strict=self.strict)
         body = parse(CompletionBody, fields)
         model = self.model(body.model)
-        self._check_pairs(body)
+        prompts = prompt_list(body.prompt, self.limits.max_model_len)
+        self._check_pairs(body, prompts=len(prompts))
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of must equal n.", "best_of", "unsupported_parameter")
         self._check_logprobs(body.logprobs, "logprobs")
-        prompts = prompt_list(body.prompt)
         limit = self.sampler.max_tokens(body)
         scored = body.logprobs if body.echo else None
         of_prompt = max((x for x in (body.prompt_logprobs, scored) if x is not None), default=None)
+        params = await self._params(body, limit, body.logprobs, of_prompt)
         work, texts = [], []
         for prompt in prompts:
             ids = await self._completion_ids(body, prompt, limit)
-            work.append((ids, self._params(body, ids, limit, body.logprobs, of_prompt)))
+            work.append(ids)
             if body.echo:
                 texts.append(self._echo_text(body, prompt, ids))
         view = self._view(body, logprobs=body.logprobs, echo=bool(body.echo), scoring=limit == 0)
@@ -84,6 +85,7 @@ class Translator:
             Endpoint.COMPLETIONS,
             model,
             work,
+            params,
             view,
             ignored,
             asked=limit,
@@ -102,7 +104,7 @@ class Translator:
         self, body: CompletionBody, prompt: str | list[int], limit: int | None
     ) -> list[int]:
         if isinstance(prompt, list):
-            ids = self.sampler.token_ids(prompt, "prompt")
+            ids = prompt
         else:
             ids = await self.prompts.encode(
                 prompt,
@@ -134,21 +136,24 @@ class Translator:
             )
         return self.prompts.fit(ids, truncation=truncation, completion=limit or 0, param=param)
 
-    def _params(
+    async def _params(
         self,
         body: ChatBody | CompletionBody,
-        ids: list[int],
         limit: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None,
     ) -> SamplingParams:
-        room = self.limits.max_model_len - len(ids)
-        return self.sampler.build(
-            body,
-            max_tokens=max(1, min(room, room if limit is None else limit)),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
+        """What all prompts share."""
+
+        def build() -> SamplingParams:
+            return self.sampler.build(
+                body,
+                max_tokens=self.limits.max_model_len if limit is None else max(1, limit),
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )
+
+        return await self.prompts.off_loop(build) if body.bad_words else build()
 
     def _view(
         self,
@@ -180,7 +185,7 @@ class Translator:
             metadata=body.metadata,
         )
 
-    def _check_pairs(self, body: ChatBody | CompletionBody) -> None:
+    def _check_pairs(self, body: ChatBody | CompletionBody, prompts: int) -> None:
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options needs stream: true.", "stream_options")
         if body.prompt_logprobs is not None and body.stream:
@@ -191,7 +196,6 @@ class Translator:
         self._check_logprobs(body.prompt_logprobs, "prompt_logprobs")
         if (body.n or 1) > self.limits.max_choices:
             raise invalid(f"n must not exceed {self.limits.max_choices}.", "n")
-        prompts = len(prompt_list(body.prompt)) if isinstance(body, CompletionBody) else 1
         if prompts * (body.n or 1) > MAX_WORK:
             raise invalid(f"prompts times n must not exceed {MAX_WORK}.", "n")
 
@@ -205,7 +209,8 @@ class Translator:
         caller: Caller,
         endpoint: Endpoint,
         model: str,
-        work: Sequence[tuple[list[int], SamplingParams]],
+        work: Sequence[list[int]],
+        params: SamplingParams,
         view: View,
         ignored: list[str],
         *,
@@ -228,10 +233,12 @@ class Translator:
             Request(
                 id=job_id if len(work) == 1 else f"{job_id}-{p}",
                 prompt=tuple(ids),
-                params=params,
+                params=self.sampler.fitted(
+                    params, self.limits.max_model_len - len(ids), seeded=body.seed is not None
+                ),
                 **shared,
             )
-            for p, (ids, params) in enumerate(work)
+            for p, ids in enumerate(work)
         )
         return Job(
             id=job_id,

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fakes_engine import FACTS
 from tests.server.helpers import TOKENIZER, chat, client_of, completion, config, reply_engine
+from text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -338,3 +339,31 @@ async def test_tokens_the_model_was_not_built_for() -> None:
         answer = await client.post(COMPLETIONS, json=completion("x", max_tokens=1))
         assert answer.status_code == 200
     assert engine.requests[0].params.stop_token_ids == frozenset()
+
+
+async def test_large_fields_are_checked_once_not_for_each_prompt(post, monkeypatch) -> None:
+    """1024 prompts must not multiply the work that one field causes on the event loop."""
+    calls = 0
+    encode = Tokenizer.encode
+
+    def counted(self, text: str, **options: Any) -> list[int]:
+        nonlocal calls
+        calls += text == "bad"
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    bias = {str(i): 1 for i in range(OUT)}
+    body = completion([[5]] * 200, bad_words=["bad"], logit_bias=bias, max_tokens=1)
+    assert (await post(COMPLETIONS, json=body)).status_code == 200
+    assert calls == 1
+    many = {"0" * i + "1": 1 for i in range(5000)}
+    answer = await post(COMPLETIONS, json=completion(logit_bias=many))
+    assert answer.json()["error"]["param"] == "logit_bias"
+
+
+async def test_equal_prompts_of_a_request_draw_seeds_of_their_own(post, engine) -> None:
+    await post(COMPLETIONS, json=completion(["a", "a"]))
+    await post(COMPLETIONS, json=completion(["a", "a"], seed=3))
+    first, second, *seeded = [request.params.seed for request in engine.requests]
+    assert first != second
+    assert seeded == [3, 3]
