@@ -60,7 +60,8 @@ def test_chat_with_a_shared_prefix(capsys: pytest.CaptureFixture[str]) -> None:
 def test_comparison_interleaves_and_judges(capsys: pytest.CaptureFixture[str]) -> None:
     fast, slow = Script(), Script(pause=0.002)
     with scripted_server(fast) as a, scripted_server(slow) as b:
-        arguments = ["--compare", f"a={a}", "--compare", f"b={b}", "--targets=1:0.001,3:1000", *small]
+        servers = ["--compare", f"a={a}", "--compare", f"b={b}"]
+        arguments = [*servers, "--targets=1:0.001,3:1000", *small]
         assert main(arguments) == 0
     captured = capsys.readouterr()
     rows = {row["metric"]: row for row in last_json(captured.out)["rows"]}
