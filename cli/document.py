@@ -23,7 +23,7 @@ One tree of options, resolved once when the server starts. Later sources win:
 1. the defaults below,
 2. a YAML file, given by `--config FILE` or `FORESIGHT_CONFIG` (see `configs/` for examples),
 3. environment variables, `FORESIGHT_` and the option's name in capitals; lists are separated by
-   commas,
+   commas (what Kubernetes sets for a service called `foresight` is left alone),
 4. flags of `foresight serve`; lists are separated by spaces, or the flag is repeated. A flag that
    turns something on has a twin that turns it off: `--no-…`.
 
