@@ -13,6 +13,7 @@ from kernels.sampling import reference
 from kernels.sampling.accept import accepted_counts
 from scheduler.request import SamplingParams, TokenLogprob
 from tests.kernels.sampling import oracle
+from tests.kernels.sampling.cases import chi_square
 from worker.sampler import Sampled, Sampler
 from worker.sampling_state import SlotSampling
 
@@ -178,6 +179,27 @@ def test_penalties_count_the_drafts_before_a_row():
     logits = torch.zeros(3, VOCAB)
     logits[:, 3], logits[:, 4], logits[:, 5] = 1.0, 0.9, 0.8
     assert bench.sample(logits, [(1, 6), (1, 7), (1, 8)]).tokens.tolist() == [3, 4, 5]
+
+
+def test_penalised_marginals():
+    """Over seeds, tokens follow the softmax of the penalised, biased and scaled logits."""
+    params = SamplingParams(
+        max_tokens=64,
+        temperature=0.8,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.2,
+        logit_bias=((3, 1.5),),
+    )
+    n, position = 3000, 20
+    bench = Bench([(replace(params, seed=seed), 0) for seed in range(n)])
+    bench.table[:] = bench.table[1].clone()
+    row = torch.randn(VOCAB, generator=torch.Generator().manual_seed(6)) * 1.5
+    sampled = bench.sample(row.repeat(n, 1), [(slot, position) for slot in range(1, n + 1)])
+    history = bench.table[1, :position].tolist()
+    z = torch.tensor([float(x) for x in oracle.process(row.tolist(), params, history, 6)])
+    expected = n * (z.double() / 0.8).softmax(-1)
+    assert abs(chi_square(torch.bincount(sampled.tokens, minlength=VOCAB), expected)) < 4
 
 
 def test_min_tokens_is_counted_from_the_prompt():

@@ -117,3 +117,15 @@ def check_bad_rows(form: Form, bad: float, limits: dict | None) -> None:
 
 
 SOME_LIMITS = [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}]
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Standardised: about N(0, 1) for the right distribution. Cells are merged below 5 expected."""
+    large = expected >= 5
+    counts = torch.cat([counts[large], counts[~large].sum()[None]]).double()
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    cells = expected > 0
+    assert not counts[~cells].any()  # nothing outside the support
+    statistic = float(((counts - expected)[cells] ** 2 / expected[cells]).sum())
+    freedom = int(cells.sum()) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom) if freedom else 0.0

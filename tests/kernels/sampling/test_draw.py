@@ -14,6 +14,7 @@ from tests.kernels.sampling.cases import (
     check_bad_rows,
     check_batch_independence,
     check_reference,
+    chi_square,
     draws,
     make_key,
     make_limits,
@@ -67,18 +68,6 @@ def test_argmax_rows(vocab: int):
     generator = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(6, vocab, generator=generator) * 3).round()
     assert torch.equal(pruned.argmax_rows(logits), logits.argmax(-1))
-
-
-def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Standardised: about N(0, 1) for the right distribution. Cells are merged below 5 expected."""
-    large = expected >= 5
-    counts = torch.cat([counts[large], counts[~large].sum()[None]]).double()
-    expected = torch.cat([expected[large], expected[~large].sum()[None]])
-    cells = expected > 0
-    assert not counts[~cells].any()  # nothing outside the support
-    statistic = float(((counts - expected)[cells] ** 2 / expected[cells]).sum())
-    freedom = int(cells.sum()) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom) if freedom else 0.0
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.4])
