@@ -1,15 +1,18 @@
 // A barrier for a team inside one OpenMP region.
 //
 // OpenMP's own spins for milliseconds before it sleeps. Where the machine's cores are also another
-// process's, a thread waiting so keeps the very thread it waits for from running; this one sleeps
-// after a few dozen microseconds.
+// process's, a thread waiting so keeps the very thread it waits for from running. This one sleeps
+// after a few dozen microseconds, and at once when another thread of the team was last seen on the
+// same core.
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <thread>
 
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -18,17 +21,22 @@ namespace native {
 
 class Barrier {
   public:
-    // Returns once `count` threads have called it. What they wrote before is visible after.
-    void wait(int count) {
+    explicit Barrier(int most_threads)
+        : seats_(std::make_unique<Seat[]>(most_threads)) {}
+
+    // Returns once threads 0 to count - 1 have called it. What they wrote before is visible after.
+    void wait(int thread, int count) {
         if (count == 1) return;
-        const int round = round_.load(std::memory_order_acquire);
+        const int core = current_core(), round = round_.load(std::memory_order_acquire);
+        seats_[thread].core.store(core, std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
             arrived_.store(0, std::memory_order_relaxed);
             round_.store(round + 1);
             if (sleepers_.load()) wake();
             return;
         }
-        for (int i = 0; i < kSpins; i++) {
+        const int spins = alone_on(core, thread, count) ? kSpins : 0;
+        for (int i = 0; i < spins; i++) {
             if (round_.load(std::memory_order_acquire) != round) return;
             pause();
         }
@@ -40,6 +48,18 @@ class Barrier {
   private:
     static constexpr int kSpins = 2000;  // some tens of microseconds
 
+    // Where a thread stood when it last arrived; a cache line each.
+    struct alignas(64) Seat {
+        std::atomic<int> core{-1};
+    };
+
+    bool alone_on(int core, int thread, int count) const {
+        for (int other = 0; core >= 0 && other < count; other++)
+            if (other != thread && seats_[other].core.load(std::memory_order_relaxed) == core)
+                return false;
+        return true;
+    }
+
     static void pause() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
@@ -49,6 +69,7 @@ class Barrier {
     }
 
 #if defined(__linux__)
+    static int current_core() { return sched_getcpu(); }
     void sleep(int round) {
         syscall(SYS_futex, reinterpret_cast<int*>(&round_), FUTEX_WAIT_PRIVATE, round, nullptr);
     }
@@ -56,11 +77,14 @@ class Barrier {
         syscall(SYS_futex, reinterpret_cast<int*>(&round_), FUTEX_WAKE_PRIVATE, INT32_MAX);
     }
 #else
+    static int current_core() { return -1; }
     void sleep(int) { std::this_thread::yield(); }
     void wake() {}
 #endif
 
-    std::atomic<int> arrived_{0}, round_{0}, sleepers_{0};
+    std::unique_ptr<Seat[]> seats_;
+    alignas(64) std::atomic<int> arrived_{0};
+    std::atomic<int> round_{0}, sleepers_{0};
 };
 
 }  // namespace native

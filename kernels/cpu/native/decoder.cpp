@@ -130,11 +130,11 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
                       step.table_stride};
     Plans plans(model, batch, threads);
     std::vector<std::atomic<int64_t>> next(model.num_layers);
-    Barrier barrier;
+    Barrier barrier(threads);
     const int64_t hidden = model.hidden, tokens = step.tokens, heads = model.heads;
 
     parallel(threads, INT64_MAX, [&](Share share) {
-        const auto meet = [&] { barrier.wait(share.count); };
+        const auto meet = [&] { barrier.wait(share.index, share.count); };
         const Range mine = part(tokens, share);
         for (int64_t t = mine.begin; t < mine.end; t++)
             std::memcpy(at.residual + t * hidden, (const T*)model.embedding + step.ids[t] * hidden,
