@@ -1,4 +1,4 @@
-"""The sampler in native code: `kernels/cpu/native/sampling.h`, token for token the reference."""
+"""The sampler in native code: `kernels/cpu/native/draw.h`, token for token the reference."""
 
 from __future__ import annotations
 

@@ -1,7 +1,33 @@
-// The C interface of the sampler. Arrays hold one entry a row; see sampling.h.
-#include "sampling.h"
+// The C interface of the sampler. Arrays hold one entry a row; see draw.h.
+#include "truncation.h"
 
 using namespace native;
+
+namespace {
+
+// logits: [rows, vocab]; draws: one a row, or null for the argmax. A row without a finite maximum
+// gives 0.
+void sample(const float* logits, const Draw* draws, int64_t* tokens, int64_t rows, int64_t vocab,
+            Share share) {
+    thread_local std::vector<float> maxima;
+    thread_local Candidates found;
+    const Range range = part(rows, share);
+    for (int64_t r = range.begin; r < range.end; r++) {
+        const TiledRow row(logits + r * vocab, vocab, maxima);
+        if (!row.usable) {
+            tokens[r] = 0;
+        } else if (draws == nullptr) {
+            tokens[r] = argmax(row);
+        } else if (draws[r].log_min_p == kNothing && draws[r].top_k >= vocab &&
+                   draws[r].top_p >= 1) {
+            tokens[r] = draw_from_all(row, draws[r]);
+        } else {
+            tokens[r] = draw_truncated(row, vocab, draws[r], found);
+        }
+    }
+}
+
+}  // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
