@@ -72,20 +72,31 @@ class NativeDecoder:
         self._kv: Sequence[Tensor] = ()
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
-    def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        kv: Sequence[Tensor],
+        read: Tensor | None = None,
+    ) -> Tensor:
         """One ragged step.
 
         ids: [tokens] int64; kv: per layer [pages, 2, kv_heads, page_size, head_dim], appended to
-        in place. Returns hidden states after the final norm, [tokens, hidden].
+        in place. Returns hidden states after the final norm, [tokens, hidden]; with `read`,
+        [reads] int64 different token rows, theirs alone, [reads, hidden], which saves most of the
+        last layer's work in a prompt chunk.
         """
         check_batch(batch)
+        if read is not None and (read.dtype != torch.int64 or read.shape[0] > ids.shape[0]):
+            raise ValueError("read must be int64 token rows, each at most once")
         if kv is not self._kv:
             self._attach(kv)
         tokens = ids.shape[0]
         size = self._size(byref(self._model), tokens)
         if self._workspace.shape[0] < size:
             self._workspace = torch.empty(size, dtype=torch.uint8)
-        out = torch.empty((tokens, self._hidden), dtype=self._dtype)
+        wanted = tokens if read is None else read.shape[0]
+        out = torch.empty((wanted, self._hidden), dtype=self._dtype)
         step = _Step(
             ids.data_ptr(),
             batch.positions.data_ptr(),
@@ -97,6 +108,8 @@ class NativeDecoder:
             batch.page_table.stride(0),
             self._workspace.data_ptr(),
             out.data_ptr(),
+            None if read is None else read.data_ptr(),
+            -1 if read is None else wanted,
         )
         self._run(byref(self._model), byref(step), torch.get_num_threads())
         return out
@@ -170,6 +183,8 @@ class _Step(Structure):
         ("table_stride", c_int64),
         ("workspace", c_void_p),
         ("out", c_void_p),
+        ("read", c_void_p),
+        ("reads", c_int64),
     ]
 
 

@@ -2,6 +2,9 @@
 //
 // At one row a step is a few hundred microseconds of arithmetic; sixty calls with a fork and a join
 // each, and the interpreter between them, would double it.
+#include <algorithm>
+#include <utility>
+
 #include "attention.h"
 #include "barrier.h"
 #include "linear.h"
@@ -54,8 +57,10 @@ struct NativeStep {
     const int32_t* query_starts;
     const int32_t* page_table;
     int64_t tokens, rows, table_stride;
-    void* workspace;  // native_workspace_bytes
-    void* out;        // [tokens, hidden]
+    void* workspace;      // native_workspace_bytes
+    void* out;            // [tokens, hidden], or [reads, hidden]
+    const int64_t* read;  // [reads] tokens whose hidden states are wanted
+    int64_t reads;        // -1: all
 };
 }
 
@@ -131,16 +136,18 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
     Plans plans(model, batch, threads);
     std::vector<std::atomic<int64_t>> next(model.num_layers);
     Barrier barrier(threads);
-    const int64_t hidden = model.hidden, tokens = step.tokens, heads = model.heads;
+    const int64_t hidden = model.hidden, heads = model.heads, width = heads * model.head_dim;
 
     parallel(threads, INT64_MAX, [&](Share share) {
         const auto meet = [&] { barrier.wait(share.index, share.count); };
+        T *residual = at.residual, *normed = at.normed, *attended = at.attended;
+        int64_t tokens = step.tokens;
         const Range mine = part(tokens, share);
         for (int64_t t = mine.begin; t < mine.end; t++)
-            std::memcpy(at.residual + t * hidden, (const T*)model.embedding + step.ids[t] * hidden,
+            std::memcpy(residual + t * hidden, (const T*)model.embedding + step.ids[t] * hidden,
                         hidden * sizeof(T));
-        rms_norm(at.residual, (const T*)model.layers[0].input_norm, at.normed, tokens, hidden,
-                 model.eps, share);
+        rms_norm(residual, (const T*)model.layers[0].input_norm, normed, tokens, hidden, model.eps,
+                 share);
         meet();
         for (int64_t i = 0; i < model.num_layers; i++) {
             const NativeLayer& layer = model.layers[i];
@@ -148,34 +155,47 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
             const Pool pool{layer.pool, model.kv_heads, model.page_size, model.head_dim};
             AttentionPlan& plan = *plans.find(layer.window);
 
-            project(layer.qkv, at.normed, at.qkv, tokens, share);
+            project(layer.qkv, normed, at.qkv, tokens, share);
             meet();
             rope_append(at.qkv, at.q, pool, step.positions, step.slots, tokens, heads,
                         Rotary{layer.cos_sin, layer.rotary_half, layer.q_norm, layer.k_norm,
                                layer.qk_eps},
                         share);
             meet();
-            attend(at.q, at.attended, pool, batch, plan,
+            attend(at.q, attended, pool, batch, plan,
                    AttentionShape{heads, layer.scale, layer.window}, next[i]);
             meet();
             if (!plan.blocks.empty()) {
-                merge_splits(at.attended, pool, plan, heads, share);
+                merge_splits(attended, pool, plan, heads, share);
                 meet();
             }
-            project(layer.output, at.attended, at.delta, tokens, share);
+            if (last && step.reads >= 0) {  // from here on only the wanted tokens matter
+                const Range wanted = part(step.reads, share);
+                for (int64_t r = wanted.begin; r < wanted.end; r++) {
+                    std::memcpy(normed + r * hidden, residual + step.read[r] * hidden,
+                                hidden * sizeof(T));
+                    std::memcpy(at.q + r * width, attended + step.read[r] * width,
+                                width * sizeof(T));
+                }
+                std::swap(residual, normed);
+                attended = at.q;
+                tokens = step.reads;
+                meet();
+            }
+            project(layer.output, attended, at.delta, tokens, share);
             meet();
-            add_rms_norm(at.delta, at.residual, (const T*)layer.mlp_norm, at.normed, tokens,
-                         hidden, model.eps, share);
+            add_rms_norm(at.delta, residual, (const T*)layer.mlp_norm, normed, tokens, hidden,
+                         model.eps, share);
             meet();
-            project(layer.gate_up, at.normed, at.gate_up, tokens, share);
+            project(layer.gate_up, normed, at.gate_up, tokens, share);
             meet();
             silu_mul(at.gate_up, at.activated, tokens, layer.down.inner, share);
             meet();
             project(layer.down, at.activated, at.delta, tokens, share);
             meet();
-            add_rms_norm(at.delta, at.residual,
+            add_rms_norm(at.delta, residual,
                          (const T*)(last ? model.norm : model.layers[i + 1].input_norm),
-                         last ? (T*)step.out : at.normed, tokens, hidden, model.eps, share);
+                         last ? (T*)step.out : normed, tokens, hidden, model.eps, share);
             meet();
         }
     });

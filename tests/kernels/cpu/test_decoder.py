@@ -88,6 +88,9 @@ def test_a_step_equals_its_operators(
             found = decoder.forward(ids, batch, found_kv)
             assert torch.equal(found, expected), (rows, count)
             assert torch.equal(torch.stack(found_kv), torch.stack(expected_kv))
+            for read in (batch.query_starts[1:].long() - 1, torch.arange(0)):
+                some = decoder.forward(ids, batch, found_kv, read)
+                assert torch.equal(some, expected[read])
 
 
 def test_wrong_parts_are_refused(native: NativeOps) -> None:
@@ -99,6 +102,9 @@ def test_wrong_parts_are_refused(native: NativeOps) -> None:
         model.decoder().forward(ids, batch, [torch.zeros(pages, 2, 2, 16, 16)] * 3)
     with pytest.raises(ValueError, match="KV pool"):
         model.decoder().forward(ids, batch, [torch.zeros(pages, 2, 2, 16, 32).bfloat16()] * 3)
+    kv = [torch.zeros(pages, 2, 2, 16, 32)] * 3
+    with pytest.raises(ValueError, match="read must be"):
+        model.decoder().forward(ids, batch, kv, torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="all fp32 or all bf16"):
         native.decoder(model.embedding.bfloat16(), model.layers, model.norm, EPS)
     other = replace(model.layers[1].attention, num_heads=2)
