@@ -75,9 +75,7 @@ class Ops(Protocol):
         """Writes k, v: [tokens, kv_heads, head_dim] into `kv` at `batch.kv_slots`."""
         ...
 
-    def attend(
-        self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch
-    ) -> Tensor:
+    def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         """Causal attention of each token over its row's pages, its own position included.
 
         q: [tokens, heads, head_dim]; kv: [pages, 2, kv_heads, page_size, head_dim], keys at
