@@ -90,7 +90,7 @@ def wait_until(true, seconds: float = 10.0) -> None:
 
 
 def test_sigterm_finishes_what_runs_refuses_the_rest_and_exits_0():
-    with serving(model(step_seconds=0.012)) as server:
+    with serving(model(step_seconds=0.012), "--drain-seconds", "100") as server:
         lines = server.lines()
         next(lines)
         engine = server.engine_pid()
