@@ -211,7 +211,7 @@ def _check(config: Config) -> None:
         raise CommandError(f"port must be between 0 and 65535, not {server.port}.")
     if server.drain_seconds < 0:
         raise CommandError(f"drain_seconds must not be negative, not {server.drain_seconds}.")
-    if schedule.max_step_tokens < schedule.max_num_seqs:
+    if schedule.max_step_tokens is not None and schedule.max_step_tokens < schedule.max_num_seqs:
         raise CommandError(
             f"max_step_tokens {schedule.max_step_tokens} must be at least max_num_seqs "
             f"{schedule.max_num_seqs}: each running sequence gets a token a step."

@@ -118,7 +118,7 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
         num_pages=budget.num_pages,
         page_size=budget.page_size,
         max_num_seqs=config.schedule.max_num_seqs,
-        max_step_tokens=config.schedule.max_step_tokens,
+        max_step_tokens=_step_tokens(config, device),
         max_model_len=max_model_len,
         enable_prefix_cache=config.cache.enable_prefix_cache,
         hash_root=chain_root(str(folder.resolve()).encode(), str(dtype).encode()),
@@ -138,6 +138,12 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return asked
 
 
+def _step_tokens(config: EngineConfig, device: Device) -> int:
+    """Every running sequence gets at least a token a step."""
+    schedule = config.schedule
+    return schedule.max_step_tokens or max(device.step_tokens, schedule.max_num_seqs)
+
+
 def _budget(
     config: EngineConfig,
     device: Device,
@@ -154,7 +160,7 @@ def _budget(
         fraction=cache.memory_fraction,
         weights=max(before - available, 0),
         activations=activation_bytes(
-            max_step_tokens=config.schedule.max_step_tokens,
+            max_step_tokens=_step_tokens(config, device),
             max_sample_rows=config.schedule.max_num_seqs,
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,

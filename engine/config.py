@@ -108,9 +108,10 @@ class ScheduleConfig:
     """Limits of the scheduler; see scheduler.request.SchedulerConfig."""
 
     max_num_seqs: int = option(64, "Sequences that run at the same time.")
-    max_step_tokens: int = option(
-        2048,
-        "Tokens computed in one step, prompt chunks and decodes together.",
+    max_step_tokens: int | None = option(
+        None,
+        "Tokens computed in one step, prompt chunks and decodes together. Default: 2048 on a GPU,"
+        " 256 on a CPU, where longer steps gain nothing and keep streams waiting.",
         aliases=("max-num-batched-tokens",),
     )
     max_queued_requests: int = option(

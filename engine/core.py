@@ -271,10 +271,15 @@ class EngineCore:
                     self._note_finish(output.finish.finished)
 
     def _publish(self, seconds: float | None = None, tokens: int = 0) -> None:
-        """Sends what was collected. With `seconds`, a step settled: tell everyone who waits."""
+        """Sends what was collected. With `seconds`, a step settled: tell everyone who waits.
+
+        Everyone learns of the last step, for it frees the pages that ended sequences still held.
+        """
         clients = set(self._outbox)
         if seconds is not None:
             clients.update(route.client for route in self._routes.values())
+            if not self._in_flight:
+                clients.update(self._clients)
         if not clients:
             return
         outbox, self._outbox = self._outbox, {}

@@ -11,6 +11,8 @@ from worker.sizing import GIB
 
 # A CPU machine is shared with everything else on it; a larger pool has to be asked for.
 CPU_POOL_CAP = 4 * GIB
+# Tokens from which on a step is bound by arithmetic: longer steps only delay the first token.
+CPU_STEP_TOKENS, GPU_STEP_TOKENS = 256, 2048
 
 
 class DeviceError(Exception):
@@ -25,6 +27,7 @@ class Device:
     name: str
     total_memory: int
     pool_cap: int | None
+    step_tokens: int  # default token budget of one step
 
     def available_memory(self) -> int:
         """Bytes that could be allocated now."""
@@ -49,11 +52,11 @@ def resolve_device(name: str) -> Device:
             raise DeviceError(f"device {name!r} was asked for, but torch finds no CUDA GPU.")
         device = torch.device(name)
         facts = torch.cuda.get_device_properties(device)
-        return Device(device, facts.name, facts.total_memory, None)
+        return Device(device, facts.name, facts.total_memory, None, GPU_STEP_TOKENS)
     if name != "cpu":
         raise DeviceError(f"device {name!r} is not one of auto, cpu, cuda.")
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device(torch.device("cpu"), "cpu", total, CPU_POOL_CAP)
+    return Device(torch.device("cpu"), "cpu", total, CPU_POOL_CAP, CPU_STEP_TOKENS)
 
 
 def _available_host_memory() -> int:

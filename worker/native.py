@@ -25,8 +25,14 @@ class NativeRunner:
         self._decoder = decoder
         self._head = head
 
-    def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
-        return self._decoder.forward(ids, batch, kv)
+    def forward(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        kv: Sequence[Tensor],
+        read: Tensor | None = None,
+    ) -> Tensor:
+        return self._decoder.forward(ids, batch, kv, read)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden, wide=True)

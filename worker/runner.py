@@ -16,8 +16,18 @@ class Runner(Protocol):
 
     name: str
 
-    def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
-        """ids: [tokens] int64 -> hidden states after the final norm, [tokens, hidden]."""
+    def forward(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        kv: Sequence[Tensor],
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """ids: [tokens] int64 -> hidden states after the final norm.
+
+        read: [reads] int64, distinct token rows whose states are wanted, None for all of them;
+        the result is [reads, hidden].
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -33,8 +43,15 @@ class EagerRunner:
         self._model = model
         self._ops = ops
 
-    def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
-        return self._model(ids, batch, kv, self._ops)
+    def forward(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        kv: Sequence[Tensor],
+        read: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self._model(ids, batch, kv, self._ops)
+        return hidden if read is None else hidden[read]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._model.logits(hidden)

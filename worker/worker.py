@@ -111,17 +111,19 @@ class Worker:
     def _forward(self, runner: Runner, rows: Sequence[Row]) -> list[RowResult]:
         first = [self._slots.bound[row.slot] for row in rows]  # exact for rows with a chunk
         batch = build_batch(rows, self._slots)
-        hidden = runner.forward(batch.ids, batch.attention, self._kv)
+        asked = [i for i, row in enumerate(rows) if self._wants_prompt_logprobs(row)]
+        # Prompt log-probabilities read every position; otherwise only the sampled ones are.
+        read = None if asked else batch.sample_tokens
+        hidden = runner.forward(batch.ids, batch.attention, self._kv, read)
         prompt_logprobs = {
-            i: self._prompt_logprobs(runner, hidden, batch, i, first[i])
-            for i, row in enumerate(rows)
-            if row.chunk is not None and self._wants_prompt_logprobs(row)
+            i: self._prompt_logprobs(runner, hidden, batch, i, first[i]) for i in asked
         }
         if not batch.sample_slots:
             self._slots.computed[batch.row_slots] += batch.advance
             return [RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))]
-        read = hidden if batch.sample_tokens is None else hidden[batch.sample_tokens]
-        logits = runner.logits(read)
+        if asked and batch.sample_tokens is not None:
+            hidden = hidden[batch.sample_tokens]
+        logits = runner.logits(hidden)
         sampled = self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
         return self._commit(batch, sampled, prompt_logprobs)
 
@@ -170,7 +172,7 @@ class Worker:
 
     def _wants_prompt_logprobs(self, row: Row) -> bool:
         params = self._params[row.slot]
-        return params is not None and params.prompt_logprobs is not None
+        return row.chunk is not None and params is not None and params.prompt_logprobs is not None
 
     def _prompt_logprobs(
         self, runner: Runner, hidden: Tensor, batch: StepBatch, i: int, first: int

@@ -86,9 +86,9 @@ def test_a_running_stream_keeps_its_arithmetic_when_the_runner_changes(folder: P
     class Other:
         name = "other"
 
-        def forward(self, ids, batch, kv):
+        def forward(self, ids, batch, kv, read=None):
             used.append(batch.query_starts.shape[0] - 1)
-            return first.forward(ids, batch, kv)
+            return first.forward(ids, batch, kv, read)
 
         def logits(self, hidden):
             return -first.logits(hidden)  # another text, so that a mix-up would show

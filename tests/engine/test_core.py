@@ -324,3 +324,21 @@ def test_worker_fault_ends_the_loop_and_is_announced(make):
         engine.core.run()
     engine.core.announce_death("a fault")
     assert client.messages[-1] == Dead("a fault")
+
+
+def test_the_last_message_of_an_idle_engine_shows_no_page_held(make):
+    """The step in flight when a sequence ends keeps its pages fenced; its end is told too."""
+    engine = make()
+    client = Client(engine.transport)
+    client.send(Hello())
+    prompt = tuple(range(40))
+    whole = Request("whole", prompt, SamplingParams(max_tokens=30, seed=1), 0.0)
+    client.send(Submit(whole))
+    engine.run_until(lambda: client.finishes("whole"))
+    stop = frozenset(client.tokens("whole")[9:10])
+    stopped = replace(whole, id="stopped", params=replace(whole.params, stop_token_ids=stop))
+    client.send(Submit(stopped))
+    engine.run_until(lambda: client.finishes("stopped"))
+    assert client.finishes("stopped")[0].reason is FinishReason.STOP
+    engine.run_until(lambda: not engine.scheduler.has_work())
+    assert client.messages[-1].load.pages_held == 0
