@@ -35,17 +35,24 @@ def test_there_are_fifty_prompts() -> None:
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
-    """Greedy continuations by transformers' generate, in fp32, one prompt at a time."""
+def expected() -> list[tuple[list[int], list[int]]]:
+    """Prompts and their greedy continuations by transformers' generate, in fp32, one at a time."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TARGET)
     model = transformers.AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    ends = set(model.generation_config.eos_token_id)
     found = []
     with torch.inference_mode():
         for prompt in PROMPTS:
+            if prompt.endswith("?"):
+                chat = [{"role": "user", "content": prompt}]
+                prompt = tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=True
+                )
             ids = tokenizer(prompt, return_tensors="pt").input_ids
-            out = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-            found.append(out[0, ids.shape[1] :].tolist())
+            out = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+            new = out[0, ids.shape[1] :].tolist()
+            found.append((ids[0].tolist(), [token for token in new if token not in ends]))
     return found
 
 
@@ -60,17 +67,15 @@ def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_greedy_tokens_equal_those_of_transformers(ours: LLM, expected: list[list[int]]) -> None:
-    params = SamplingParams(max_tokens=TOKENS, temperature=0)  # no stop tokens: all of them count
-    completions = ours.generate(PROMPTS, params)
-    got = [list(completion.choices[0].tokens) for completion in completions]
-    # transformers may not end early, but bans the end tokens to that end; ours are free to differ
-    # after one of them.
-    ends = {0, 1, 2}
-    for prompt, mine, theirs in zip(PROMPTS, got, expected, strict=True):
-        stop = next((i for i, token in enumerate(mine) if token in ends), TOKENS)
-        assert mine[:stop] == theirs[:stop], prompt
-    assert sum(next((i for i, t in enumerate(m) if t in ends), TOKENS) for m in got) > 300
+def test_greedy_tokens_equal_those_of_transformers(
+    ours: LLM, expected: list[tuple[list[int], list[int]]]
+) -> None:
+    params = SamplingParams(max_tokens=TOKENS, temperature=0)
+    completions = ours.generate([ids for ids, _ in expected], params)
+    for (ids, theirs), completion in zip(expected, completions, strict=True):
+        assert completion.prompt_tokens == tuple(ids)
+        assert list(completion.choices[0].tokens) == theirs
+    assert sum(len(theirs) for _, theirs in expected) > 400
 
 
 @pytest.mark.slow
