@@ -80,6 +80,8 @@ def test_options_exist(page: Path) -> None:
     ours |= {flag.replace("--", "--no-", 1) for flag in ours} | {"--config", "--help"}
     for made in (serving.parser(), loadtest.parser()):
         ours |= set(chain.from_iterable(action.option_strings for action in made._actions))
+    for maker in (root / "makers").glob("*.py"):
+        ours |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', maker.read_text()))
     # Other programs' options stand in fenced commands and inline code of their own.
     foreign = {"--target", "--gpus", "--rm", "--build", "--headless"}
     foreign |= {"--storage", "--web", "--disable-pip-version-check", "--no-start"}
