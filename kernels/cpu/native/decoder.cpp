@@ -122,10 +122,17 @@ class Plans {
     std::vector<std::pair<int64_t, std::unique_ptr<AttentionPlan>>> plans_;
 };
 
+// The threads take pieces of the product as they come free, so that one whose core another process
+// borrowed for a moment holds up the others by a piece at most. One row streams the weight in long
+// runs, which few pieces leave whole.
 template <class T>
-void project(const NativeProjection& p, const T* x, T* out, int64_t rows, Share share) {
-    linear(Linear{(const uint32_t*)p.packed, p.bias, p.columns, p.inner / kPack<T>}, x, out, rows,
-           share);
+void project(const NativeProjection& p, const T* x, T* out, int64_t rows, Share share,
+             std::atomic<int64_t>& next) {
+    const Linear w{(const uint32_t*)p.packed, p.bias, p.columns, p.inner / kPack<T>};
+    const int64_t most = share.count == 1 ? 1 : 4 * share.count;
+    const int64_t pieces = std::max<int64_t>(std::min(w.panels() / (rows == 1 ? 4 : 1), most), 1);
+    for (int64_t piece = next++; piece < pieces; piece = next++)
+        linear(w, x, out, rows, Share{int(piece), int(pieces)});
 }
 
 template <class T>
@@ -134,7 +141,11 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
     const Batch batch{step.positions, step.query_starts, step.page_table, step.rows,
                       step.table_stride};
     Plans plans(model, batch, threads);
-    std::vector<std::atomic<int64_t>> next(model.num_layers);
+    // What is next to be taken of each shared-out piece of work.
+    struct Next {
+        std::atomic<int64_t> qkv{0}, attention{0}, output{0}, gate_up{0}, down{0};
+    };
+    std::vector<Next> nexts(model.num_layers);
     Barrier barrier(threads);
     const int64_t hidden = model.hidden, heads = model.heads, width = heads * model.head_dim;
 
@@ -154,8 +165,9 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
             const bool last = i + 1 == model.num_layers;
             const Pool pool{layer.pool, model.kv_heads, model.page_size, model.head_dim};
             AttentionPlan& plan = *plans.find(layer.window);
+            Next& next = nexts[i];
 
-            project(layer.qkv, normed, at.qkv, tokens, share);
+            project(layer.qkv, normed, at.qkv, tokens, share, next.qkv);
             meet();
             rope_append(at.qkv, at.q, pool, step.positions, step.slots, tokens, heads,
                         Rotary{layer.cos_sin, layer.rotary_half, layer.q_norm, layer.k_norm,
@@ -163,7 +175,7 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
                         share);
             meet();
             attend(at.q, attended, pool, batch, plan,
-                   AttentionShape{heads, layer.scale, layer.window}, next[i]);
+                   AttentionShape{heads, layer.scale, layer.window}, next.attention);
             meet();
             if (!plan.blocks.empty()) {
                 merge_splits(attended, pool, plan, heads, share);
@@ -182,16 +194,16 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
                 tokens = step.reads;
                 meet();
             }
-            project(layer.output, attended, at.delta, tokens, share);
+            project(layer.output, attended, at.delta, tokens, share, next.output);
             meet();
             add_rms_norm(at.delta, residual, (const T*)layer.mlp_norm, normed, tokens, hidden,
                          model.eps, share);
             meet();
-            project(layer.gate_up, normed, at.gate_up, tokens, share);
+            project(layer.gate_up, normed, at.gate_up, tokens, share, next.gate_up);
             meet();
             silu_mul(at.gate_up, at.activated, tokens, layer.down.inner, share);
             meet();
-            project(layer.down, at.activated, at.delta, tokens, share);
+            project(layer.down, at.activated, at.delta, tokens, share, next.down);
             meet();
             add_rms_norm(at.delta, residual,
                          (const T*)(last ? model.norm : model.layers[i + 1].input_norm),
