@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from server.choice import Piece
-from server.extras import answer_extras, chunk_tail, closing_chunk
+from server.extras import answer_extras, chunk_head, chunk_tail, closing_chunk
 from server.generation import Generation
 from server.job import Job
 from server.logprobs import LogprobFormat
@@ -28,13 +28,7 @@ class ChatChunks:
     _content: list[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        shared = {
-            "id": self.job.id,
-            "object": "chat.completion.chunk",
-            "created": self.job.created,
-            "model": self.job.model,
-        }
-        self._head = b"data: " + orjson.dumps(shared)[:-1]
+        self._head = chunk_head(self.job, "chat.completion.chunk")
         self._content = [
             self._head + b',"choices":[{"index":%d,"delta":{"content":' % index
             for index in range(self.job.choices)

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from server.choice import Piece
-from server.extras import answer_extras, chunk_tail, closing_chunk
+from server.extras import answer_extras, chunk_head, chunk_tail, closing_chunk
 from server.generation import Generation
 from server.job import Job
 from server.logprobs import LogprobFormat, joined
@@ -26,13 +26,7 @@ class CompletionChunks:
     _echoed: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        shared = {
-            "id": self.job.id,
-            "object": "text_completion",
-            "created": self.job.created,
-            "model": self.job.model,
-        }
-        self._head = b"data: " + orjson.dumps(shared)[:-1]
+        self._head = chunk_head(self.job, "text_completion")
         self._text = [
             self._head + b',"choices":[{"index":%d,"text":' % index
             for index in range(self.job.choices)

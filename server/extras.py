@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from server.generation import Generation
+from server.job import Job
 
 
 def answer_extras(generation: Generation) -> dict[str, Any]:
@@ -17,6 +18,12 @@ def answer_extras(generation: Generation) -> dict[str, Any]:
     if generation.job.view.metadata is not None:
         extras["metadata"] = generation.job.view.metadata
     return extras
+
+
+def chunk_head(job: Job, kind: str) -> bytes:
+    """What every event of an answer begins with; `kind` is its `object`."""
+    shared = {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+    return b"data: " + orjson.dumps(shared)[:-1]
 
 
 def chunk_tail(generation: Generation) -> bytes:
