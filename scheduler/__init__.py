@@ -9,5 +9,6 @@ randomness are arguments. The same code serves the engine, the simulator and the
     decide, policy   what the next step should be, without changing anything
     sequence         one number line per choice; choices makes them, waiting queues them
     memory           slots and pages: pages counts references, prefix names contents
+    step_cost        what a step takes: profile is the measured table, fit the model of it
     counts           counters since start
 """
