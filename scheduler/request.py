@@ -92,6 +92,9 @@ class Request:
     cache_salt: bytes = b""  # isolates the prefix cache: part of every page hash
     adapter: str = ""  # part of every page hash
     deadline: float | None = None  # seconds on the engine's clock; past it the request is aborted
+    # Latency wanted, in seconds; the stricter of this and the server's counts. None: nothing asked.
+    ttft_target: float | None = None  # from arrival to the first token
+    mtpot_target: float | None = None  # the largest gap between two outputs of one choice
     produced: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,6 +104,14 @@ class Request:
             raise ValueError("n must be at least 1")
         if self.produced and len(self.produced) != self.n:
             raise ValueError("produced must hold one token list per choice")
+        _check_targets(self)
+
+
+def _check_targets(holder: Request | SchedulerConfig) -> None:
+    for name in ("ttft_target", "mtpot_target"):
+        seconds = getattr(holder, name)
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"{name} must be a positive number of seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +192,8 @@ class SchedulerConfig:
     # A prompt is long while more than 1 / long_prefill_rows of a step's budget is left of it. Fewer
     # than so many are computed in one step, and that part of it is kept for short ones.
     long_prefill_rows: int = 4
+    ttft_target: float | None = None  # see Request; for those that ask for nothing stricter
+    mtpot_target: float | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, what: str) -> None:
@@ -197,3 +210,4 @@ class SchedulerConfig:
         check(self.priority_ageing > 0, "priority_ageing must be positive")
         check(self.lookahead >= 0, "lookahead must not be negative")
         check(self.long_prefill_rows >= 2, "long_prefill_rows must be at least 2")
+        _check_targets(self)

@@ -237,8 +237,17 @@ def test_shared_hits_cost_their_pages_once() -> None:
         {"priority_ageing": 0.0},
         {"page_size": 0},
         {"long_prefill_rows": 1},
+        {"ttft_target": 0.0},
+        {"mtpot_target": float("inf")},
     ],
 )
 def test_impossible_limits_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="must be"):
         SchedulerConfig(**{"num_pages": 10, **wrong})
+
+
+@pytest.mark.parametrize("name", ["ttft_target", "mtpot_target"])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_target_is_a_positive_number_of_seconds(name: str, wrong: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a positive number"):
+        request("r", [1], **{name: wrong})
