@@ -193,6 +193,7 @@ def _check(config: Config) -> None:
         "max_num_seqs": schedule.max_num_seqs,
         "max_step_tokens": schedule.max_step_tokens,
         "max_queued_requests": schedule.max_queued_requests,
+        "max_queued_tokens": schedule.max_queued_tokens,
         "threads": config.engine.device.threads,
         "max_body_bytes": server.max_body_bytes,
         "max_json_depth": server.max_json_depth,
@@ -200,10 +201,11 @@ def _check(config: Config) -> None:
         "keep_alive_seconds": server.keep_alive_seconds,
         "heartbeat_seconds": server.heartbeat_seconds,
         "request_timeout_seconds": server.request_timeout_seconds,
+        "queue_timeout_seconds": server.queue_timeout_seconds,
         "tokenizer_threads": server.tokenizer_threads,
     }
     for name, value in positive.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise CommandError(f"{name} must be positive, not {value}.")
     if not 0 < cache.memory_fraction <= 1:
         raise CommandError(f"memory_fraction must be in (0, 1], not {cache.memory_fraction}.")

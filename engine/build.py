@@ -123,6 +123,7 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
         enable_prefix_cache=config.cache.enable_prefix_cache,
         hash_root=chain_root(str(folder.resolve()).encode(), str(dtype).encode()),
         max_queued_requests=config.schedule.max_queued_requests,
+        max_queued_tokens=config.schedule.max_queued_tokens,
     )
 
 

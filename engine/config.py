@@ -117,6 +117,11 @@ class ScheduleConfig:
     max_queued_requests: int = option(
         2048, "Requests waiting beyond this are answered 429 with Retry-After."
     )
+    max_queued_tokens: int | None = option(
+        None,
+        "Prompt tokens waiting beyond this are answered so too; a prompt that finds nobody waiting"
+        " is taken whatever its length. Default: no limit.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +215,9 @@ class ServerConfig:
     )
     request_timeout_seconds: float | None = option(
         None, "Requests that take longer are ended. Default: no limit."
+    )
+    queue_timeout_seconds: float | None = option(
+        None, "Requests still waiting for their turn after so long are ended. Default: no limit."
     )
     default_temperature: float | None = option(
         None, "For requests without `temperature`. Default: generation_config.json's, else 1."

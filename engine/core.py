@@ -188,10 +188,7 @@ class EngineCore:
                 self._send(client, Rejected(request.id, "invalid", "this id is already running"))
                 return
             name = _long_name(client, request.id)
-        deadline = request.deadline
-        if deadline is not None:
-            deadline = now + (deadline - request.arrival)
-        admitted = replace(request, id=name, arrival=now, deadline=deadline)
+        admitted = _on_our_clock(request, name, now)
         try:
             self._scheduler.add(admitted, now)
         except QueueFull as error:
@@ -307,6 +304,21 @@ class EngineCore:
         """When half of the queue should be through, at the present pace."""
         seconds = 0.5 * self._scheduler.load().waiting * self._finish_seconds
         return min(max(seconds, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
+
+
+def _on_our_clock(request: Request, name: str, now: float) -> Request:
+    """The request as if it had arrived here and now: its deadlines keep their distance."""
+
+    def moved(deadline: float | None) -> float | None:
+        return None if deadline is None else now + (deadline - request.arrival)
+
+    return replace(
+        request,
+        id=name,
+        arrival=now,
+        deadline=moved(request.deadline),
+        queue_deadline=moved(request.queue_deadline),
+    )
 
 
 def _long_name(client: bytes, request_id: str) -> str:

@@ -12,7 +12,9 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # stop token, end token or, reported by the API process, a stop string
     LENGTH = "length"  # max_tokens or the context limit
-    ABORT = "abort"  # the client left, a deadline passed, or the server drained
+    ABORT = "abort"  # the client left, or the server drained
+    TIMEOUT = "timeout"  # its deadline passed
+    QUEUE_TIMEOUT = "queue_timeout"  # its time in the queue was over before it got a slot
     ERROR = "error"  # the request failed inside the engine
 
 
@@ -91,10 +93,12 @@ class Request:
     tenant: str = ""
     cache_salt: bytes = b""  # isolates the prefix cache: part of every page hash
     adapter: str = ""  # part of every page hash
-    deadline: float | None = None  # seconds on the engine's clock; past it the request is aborted
-    # Latency wanted, in seconds; the stricter of this and the server's counts. None: nothing asked.
-    ttft_target: float | None = None  # from arrival to the first token
-    mtpot_target: float | None = None  # the largest gap between two outputs of one choice
+    deadline: float | None = None  # seconds on the engine's clock; past it the request is ended
+    queue_deadline: float | None = None  # past it the request is ended unless it was admitted
+    # Latency wanted, in seconds. None: nothing asked.
+    ttft_target: float | None = None  # from arrival to the first token; else the server's counts
+    # The largest gap between two outputs of one choice; the stricter of this and the server's.
+    mtpot_target: float | None = None
     produced: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -130,7 +134,7 @@ class Finish:
 
     reason: FinishReason
     stop_token: int | None = None  # the stop token that ended it; it is not part of the output
-    message: str = ""  # for ERROR: what to tell the client
+    message: str = ""  # for what is no natural end: what to tell the client
     prompt_tokens: int = 0
     completion_tokens: int = 0  # a stop token counts, as it was generated
     cached_tokens: int = 0  # prompt positions whose KV came from the prefix cache
@@ -162,6 +166,7 @@ class Load:
     running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0  # prompt tokens not yet computed, over all waiting sequences
+    predicted_wait: float = 0.0  # seconds a usual request arriving now would wait for a slot
     pages_total: int = 0
     pages_held: int = 0  # referenced by a sequence, or fenced until a step settles
     pages_cached: int = 0  # unreferenced but reusable through the prefix index
@@ -187,6 +192,7 @@ class SchedulerConfig:
     enable_prefix_cache: bool = True
     hash_root: bytes = b""  # model, weights, KV format: what makes pages comparable
     max_queued_requests: int = 2048
+    max_queued_tokens: int | None = None  # known tokens of all that wait; an empty queue takes any
     lookahead: int = 8  # how many waiting sequences may be tried behind one that does not fit
     priority_ageing: float = 30.0  # seconds of waiting that equal one level of priority
     # A prompt is long while more than 1 / long_prefill_rows of a step's budget is left of it. Fewer
@@ -209,5 +215,9 @@ class SchedulerConfig:
         )
         check(self.priority_ageing > 0, "priority_ageing must be positive")
         check(self.lookahead >= 0, "lookahead must not be negative")
+        check(
+            self.max_queued_tokens is None or self.max_queued_tokens >= 1,
+            "max_queued_tokens must be at least 1",
+        )
         check(self.long_prefill_rows >= 2, "long_prefill_rows must be at least 2")
         _check_targets(self)

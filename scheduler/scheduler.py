@@ -30,7 +30,7 @@ from scheduler.waiting import WaitingQueue
 
 
 class QueueFull(Exception):  # noqa: N818, a state of the queue
-    """Too many sequences are waiting already."""
+    """Too many sequences, or too many of their tokens, are waiting already."""
 
 
 class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
@@ -53,6 +53,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # sorted by order
         self._in_flight: dict[int, list[Sequence]] = {}  # by step, oldest first: one a row
+        self._unadmitted: set[str] = set()  # requests of which no choice ever got a slot
         self._deadlines: list[tuple[float, str]] = []  # a heap of request ids; ended ones linger
         self._outputs: list[Output] = []  # ends decided by add and plan, not yet handed out
         self._blocked = False  # see Decision.blocked
@@ -73,14 +74,15 @@ class Scheduler:
         length, room = len(request.prompt), self._memory.max_len - 1
         if length > room:
             raise ContextTooLong(f"the prompt has {length} tokens, at most {room} fit")
-        if len(self._waiting) >= self.config.max_queued_requests:
-            raise QueueFull(f"{len(self._waiting)} sequences are waiting")
+        self._check_queue(length * request.n)
         self._requests[request.id] = choices = choices_of(
             request, self.config, self._memory.max_len, self._next_serial
         )
         self._next_serial += request.n
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        self._unadmitted.add(request.id)
+        for deadline in (request.deadline, request.queue_deadline):
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, request.id))
         self._blocked = False
         shares = self.config.enable_prefix_cache and length > self.config.page_size
         leader: Sequence | None = None
@@ -93,6 +95,14 @@ class Scheduler:
                 self._outputs.append(self._end(sequence, FinishReason.LENGTH, now))
             else:
                 leader = leader or sequence
+
+    def _check_queue(self, tokens: int) -> None:
+        """Raises `QueueFull`. Who finds the queue empty is let in, however long its prompt."""
+        waiting, most = self._waiting, self.config.max_queued_tokens
+        if len(waiting) >= self.config.max_queued_requests:
+            raise QueueFull(f"{len(waiting)} sequences are waiting")
+        if waiting and most is not None and waiting.tokens + tokens > most:
+            raise QueueFull(f"{waiting.tokens} tokens are waiting")
 
     def abort(
         self,
@@ -132,16 +142,25 @@ class Scheduler:
         Ends whatever is past its deadline, see `take_outputs`.
         """
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            for late in list(self._requests.get(request_id, ())):
-                end = self._end(late, FinishReason.ABORT, now, message="deadline exceeded")
-                self._outputs.append(end)
+            self._end_late(heapq.heappop(self._deadlines)[1], now)
         if not self._requests:
             return None
         decision = self._decider.decide(
             self._running, self._waiting, bool(self._in_flight), self._blocked
         )
         return self._commit(decision, now)
+
+    def _end_late(self, request_id: str, now: float) -> None:
+        """Ends a request if one of its deadlines has passed: the id may be another's by now."""
+        for late in list(self._requests.get(request_id, ())):
+            ends, queued_until = late.request.deadline, late.request.queue_deadline
+            if ends is not None and ends <= now:
+                reason, message = FinishReason.TIMEOUT, "deadline exceeded"
+            elif queued_until is None or queued_until > now or request_id not in self._unadmitted:
+                return
+            else:
+                reason, message = FinishReason.QUEUE_TIMEOUT, "waited too long in the queue"
+            self._outputs.append(self._end(late, reason, now, message=message))
 
     def _commit(self, decision: Decision, now: float) -> StepPlan | None:
         """Makes a decision real. All hits are pinned before any page is taken, so that none is
@@ -191,6 +210,7 @@ class Scheduler:
     def _seat(self, sequence: Sequence, hits: list[int], now: float) -> Admit:
         """Gives a waiting sequence a slot; its prefix hits are pinned already."""
         self._waiting.remove(sequence)
+        self._unadmitted.discard(sequence.request.id)
         self._memory.seat(sequence, hits)
         cached = sequence.computed
         insort(self._running, sequence, key=attrgetter("order"))
@@ -333,6 +353,7 @@ class Scheduler:
         choices.remove(sequence)
         if not choices:
             del self._requests[request.id]
+            self._unadmitted.discard(request.id)
         return sequence.finish(reason, now, completion_tokens, stop_token, message)
 
     # --- looking in -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import orjson
 from engine.errors import EngineDeadError, RejectedError
 
 MAX_RETRY_AFTER_SECONDS = 120.0  # clients ignore anything longer
+MIN_RETRY_AFTER_SECONDS = 1.0  # of an overloaded server
 
 
 class ApiError(Exception):
@@ -121,6 +122,17 @@ def timed_out() -> ApiError:
         type="server_error",
         code="timeout",
         headers={"x-should-retry": "false"},
+    )
+
+
+def never_started(retry_after: float) -> ApiError:
+    """Its time in the queue was over before there was room. Later there may be."""
+    return ApiError(
+        504,
+        "The request waited in the queue longer than the server lets any wait.",
+        type="server_error",
+        code="timeout",
+        headers=_retry_headers(max(retry_after, MIN_RETRY_AFTER_SECONDS)),
     )
 
 

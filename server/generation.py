@@ -11,7 +11,7 @@ from engine.errors import EngineDeadError, RejectedError
 from scheduler.request import Finish, FinishReason, Output, Request, TokenLogprob
 from server.choice import ChoiceText, Piece
 from server.engine_face import Engine, RequestStream
-from server.errors import ApiError, failed, from_engine, timed_out, unavailable
+from server.errors import ApiError, failed, from_engine, never_started, timed_out, unavailable
 from server.fan_in import FanIn
 from server.job import Job, Usage
 from server.observe import Observer, timings
@@ -50,6 +50,7 @@ class Generation:
     _streams: list[RequestStream] = field(default_factory=list)
     _source: RequestStream | None = None
     _early: asyncio.Task[list[Output]] | None = None
+    _problem: ApiError | None = None  # of a choice that ended without an answer
 
     def start(self) -> None:
         """Hand every prompt to the engine. Raises `ApiError`."""
@@ -94,7 +95,10 @@ class Generation:
         if not outputs:
             return None
         now = self.clock()
-        return [piece for output in outputs for piece in self._take(output, now)]
+        pieces = [piece for output in outputs for piece in self._take(output, now)]
+        if self._problem is not None:  # raised once every end that came is counted
+            raise self._problem
+        return pieces
 
     def close(self) -> None:
         """Abort whatever still runs."""
@@ -164,8 +168,10 @@ class Generation:
             self.observer.finished(choice.request, choice.number, output.finish)
             self._observe_longest(choice.request)
             if not choice.text.ended:
-                self._check_natural(output.finish, choice.request)
-                pieces.append(self._end(choice, output.finish))
+                problem = self._unnatural(output.finish)
+                if problem is None:
+                    pieces.append(self._end(choice, output.finish))
+                self._problem = self._problem or problem
         for piece in pieces:
             if piece.finish is not None:
                 self.finish_reasons[piece.index] = piece.finish
@@ -202,13 +208,19 @@ class Generation:
         if all(finishes):
             self.observer.longest(max(f.completion_tokens for f in finishes if f is not None))
 
-    def _check_natural(self, finish: Finish, request: Request) -> None:
-        if finish.reason is FinishReason.ERROR:
-            raise failed(finish.message or "The request failed in the engine.")
-        if finish.reason is FinishReason.ABORT:
-            if request.deadline is not None and self.clock() >= request.deadline:
-                raise timed_out()
-            raise unavailable(finish.message or "The request was ended by the server.")
+    def _unnatural(self, finish: Finish) -> ApiError | None:
+        """What to tell the client of an end that is no answer."""
+        match finish.reason:
+            case FinishReason.ERROR:
+                return failed(finish.message or "The request failed in the engine.")
+            case FinishReason.TIMEOUT:
+                return timed_out()
+            case FinishReason.QUEUE_TIMEOUT:
+                return never_started(self.engine.load.predicted_wait)
+            case FinishReason.ABORT:
+                return unavailable(finish.message or "The request was ended by the server.")
+            case _:
+                return None
 
     def _as_api_error(self, error: BaseException) -> ApiError:
         if isinstance(error, RejectedError | EngineDeadError):

@@ -65,6 +65,7 @@ class Services:
             prompts=Prompts(self.text, self.pool, facts.max_model_len, facts.vocab_size),
             strict=server.strict_params,
             timeout=server.request_timeout_seconds,
+            queue_timeout=server.queue_timeout_seconds,
         )
 
 

@@ -32,6 +32,7 @@ class Translator:
     prompts: Prompts
     strict: bool
     timeout: float | None  # seconds, of the server
+    queue_timeout: float | None = None
 
     async def chat(self, fields: JsonObject, caller: Caller) -> Job:
         ignored = unhonoured(Endpoint.CHAT, fields, strict=self.strict)
@@ -228,6 +229,7 @@ class Translator:
             "tenant": caller.tenant,
             "cache_salt": cache_salt(caller.tenant, body.cache_salt or ""),
             "deadline": arrival + min(timeouts) if timeouts else None,
+            "queue_deadline": None if self.queue_timeout is None else arrival + self.queue_timeout,
         }
         requests = tuple(
             Request(

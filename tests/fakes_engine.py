@@ -68,6 +68,8 @@ class ScriptedEngine:
     fail_after: int | None = None  # tokens of a choice after which it ends with ERROR
     die_after: int | None = None  # tokens of a choice after which the whole engine dies
     abort_after: int | None = None  # tokens of a choice after which the engine aborts it
+    late_after: int | None = None  # tokens of a choice after which its deadline has passed
+    queue_timeout: float | None = None  # seconds after which every request ends unstarted
     stall_after: int | None = None  # tokens of a choice after which nothing more comes
     requests: list[Request] = field(default_factory=list)
     aborts: list[tuple[str, int | None, FinishReason, int | None]] = field(default_factory=list)
@@ -134,6 +136,11 @@ class ScriptedEngine:
             top = params.prompt_logprobs
             scores = (None, *(self._scored(token, top) for token in request.prompt[1:]))
         made: list[int] = []
+        if self.queue_timeout is not None:
+            await asyncio.sleep(self.queue_timeout)
+            finish = self._finish(request, FinishReason.QUEUE_TIMEOUT, 0)
+            self._put(stream, choice, finish=finish)
+            return
         while True:
             await asyncio.sleep(self.delay)
             batch: list[int] = []
@@ -151,6 +158,7 @@ class ScriptedEngine:
                 for after, reason in (
                     (self.fail_after, FinishReason.ERROR),
                     (self.abort_after, FinishReason.ABORT),
+                    (self.late_after, FinishReason.TIMEOUT),
                 ):
                     if len(made) == after:
                         finish = self._finish(request, reason, len(made))
@@ -196,7 +204,7 @@ class ScriptedEngine:
             completion_tokens=tokens,
             cached_tokens=self.cached_tokens,
             arrival=request.arrival,
-            admitted=request.arrival,
-            first_token=request.arrival,
+            admitted=None if reason is FinishReason.QUEUE_TIMEOUT else request.arrival,
+            first_token=request.arrival if tokens else None,
             finished=now,
         )

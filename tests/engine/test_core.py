@@ -225,7 +225,7 @@ def test_overdue_request_is_ended_on_the_engines_clock(make):
     started = time.monotonic()
     engine.run_until(lambda: client.finishes("r"))
     assert 0.1 <= time.monotonic() - started < 1.0
-    assert client.finishes("r")[0].reason is FinishReason.ABORT
+    assert client.finishes("r")[0].reason is FinishReason.TIMEOUT
 
 
 def test_refusals(make):

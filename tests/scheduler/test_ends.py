@@ -8,7 +8,7 @@ from scheduler.plan import RowResult, StepResult
 from scheduler.request import FinishReason
 from scheduler.scheduler import ContextTooLong, QueueFull
 from tests.fakes import Script
-from tests.scheduler.driving import Answer, Pair, assert_exact, gather, pair, request
+from tests.scheduler.driving import NATURAL, Answer, Pair, assert_exact, gather, pair, request
 
 PROMPT = tuple(range(10, 20))
 
@@ -174,12 +174,56 @@ def test_deadlines_end_the_waiting_and_the_running() -> None:
     for name, when in (("a", 5.0), ("b", 5.0)):
         finish = answers[name, 0].finish
         assert finish is not None
-        assert finish.reason is FinishReason.ABORT
+        assert finish.reason is FinishReason.TIMEOUT
         assert finish.message == "deadline exceeded"
         assert finish.finished == when
     assert len(answers["a", 0].tokens) == 4
     assert answers["c", 0].finish is not None
     assert answers["c", 0].finish.reason is FinishReason.LENGTH
+
+
+def test_the_queue_deadline_ends_only_what_was_never_admitted() -> None:
+    both = pair(slots=1, depth=0)
+    both.add(request("a", PROMPT, 12, n=2, queue_deadline=3.0))  # its sibling waits longer
+    both.add(request("b", PROMPT, 5, n=2, queue_deadline=6.0))
+    both.add(request("c", PROMPT, 2, queue_deadline=60.0))
+    answers = both.finish()
+    for choice in (0, 1):
+        assert_natural(answers["a", choice])
+        finish = answers["b", choice].finish
+        assert finish is not None
+        assert (finish.reason, finish.finished) == (FinishReason.QUEUE_TIMEOUT, 6.0)
+        assert finish.admitted is None
+        assert finish.message
+    assert_natural(answers["c", 0])
+
+
+def assert_natural(answer: Answer) -> None:
+    assert answer.finish is not None
+    assert answer.finish.reason in NATURAL
+
+
+def test_a_deadline_does_not_outlive_its_request() -> None:
+    both = pair(slots=1)
+    both.add(request("a", PROMPT, 5, queue_deadline=2.0))
+    both.abort("a")
+    both.outputs.clear()
+    both.add(request("a", PROMPT, 5, deadline=90.0))
+    assert_natural(both.finish()["a", 0])
+
+
+def test_the_queue_is_bounded_in_tokens() -> None:
+    both = pair(slots=1, max_queued_tokens=2 * len(PROMPT))
+    both.add(request("large", range(100), 3))  # an empty queue takes any
+    with pytest.raises(QueueFull, match="100 tokens"):
+        both.add(request("early", PROMPT, 3))
+    both.step()
+    both.add(request("a", PROMPT, 3), request("b", PROMPT, 3))
+    with pytest.raises(QueueFull, match="tokens"):
+        both.add(request("c", [1], 3))
+    both.finish()
+    both.add(request("d", PROMPT, 3, n=9))
+    both.finish()
 
 
 def test_an_end_without_a_step_is_handed_out_all_the_same() -> None:

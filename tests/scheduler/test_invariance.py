@@ -120,6 +120,7 @@ def anything(draw: st.DrawFn) -> tuple[Pair, list[Request], random.Random]:
                 tenant=rng.choice(["", "a"]),
                 cache_salt=rng.choice([b"", b"s"]),
                 deadline=rng.choice([None, None, None, rng.uniform(2, 40)]),
+                queue_deadline=rng.choice([None, None, None, rng.uniform(2, 20)]),
             )
         )
     return both, requests, rng

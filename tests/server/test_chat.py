@@ -326,13 +326,17 @@ async def test_priority_deadline_tenant_and_salt() -> None:
     await ask(engine, priority=3, headers={"X-Vllm-Priority": "-2"})
     await ask(engine, headers={"x-request-timeout-ms": "1500"}, cache_salt="a")
     await ask(engine, cfg=config(request_timeout_seconds=9), cache_salt="b")
-    plain, header, timed, server = engine.requests
+    await ask(engine, cfg=config(queue_timeout_seconds=4))
+    plain, header, timed, server, queued = engine.requests
     assert (plain.priority, header.priority) == (3, -2)
     assert plain.deadline is None
     assert timed.deadline is not None
     assert timed.deadline - timed.arrival == pytest.approx(1.5)
     assert server.deadline is not None
     assert server.deadline - server.arrival == pytest.approx(9)
+    assert plain.queue_deadline is None
+    assert queued.queue_deadline is not None
+    assert queued.queue_deadline - queued.arrival == pytest.approx(4)
     assert plain.cache_salt == b""
     assert len({plain.cache_salt, timed.cache_salt, server.cache_salt}) == 3
 

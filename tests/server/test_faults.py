@@ -145,7 +145,7 @@ async def test_failures_without_a_stream(fault, status: int, code: str, message:
 
 
 async def test_a_deadline_is_504_and_not_to_be_retried() -> None:
-    engine = reply_engine(delay=0.01, abort_after=3)
+    engine = reply_engine(delay=0.01, late_after=3)
     async with client_of(engine, cfg=config(request_timeout_seconds=0.02)) as client:
         answer = await client.post(PATH, json=chat())
     assert answer.status_code == 504
