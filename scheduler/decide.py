@@ -36,6 +36,7 @@ class Decision:
     in_flight: bool  # pages released now are only promised
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
+    context: int = 0  # positions that live rows read, summed, at most
     blocked: bool = False  # nobody can be admitted until pages, slots, hits or candidates come
     work: list[Work] = field(default_factory=list)  # decodes first
     admits: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # with prefix hits
@@ -88,7 +89,7 @@ class Decider:
         size, drafts = self._config.page_size, self._drafts
         spare = d.budget - len(running)  # drafts leave a token to every running sequence
         others = False
-        i = 0
+        i = context = 0
         while i < d.keep:
             sequence = running[i]
             i += 1
@@ -113,9 +114,11 @@ class Decider:
                     continue
             else:
                 need = 0
+            context += reach
             spare -= k
             d.budget -= 1 + k
             d.work.append(Work(sequence, 0, k, need))
+        d.context = context
         return others
 
     def _retreat(self, d: Decision, running: list[Sequence], first: int, need: int) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.profile import StepShape
 from scheduler.request import SamplingParams, TokenLogprob
+
+NO_SHAPE = StepShape()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class StepPlan:
     step: int
     admits: tuple[Admit, ...]
     rows: tuple[Row, ...]
+    shape: StepShape = NO_SHAPE  # what its cost depends on; contexts at their upper bounds
 
 
 @dataclass(frozen=True, slots=True)

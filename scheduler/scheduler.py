@@ -24,8 +24,10 @@ from scheduler.decide import Decider, Decision
 from scheduler.memory import Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import DraftCap, Room, current_room, no_drafts
+from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
 from scheduler.sequence import Phase, Sequence
+from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
 
 
@@ -40,13 +42,19 @@ class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
 class Scheduler:
     """First-come admission by current room, mixed chunked prefill, preemption by recompute.
 
-    `drafts` caps each live row's draft slots; `room` is the admission test.
+    `drafts` caps each live row's draft slots; `room` is the admission test; `cost` predicts step
+    times and learns from every settled step.
     """
 
     def __init__(
-        self, config: SchedulerConfig, drafts: DraftCap = no_drafts, room: Room = current_room
+        self,
+        config: SchedulerConfig,
+        drafts: DraftCap = no_drafts,
+        room: Room = current_room,
+        cost: StepCost | None = None,
     ) -> None:
         self.config = config
+        self.cost = StepCost.learning() if cost is None else cost
         self._memory = Memory(config)
         self._decider = Decider(config, self._memory, drafts, room)
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
@@ -177,6 +185,7 @@ class Scheduler:
             return None
         rows: list[Row] = []
         sequences: list[Sequence] = []
+        more = pairs = 0  # tokens beyond one a row; positions attended by chunks
         for work in decision.work:
             sequence, drafts = work.sequence, work.drafts
             new: tuple[int, ...] = ()
@@ -184,8 +193,11 @@ class Scheduler:
                 new = self._memory.pool.take(work.pages)
                 sequence.pages += new
             if work.tokens:
+                more += work.tokens - 1
+                pairs += chunk_pairs(work.tokens, sequence.fed)
                 row = self._chunk(sequence, work.tokens, new)
             elif new or drafts:
+                more += drafts
                 row = Row(sequence.slot, sequence.epoch, None, True, drafts, None, new)
             else:
                 row = sequence.plain_row
@@ -194,7 +206,8 @@ class Scheduler:
                 sequence.pending_max += 1 + drafts
             rows.append(row)
             sequences.append(sequence)
-        plan = StepPlan(self._counts.steps, admits, tuple(rows))
+        shape = StepShape(len(rows), len(rows) + more, decision.context, pairs)
+        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape)
         self._counts.steps += 1
         self._in_flight[plan.step] = sequences
         return plan
@@ -237,6 +250,7 @@ class Scheduler:
         if len(result.rows) != len(plan.rows):
             raise ValueError(f"{len(result.rows)} results for {len(plan.rows)} rows")
         outputs = self.take_outputs()
+        self.cost.observe(plan.shape, result.seconds)
         size = self.config.page_size
         sequences = self._in_flight.pop(plan.step)
         for row, sequence, done in zip(plan.rows, sequences, result.rows, strict=True):

@@ -21,7 +21,9 @@ UNLIMITED = 1 << 30  # tokens: more than any step has
 _RATE = 0.1  # of the logarithm of the correction, per step
 _CLIP = 0.5  # at most so much of that logarithm is believed of one step: outliers hardly count
 _BOUND = 5.0  # of the logarithm: a machine is at most 150 times slower or faster than its profile
-_REFIT = 256  # steps between fits of what is learnt; earlier at powers of two and for new shapes
+# Between two fits of what is learnt there are so many steps; fewer at first, and for new shapes.
+_REFIT = 512
+_EARLY = 64  # steps
 
 
 class StepCost:
@@ -126,15 +128,17 @@ class StepCost:
         """Puts a step among those of about its shape. True when it is time to fit again."""
         key = (
             shape.tokens.bit_length(),
-            shape.decode_context.bit_length(),
-            shape.chunk_pairs.bit_length(),
+            shape.decode_context.bit_length() // 2,
+            shape.chunk_pairs.bit_length() // 2,
         )
         cell = self._seen.get(key)
         if cell is None:
             self._seen[key] = _Cell(shape, seconds)
-            return True
-        cell.learn(shape, seconds)
-        return self._steps % _REFIT == 0 or (self._steps & (self._steps - 1)) == 0
+        else:
+            cell.learn(shape, seconds)
+        if self._steps < _EARLY:
+            return cell is None or self._steps & (self._steps - 1) == 0
+        return self._steps % (_EARLY if self._steps < _REFIT else _REFIT) == 0
 
 
 class _Cell:

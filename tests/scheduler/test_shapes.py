@@ -1,0 +1,60 @@
+"""The shape a plan carries is what its rows will read, counted one position at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from scheduler.plan import StepPlan
+from tests.scheduler.driving import Pair, pair
+from tests.scheduler.test_invariance import workload
+
+
+def counted(both: Pair, plan: StepPlan) -> tuple[int, int, int, int]:
+    """Rows, tokens, positions read by live rows as far as is settled, pairs of chunks."""
+    by_slot = {sequence.slot: sequence for sequence in both.scheduler._running}
+    tokens = context = pairs = 0
+    for row in plan.rows:
+        sequence = by_slot[row.slot]
+        if row.chunk is None:
+            tokens += 1 + row.drafts
+            context += len(sequence.tokens)
+        else:
+            tokens += len(row.chunk)
+            first = sequence.fed - len(row.chunk)
+            pairs += sum(position + 1 for position in range(first, sequence.fed))
+    return len(plan.rows), tokens, context, pairs
+
+
+@pytest.mark.parametrize(("depth", "drafts"), [(0, 0), (1, 0), (1, 3)])
+def test_shapes_of_plans(depth: int, drafts: int) -> None:
+    both = pair(num_pages=60, depth=depth, drafts=drafts, budget=24)
+    plan_only = both.scheduler.plan
+    seen = []
+
+    def plan(now: float) -> StepPlan | None:
+        made = plan_only(now)
+        if made is not None:
+            seen.append((made.shape, counted(both, made)))
+        return made
+
+    both.scheduler.plan = plan  # type: ignore[method-assign]
+    both.add(*workload(24, 1))
+    both.finish()
+    assert len(seen) > 40
+    assert any(shape.decode_context and shape.chunk_pairs for shape, _ in seen)
+    for shape, (rows, tokens, context, pairs) in seen:
+        assert (shape.rows, shape.tokens, shape.chunk_pairs) == (rows, tokens, pairs)
+        assert context <= shape.decode_context <= context + rows * depth * (1 + drafts)
+
+
+def test_the_cost_learns_from_settled_steps() -> None:
+    both = pair()
+    both.add(*workload(4, 1))
+    assert not both.scheduler.cost.ready
+    plan = both.scheduler.plan(0.0)
+    assert plan is not None
+    result = replace(both.worker.launch(plan).wait(), seconds=0.25)
+    both.scheduler.settle(plan, result, 0.0)
+    assert both.scheduler.cost.seconds(plan.shape) == pytest.approx(0.25)
