@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -194,6 +195,8 @@ def _check(config: Config) -> None:
         "max_step_tokens": schedule.max_step_tokens,
         "max_queued_requests": schedule.max_queued_requests,
         "max_queued_tokens": schedule.max_queued_tokens,
+        "ttft_target": schedule.ttft_target,
+        "mtpot_target": schedule.mtpot_target,
         "threads": config.engine.device.threads,
         "max_body_bytes": server.max_body_bytes,
         "max_json_depth": server.max_json_depth,
@@ -205,7 +208,7 @@ def _check(config: Config) -> None:
         "tokenizer_threads": server.tokenizer_threads,
     }
     for name, value in positive.items():
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise CommandError(f"{name} must be positive, not {value}.")
     if not 0 < cache.memory_fraction <= 1:
         raise CommandError(f"memory_fraction must be in (0, 1], not {cache.memory_fraction}.")

@@ -124,6 +124,8 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
         hash_root=chain_root(str(folder.resolve()).encode(), str(dtype).encode()),
         max_queued_requests=config.schedule.max_queued_requests,
         max_queued_tokens=config.schedule.max_queued_tokens,
+        ttft_target=config.schedule.ttft_target,
+        mtpot_target=config.schedule.mtpot_target,
     )
 
 

@@ -122,6 +122,16 @@ class ScheduleConfig:
         "Prompt tokens waiting beyond this are answered so too; a prompt that finds nobody waiting"
         " is taken whatever its length. Default: no limit.",
     )
+    ttft_target: float | None = option(
+        None,
+        "Seconds from arrival to the first token that requests want; one that would have to wait"
+        " longer is answered 429. A request's own `slo.ttft` wins. Default: none.",
+    )
+    mtpot_target: float | None = option(
+        None,
+        "Seconds that no gap between two outputs of a stream should exceed: long prompts are"
+        " computed in pieces that keep to it. A stricter `slo.mtpot` of a request wins.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     _honoured("cache_salt", "Prefix-cache entries are shared only under the same salt."),
     _honoured("metadata", "Up to 16 pairs, returned with the answer."),
     _honoured("timings", "Return timings of this request in `metrics`."),
+    _honoured("slo", "Latency targets in seconds: ttft, mtpot."),
     _honoured("best_of", "Accepted when equal to n.", COMPLETIONS),
     # Cannot change the text of one answer.
     _ignored("user", "Not used."),

@@ -48,6 +48,18 @@ class StreamOptions(_Model):
     include_obfuscation: bool | None = None  # no padding is sent, whatever it says
 
 
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Slo(_Model):
+    """Latency targets of one request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ttft: Seconds | None = None  # from arrival to the first token
+    mtpot: Seconds | None = None  # the largest gap between two outputs of a choice
+
+
 class ContentPart(_Model):
     type: str
     text: str | None = None
@@ -122,6 +134,7 @@ class SamplingFields(_Model):
         | None
     ) = None
     timings: bool | None = None
+    slo: Slo | None = None
 
 
 class ChatBody(SamplingFields):

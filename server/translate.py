@@ -229,6 +229,8 @@ class Translator:
             "tenant": caller.tenant,
             "cache_salt": cache_salt(caller.tenant, body.cache_salt or ""),
             "deadline": arrival + min(timeouts) if timeouts else None,
+            "ttft_target": body.slo and body.slo.ttft,
+            "mtpot_target": body.slo and body.slo.mtpot,
             "queue_deadline": None if self.queue_timeout is None else arrival + self.queue_timeout,
         }
         requests = tuple(

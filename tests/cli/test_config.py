@@ -111,6 +111,8 @@ def test_variables_of_a_kubernetes_service_are_not_ours():
         (["--config", "/nowhere/x.yaml"], {}, "cannot read /nowhere/x.yaml"),
         (["--port", "70000"], {}, "between 0 and 65535"),
         (["--max-num-seqs", "0"], {}, "max_num_seqs must be positive"),
+        (["--ttft-target", "nan"], {}, "ttft_target must be positive"),
+        (["--queue-timeout-seconds", "inf"], {}, "queue_timeout_seconds must be positive"),
         (["--gpu-memory-utilization", "1.5"], {}, "memory_fraction"),
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], {}, "at least max_num_seqs"),
     ],

@@ -66,6 +66,8 @@ COMMON: list[tuple[str, list[Any]]] = [
         [{"a": 1}, {"k" * 65: "v"}, {"k": "v" * 513}, "x", {str(i): "" for i in range(17)}],
     ),
     ("timings", ["yes", 1]),
+    ("slo", [5, "fast", [], {"ttft": 0}, {"ttft": -1}, {"mtpot": "1"}, {"mtpot": True}]),
+    ("slo", [{"mtpot": []}, {"tpot": 1}, {"ttft": 1, "x": None}]),
 ]
 OF_CHAT: list[tuple[str, list[Any]]] = [
     ("messages", [None, [], "hi", [5], [None], {}, [[]]]),
@@ -119,6 +121,9 @@ async def test_every_wrong_value_is_named(post, engine, stream: bool) -> None:
             {"stream_options": {"include_usage": 1}, "stream": True},
             "stream_options.include_usage",
         ),
+        (CHAT, {"slo": {"ttft": 0}}, "slo.ttft"),
+        (COMPLETIONS, {"slo": {"ttft": 1, "mtpot": "1"}}, "slo.mtpot"),
+        (COMPLETIONS, {"slo": {"tpot": 1}}, "slo.tpot"),
         (CHAT, {"top_logprobs": 2}, "top_logprobs"),
         (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         (CHAT, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),

@@ -84,6 +84,20 @@ def test_completions(engine, client: openai.OpenAI) -> None:
     assert "".join(c.choices[0].text for c in stream) == answer.choices[0].text[1:]
 
 
+@pytest.mark.parametrize("slo", [{"ttft": 1, "mtpot": 0.5}, {"ttft": 2.5}, {}, None])
+def test_latency_targets_go_in_the_extra_body(engine, client: openai.OpenAI, slo) -> None:
+    extra = {"slo": slo}
+    client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_body=extra)
+    client.completions.create(model=MODEL, prompt="a", extra_body=extra)
+    wanted = slo or {}
+    for request in engine.requests:
+        assert request.ttft_target == wanted.get("ttft")
+        assert request.mtpot_target == wanted.get("mtpot")
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model=MODEL, prompt="a", extra_body={"slo": {"ttft": -1}})
+    assert bad.value.param == "slo.ttft"
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL

@@ -59,6 +59,7 @@ LEGAL: dict[str, dict[str, Any]] = {
     "cache_salt": {"cache_salt": "s"},
     "metadata": {"metadata": {"a": "b"}},
     "timings": {"timings": True},
+    "slo": {"slo": {"ttft": 1, "mtpot": 0.5}},
     "best_of": {"best_of": 1},
 }
 CASES = [(endpoint, p) for endpoint in Endpoint for p in known(endpoint).values()]
