@@ -17,9 +17,8 @@ from scheduler.waiting import WaitingQueue
 
 @dataclass(slots=True)
 class Work:
-    """One row to be, before its pages and slot have names."""
+    """What one row needs, before its pages have names."""
 
-    sequence: Sequence
     tokens: int  # of the chunk; 0 for a live row
     drafts: int
     pages: int  # new ones
@@ -38,12 +37,16 @@ class Decision:
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
     context: int = 0  # positions that live rows read, summed, at most
     blocked: bool = False  # nobody can be admitted until pages, slots, hits or candidates come
-    work: list[Work] = field(default_factory=list)  # decodes first
+    # Who gets a row, decodes first, and what each needs. None, by far the most common: it goes on
+    # as it is, with no drafts and no new pages.
+    rows: list[Sequence] = field(default_factory=list)
+    work: list[Work | None] = field(default_factory=list)
     admits: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # with prefix hits
     head: Sequence | None = None  # the first waiting sequence that did not fit
     overtakes: int = 0  # admissions past it
     lane: int = 0  # tokens of the step that long prompts leave to short ones
-    long: list[tuple[Work, int]] = field(default_factory=list)  # long prompts' chunks, fed so far
+    # Chunks of long prompts: whose, what they are given, how much of the prompt was fed before.
+    long: list[tuple[Sequence, Work, int]] = field(default_factory=list)
 
 
 class Decider:
@@ -86,28 +89,36 @@ class Decider:
 
     def _continue_live(self, d: Decision, running: list[Sequence]) -> bool:
         """Rows for live sequences, in order, preempting from the end. True if others remain."""
-        size, drafts = self._config.page_size, self._drafts
+        size, drafts, max_len = self._config.page_size, self._drafts, self._memory.max_len
+        rows, work = d.rows, d.work
         spare = d.budget - len(running)  # drafts leave a token to every running sequence
         others = False
-        i = context = 0
-        while i < d.keep:
-            sequence = running[i]
-            i += 1
+        context = 0
+        for i, sequence in enumerate(running):
+            if i >= d.keep:
+                break  # it and all behind it are victims of somebody before
             length = len(sequence.tokens)
             if sequence.fed < length:
                 others = True
                 continue
             reach = length + sequence.pending_max  # it stands at this length at most
-            if length + sequence.pending_min >= sequence.limit or reach > self._memory.max_len:
+            if length + sequence.pending_min >= sequence.limit or reach > max_len:
                 continue  # ends by what is in flight; or may, and has no position to go on
-            k = max(0, min(drafts(sequence), spare, sequence.limit - reach - 1))
+            k = drafts(sequence)
+            if k:
+                k = max(0, min(k, spare, sequence.limit - reach - 1))
             need = -(-(reach + k) // size) - len(sequence.pages)
+            if need <= 0 and not k:
+                context += reach
+                rows.append(sequence)
+                work.append(None)
+                continue
             if k and need > 0 and need > d.free:  # the first retreat: no drafts
                 k = 0
                 need = -(-reach // size) - len(sequence.pages)
             if need > 0:
                 if need > d.free:
-                    self._retreat(d, running, i, need)
+                    self._retreat(d, running, i + 1, need)
                 stalled = need > d.free
                 d.free -= need  # what a stalled row waits for is spoken for
                 if stalled:
@@ -116,9 +127,10 @@ class Decider:
                 need = 0
             context += reach
             spare -= k
-            d.budget -= 1 + k
-            d.work.append(Work(sequence, 0, k, need))
+            rows.append(sequence)
+            work.append(Work(0, k, need))
         d.context = context
+        d.budget = spare + len(running) - len(rows)
         return others
 
     def _retreat(self, d: Decision, running: list[Sequence], first: int, need: int) -> None:
@@ -156,15 +168,17 @@ class Decider:
                 return False
         use = chunk_size(fed, known, budget, self._config.page_size)
         d.budget -= use
-        d.work.append(Work(sequence, use, 0, pages))
+        work = Work(use, 0, pages)
+        d.rows.append(sequence)
+        d.work.append(work)
         if long:
-            d.long.append((d.work[-1], fed))
+            d.long.append((sequence, work, fed))
         return True
 
     def _widen(self, d: Decision) -> None:
         """Gives what is left of the budget to the long prompts, the first in order first."""
-        for work, fed in d.long:
-            known, budget = len(work.sequence.tokens), d.budget + work.tokens
+        for sequence, work, fed in d.long:
+            known, budget = len(sequence.tokens), d.budget + work.tokens
             use = chunk_size(fed, known, budget, self._config.page_size)
             d.budget = budget - use
             work.tokens = use

@@ -23,7 +23,9 @@ class Admit:
     cached: tuple[int, ...]  # the tokens whose KV those pages hold, len = pages * page_size
 
 
-@dataclass(frozen=True, slots=True)
+# Rows, their results and `Output`s are values like the rest, and nobody changes one. They are made
+# for each sequence and step, and a frozen dataclass takes four times as long to construct.
+@dataclass(slots=True)
 class Row:
     """One sequence's work in a step.
 
@@ -51,7 +53,7 @@ class StepPlan:
     shape: StepShape = NO_SHAPE  # what its cost depends on; contexts at their upper bounds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, see Row
 class RowResult:
     """What one row committed: between 0 (no sampling) and 1 + drafts tokens."""
 

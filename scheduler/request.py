@@ -145,7 +145,7 @@ class Finish:
     finished: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a value too, but one for each row and step: see scheduler/plan.py
 class Output:
     """What one settled step brought for one choice: tokens, and at the end one `Finish`."""
 

@@ -181,13 +181,17 @@ class Scheduler:
         for _, hits in decision.admits:
             self._memory.pool.pin(hits)
         admits = tuple([self._seat(sequence, hits, now) for sequence, hits in decision.admits])
-        if not decision.work:
+        if not decision.rows:
             return None
         rows: list[Row] = []
-        sequences: list[Sequence] = []
         more = pairs = 0  # tokens beyond one a row; positions attended by chunks
-        for work in decision.work:
-            sequence, drafts = work.sequence, work.drafts
+        for sequence, work in zip(decision.rows, decision.work, strict=True):
+            if work is None:
+                sequence.pending_min += 1
+                sequence.pending_max += 1
+                rows.append(sequence.plain_row)
+                continue
+            drafts = work.drafts
             new: tuple[int, ...] = ()
             if work.pages:
                 new = self._memory.pool.take(work.pages)
@@ -196,20 +200,17 @@ class Scheduler:
                 more += work.tokens - 1
                 pairs += chunk_pairs(work.tokens, sequence.fed)
                 row = self._chunk(sequence, work.tokens, new)
-            elif new or drafts:
+            else:
                 more += drafts
                 row = Row(sequence.slot, sequence.epoch, None, True, drafts, None, new)
-            else:
-                row = sequence.plain_row
             if row.samples:
                 sequence.pending_min += 1
                 sequence.pending_max += 1 + drafts
             rows.append(row)
-            sequences.append(sequence)
         shape = StepShape(len(rows), len(rows) + more, decision.context, pairs)
         plan = StepPlan(self._counts.steps, admits, tuple(rows), shape)
         self._counts.steps += 1
-        self._in_flight[plan.step] = sequences
+        self._in_flight[plan.step] = decision.rows
         return plan
 
     def _chunk(self, sequence: Sequence, use: int, new: tuple[int, ...]) -> Row:
@@ -278,7 +279,8 @@ class Scheduler:
 
         A stop token counts as generated, but neither it nor its log-probability is output.
         """
-        kept, reason, stop_token = sequence.learn(done.tokens)
+        tokens = done.tokens
+        kept, reason, stop_token = sequence.learn(tokens)
         stopped = stop_token is not None
         self._counts.generated_tokens += kept + stopped
         if sequence.computed - sequence.registered >= self.config.page_size:
@@ -286,20 +288,19 @@ class Scheduler:
         if sequence.first_token is None:
             sequence.first_token = now
             self._release_siblings(sequence)
-        prompt_logprobs = sequence.take_prompt_logprobs()
+        prompt_logprobs = None
+        if sequence.prompt_logprobs is not None:
+            prompt_logprobs = sequence.take_prompt_logprobs()
         finish = None
         if reason is not None:
             finish = self._finish(
                 sequence, reason, now, sequence.output_len + stopped, stop_token=stop_token
             )
-        whole = kept == len(done.tokens)
+        logprobs = done.logprobs
+        if kept < len(tokens):
+            tokens, logprobs = tokens[:kept], logprobs[:kept]
         return Output(
-            sequence.request.id,
-            sequence.choice,
-            done.tokens if whole else done.tokens[:kept],
-            done.logprobs if whole else done.logprobs[:kept],
-            prompt_logprobs,
-            finish,
+            sequence.request.id, sequence.choice, tokens, logprobs, prompt_logprobs, finish
         )
 
     def _publish(self, sequence: Sequence) -> None:

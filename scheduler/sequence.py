@@ -44,7 +44,8 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = 0  # the null slot while it does not run
     epoch: int = 0  # of the current admission; 0 while it does not run: its rows are stale
-    plain_row: Row = NO_ROW  # its most common row while it runs: no drafts, no new pages
+    # Its most common row while it runs: no drafts, no new pages.
+    plain_row: Row = field(default_factory=lambda: NO_ROW)
     pages: list[int] = field(default_factory=list)
     fed: int = 0
     computed: int = 0
@@ -100,6 +101,11 @@ class Sequence:
         token like any other.
         """
         tokens, params = self.tokens, self.request.params
+        if len(committed) == 1 and committed[0] not in params.stop_token_ids:
+            tokens.append(committed[0])  # nearly always; the loop below comes to the same
+            self.fed += 1
+            self.computed = length = len(tokens) - 1
+            return 1, FinishReason.LENGTH if length + 1 >= self.limit else None, None
         kept = 0
         reason: FinishReason | None = None
         stop_token: int | None = None
