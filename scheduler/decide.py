@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from scheduler.admission import Admission
 from scheduler.memory import Memory
-from scheduler.policy import DraftCap, Room, chunk_size, lane_size
+from scheduler.policy import DraftCap, chunk_size, lane_size
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
 from scheduler.waiting import WaitingQueue
@@ -53,13 +54,17 @@ class Decider:
     """The decision procedure: decodes, then chunks of admitted prompts, then admissions."""
 
     def __init__(
-        self, config: SchedulerConfig, memory: Memory, drafts: DraftCap, room: Room
+        self,
+        config: SchedulerConfig,
+        memory: Memory,
+        drafts: DraftCap,
+        admission: Admission,
     ) -> None:
         self._config = config
         self._memory = memory
         self._pool = memory.pool
         self._drafts = drafts
-        self._room = room
+        self._admission = admission
 
     def decide(
         self,
@@ -184,7 +189,7 @@ class Decider:
             work.tokens = use
 
     def _admit(self, d: Decision, running: list[Sequence], waiting: WaitingQueue) -> None:
-        """Waiting sequences, in order, while slots, pages and budget last.
+        """Waiting sequences, in order, while slots, pages, budget and the forecast allow.
 
         A sequence gets the pages of all its known tokens at once, so a prompt that was begun is
         never short of pages. Behind a head that does not fit, `lookahead` others are tried, and
@@ -192,6 +197,7 @@ class Decider:
         """
         config, pool = self._config, self._pool
         pinned: set[int] = set()
+        self._admission.survey(running)
         tries = 0  # behind the first that was not admitted
         passed = lane_only = False
         for sequence in waiting:
@@ -206,7 +212,7 @@ class Decider:
             hits = self._memory.hits(sequence)
             need = -(-len(sequence.tokens) // config.page_size) - len(hits)
             cost = need + pool.cost_of_pinning(hits, pinned)
-            if not self._room(sequence, cost, d.free, running):
+            if cost > d.free or not self._admission.fits(sequence, hits):
                 d.head = d.head or sequence
                 passed = True
                 continue
@@ -217,5 +223,5 @@ class Decider:
             d.free -= cost
             pinned.update(hits)
             d.admits.append((sequence, hits))
-            running.append(sequence)
+            self._admission.admit(sequence, hits)
         d.blocked = d.head is not None and not lane_only

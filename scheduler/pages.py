@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
@@ -51,6 +52,20 @@ class PagePool:
     def fenced(self) -> int:
         """Pages that become available when the steps in flight settle."""
         return len(self._fence_of)
+
+    def held(self, page: int) -> bool:
+        """Whether a sequence holds the page."""
+        return self._refs[page] > 0
+
+    def shared(self, pages: Sequence[int]) -> int:
+        """How many of a sequence's first pages others hold too.
+
+        Who holds a page of a prefix holds those before it, so they end at one point.
+        """
+        refs = self._refs
+        if not pages or refs[pages[0]] < 2:
+            return 0
+        return bisect_left(pages, True, key=lambda page: refs[page] < 2)
 
     def take(self, count: int) -> tuple[int, ...]:
         """`count` pages for one new owner. The caller has made sure that they are available."""

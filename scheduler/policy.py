@@ -1,9 +1,8 @@
-"""The scheduler's judgement calls, each a small pure function: order, room, chunks, drafts."""
+"""The scheduler's judgement calls, each a small pure function: order, chunks, drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from scheduler.request import Request
 from scheduler.sequence import Sequence
@@ -12,29 +11,9 @@ from scheduler.sequence import Sequence
 DraftCap = Callable[[Sequence], int]
 
 
-class Room(Protocol):
-    """The admission test; replace it to admit by another rule."""
-
-    def __call__(
-        self, candidate: Sequence, need: int, available: int, running: list[Sequence]
-    ) -> bool:
-        """May the candidate run now?
-
-        `need` of the `available` pages would be its own: its known tokens' pages beyond prefix
-        hits, and the hits nobody holds yet. `running` includes whoever was let in just before it.
-        Must be true for whoever is alone and fits.
-        """
-        ...
-
-
 def no_drafts(sequence: Sequence) -> int:
     """Plain decoding."""
     return 0
-
-
-def current_room(candidate: Sequence, need: int, available: int, running: list[Sequence]) -> bool:
-    """Admits what fits now and leaves each running sequence a page to grow into."""
-    return need <= available - len(running)
 
 
 def order_of(request: Request, serial: int, ageing: float) -> tuple[float, int]:

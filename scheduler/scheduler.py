@@ -18,12 +18,13 @@ import heapq
 from bisect import insort
 from operator import attrgetter
 
+from scheduler.admission import Admission, Policy, make_policy
 from scheduler.choices import choices_of
 from scheduler.counts import Counts
 from scheduler.decide import Decider, Decision
 from scheduler.memory import Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
-from scheduler.policy import DraftCap, Room, current_room, no_drafts
+from scheduler.policy import DraftCap, no_drafts
 from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
 from scheduler.sequence import Phase, Sequence
@@ -40,23 +41,26 @@ class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
 
 
 class Scheduler:
-    """First-come admission by current room, mixed chunked prefill, preemption by recompute.
+    """Admission by forecast, mixed chunked prefill, preemption by recompute.
 
-    `drafts` caps each live row's draft slots; `room` is the admission test; `cost` predicts step
-    times and learns from every settled step.
+    `drafts` caps each live row's draft slots; `policy` says how long answers are taken to get and
+    how much memory is spared for being wrong; `cost` predicts step times and learns from every
+    settled step.
     """
 
     def __init__(
         self,
         config: SchedulerConfig,
         drafts: DraftCap = no_drafts,
-        room: Room = current_room,
+        policy: Policy | None = None,
         cost: StepCost | None = None,
     ) -> None:
         self.config = config
+        self.policy = policy or make_policy()
         self.cost = StepCost.learning() if cost is None else cost
         self._memory = Memory(config)
-        self._decider = Decider(config, self._memory, drafts, room)
+        self._admission = Admission(self.policy, self._memory.pool, config.page_size)
+        self._decider = Decider(config, self._memory, drafts, self._admission)
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # sorted by order
@@ -95,6 +99,7 @@ class Scheduler:
         shares = self.config.enable_prefix_cache and length > self.config.page_size
         leader: Sequence | None = None
         for sequence in list(choices):
+            self.policy.lengths.begin(sequence)
             if leader is not None and shares:
                 self._waiting.park(sequence)
             else:
@@ -323,6 +328,7 @@ class Scheduler:
         self._release(sequence)
         sequence.preemptions += 1
         self._counts.preemptions += 1
+        self.policy.reserve.evicted()
         self._waiting.push(sequence)
 
     def _release(self, sequence: Sequence) -> None:
@@ -364,6 +370,8 @@ class Scheduler:
         if sequence.phase is not Phase.PARKED:
             self._release_siblings(sequence)
         sequence.phase = Phase.ENDED
+        self.policy.lengths.ended(sequence, reason)
+        self.policy.reserve.finished()
         choices = self._requests[request.id]
         choices.remove(sequence)
         if not choices:

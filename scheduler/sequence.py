@@ -53,6 +53,12 @@ class Sequence:
     pending_min: int = 0
     pending_max: int = 0
 
+    # What the admission test knows of it; `lengths.py` keeps these.
+    guess: int = 0  # output tokens it is expected to have when it ends
+    level: float | None = None  # its draw: the share of answers longer than `outlived` that outlive
+    outlived: int = 0  # it, too; None: it was not drawn
+    pace: float = 1.0  # tokens it gains per step
+
     overtaken: int = 0  # sequences admitted past it while it was the blocked head of the queue
     preemptions: int = 0
     cached_tokens: int = 0  # of the prompt, at the first admission
@@ -74,6 +80,11 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def cap(self) -> int:
+        """Output tokens it can have at most."""
+        return self.limit - len(self.request.prompt)
 
     def enter(self, slot: int, epoch: int, hits: list[int], cached: int) -> None:
         """Starts to run in a slot, with pages whose KV is valid up to `cached`."""

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from scheduler.admission import Policy, make_policy
 from scheduler.plan import StepPlan
-from scheduler.policy import Room, current_room
 from scheduler.request import (
     Finish,
     FinishReason,
@@ -18,7 +18,6 @@ from scheduler.request import (
     TokenLogprob,
 )
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import Sequence
 from tests.fakes import Script, ScriptedStep, ScriptedWorker, extend, history_of
 
 EOS = 7
@@ -49,9 +48,9 @@ def request(
     return Request(name, tuple(prompt), params, arrival, **fields)
 
 
-def greedy(candidate: Sequence, need: int, available: int, running: list[Sequence]) -> bool:
+def greedy() -> Policy:
     """Admission that leaves no page to grow into: preemption all the time."""
-    return need <= available
+    return make_policy("aggressive", watermark=0.0)
 
 
 @dataclass
@@ -110,7 +109,7 @@ def pair(
     max_len: int = 200,
     depth: int = 1,
     drafts: int = 0,
-    room: Room = current_room,
+    policy: Policy | None = None,
     script: Script | None = None,
     **config,
 ) -> Pair:
@@ -124,7 +123,7 @@ def pair(
             **config,
         ),
         drafts=lambda sequence: drafts,
-        room=room,
+        policy=policy,
     )
     return Pair(scheduler, ScriptedWorker(num_pages, page_size, script or Script()), depth)
 

@@ -149,7 +149,7 @@ def test_a_blocked_queue_is_tried_again_only_when_something_changed(
 
 
 def test_a_blocked_head_is_tried_again_when_its_prefix_was_published() -> None:
-    both = pair(num_pages=15, budget=16, depth=0, room=greedy)
+    both = pair(num_pages=15, budget=16, depth=0, policy=greedy())
     both.add(request("first", range(40), 8, seed=0))
     both.add(request("same", range(41), 1, seed=1, arrival=1.0))
     answers = both.finish()
@@ -170,11 +170,11 @@ def test_who_waits_for_the_budget_is_tried_again_though_the_head_is_blocked() ->
     assert finish.admitted == 2.0, "as soon as the long one leaves part of the step"
 
 
-def test_admission_leaves_every_running_sequence_a_page() -> None:
+def test_admission_leaves_running_sequences_the_pages_they_will_need() -> None:
     both = pair(num_pages=11, slots=8, depth=0, budget=80)
     both.add(*(request(f"r{i}", [i] * 8, 4, seed=i, arrival=i) for i in range(4)))
     both.step()
-    # Three of two pages each; a fourth would fit, with one page left for the other three to grow.
+    # Three that will have three pages each; a fourth would fit now, but not to its end.
     assert admission_order(both) == [0, 1, 2]
 
 
@@ -221,7 +221,7 @@ def test_few_long_prompts_share_a_step(rows: int) -> None:
 
 
 def test_shared_hits_cost_their_pages_once() -> None:
-    both = pair(num_pages=7, room=greedy, depth=0)
+    both = pair(num_pages=7, policy=greedy(), depth=0)
     both.add(request("first", range(17), 1, seed=0))
     both.finish()  # four cached pages, two blank ones
     both.add(*(request(f"r{i}", range(17), 1, seed=1 + i) for i in range(2)))

@@ -11,7 +11,7 @@ from tests.scheduler.driving import Pair, assert_exact, greedy, pair, request
 
 def crowd(count: int, num_pages: int, tokens: int = 24, **config) -> tuple[Pair, list]:
     """Sequences that all reach their page boundaries in the same steps."""
-    both = pair(num_pages=num_pages, slots=count, room=greedy, **config)
+    both = pair(num_pages=num_pages, slots=count, policy=greedy(), **config)
     items = [request(f"r{i}", [i] * 8, tokens, seed=i, arrival=i) for i in range(count)]
     both.add(*items)
     return both, items
@@ -60,7 +60,7 @@ def test_nobody_is_admitted_while_somebody_stalls() -> None:
 
 def test_drafts_go_before_sequences() -> None:
     """All pages are held and full: the drafts of one must not cost the other its place."""
-    both = pair(num_pages=5, drafts=3, depth=0, room=greedy)
+    both = pair(num_pages=5, drafts=3, depth=0, policy=greedy())
     items = [request("a", [1] * 7, 8, seed=1), request("b", [2] * 7, 2, seed=2, arrival=1.0)]
     both.add(*items)
     assert_exact(both.finish(), items, both.worker.script)
@@ -69,7 +69,7 @@ def test_drafts_go_before_sequences() -> None:
 
 
 def test_resuming_is_mostly_a_prefix_hit() -> None:
-    both = pair(num_pages=38, slots=4, room=greedy, depth=1)
+    both = pair(num_pages=38, slots=4, policy=greedy(), depth=1)
     lengths = [5, 5, 5, 16]
     items = [request(f"r{i}", range(i, i + 33), lengths[i], seed=i, arrival=i) for i in range(4)]
     both.add(*items)

@@ -1,0 +1,208 @@
+"""May one more sequence run? One test for every policy: the forecast's peak against the pool."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from scheduler.forecast import NO_PAGES, Batch, Forecast, Growth, Ints
+from scheduler.lengths import AllItMay, Known, LengthGuess, LengthWindow, NothingMore, PastFuture
+from scheduler.pages import PagePool
+from scheduler.sequence import Sequence
+
+IN_FLIGHT = 1  # positions a launched row writes beyond the tokens that count
+NOBODY = -1  # in place of an end: no page that others hold
+
+
+class Reserve(Protocol):
+    """The share of all pages that admission leaves free."""
+
+    @property
+    def share(self) -> float: ...
+
+    def evicted(self) -> None:
+        """A sequence was preempted for want of pages."""
+        ...
+
+    def finished(self) -> None:
+        """A sequence ended."""
+        ...
+
+
+@dataclass(slots=True)
+class Watermark:
+    """A fixed share."""
+
+    share: float
+
+    def evicted(self) -> None:
+        pass
+
+    def finished(self) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class AdaptiveReserve:
+    """Finds the reserve under which `target` evictions come on one end of a sequence.
+
+    Each eviction widens it by `gain`, each end narrows it by `gain · target`; the two balance where
+    evictions per end equal the target (stochastic approximation, Robbins and Monro 1951).
+    """
+
+    share: float = 0.03
+    least: float = 0.0
+    most: float = 0.25
+    gain: float = 0.005
+    target: float = 0.01
+
+    def evicted(self) -> None:
+        self.share = min(self.share + self.gain, self.most)
+
+    def finished(self) -> None:
+        self.share = max(self.share - self.gain * self.target, self.least)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What tells one admission policy from another: whose guess of length, and what is spared."""
+
+    lengths: LengthGuess
+    reserve: Reserve
+
+
+POLICIES = ("past-future", "aggressive", "conservative")  # "oracle" needs to be told the truth
+
+
+def make_policy(
+    name: str = "past-future",
+    *,
+    watermark: float = 0.05,
+    window: int = 1000,
+    seed: int = 0,
+    truth: Mapping[str, int] | None = None,
+) -> Policy:
+    """The policy of that name.
+
+    `watermark` is the share of pages `aggressive` keeps free, `window` how many past lengths
+    `past-future` remembers, `truth` the output lengths by request id that `oracle` is told. Raises
+    `ValueError` for an unknown name, an impossible number, or an oracle without truth.
+    """
+    if not 0 <= watermark < 1:
+        raise ValueError(f"the watermark must be in [0, 1), not {watermark}")
+    match name:
+        case "past-future":
+            return Policy(PastFuture(LengthWindow(window), seed), AdaptiveReserve())
+        case "aggressive":
+            return Policy(NothingMore(), Watermark(watermark))
+        case "conservative":
+            return Policy(AllItMay(), Watermark(0.0))
+        case "oracle":
+            if truth is None:
+                raise ValueError("the oracle needs to be told the true lengths: simulation only")
+            return Policy(Known(truth), Watermark(0.0))
+    raise ValueError(f"unknown policy {name!r}; there are {', '.join(POLICIES)} and oracle")
+
+
+class Admission:
+    """The admission test of one pool.
+
+    `survey` starts a pass over the queue; `fits` asks about a candidate, whom `admit` lets in for
+    the questions after it. The forecast is made when first asked for.
+    """
+
+    def __init__(self, policy: Policy, pool: PagePool, page_size: int) -> None:
+        self.policy = policy
+        self._pool = pool
+        self._page_size = page_size
+        self._running: list[Sequence] = []
+        self._forecast: Forecast | None = None
+        self._page_ends: Ints = NO_PAGES  # by page: when the last of its several holders ends
+        self.peak = 0  # pages that the last forecast saw held at once
+
+    def survey(self, running: list[Sequence]) -> None:
+        """`running` are those who run already; nothing is kept of an earlier pass."""
+        self._running = running
+        self._forecast = None
+
+    def fits(self, sequence: Sequence, hits: list[int]) -> bool:
+        """Whether the peak stays under the reserve if it joins, on these pages of a cached prefix.
+
+        Always true for whoever would be alone.
+        """
+        forecast = self._forecast
+        if forecast is None:
+            if not self._running:
+                return True
+            forecast = self._forecast = self._make()
+            self.peak = forecast.peak
+        growth, ends = self._growth(sequence, hits)
+        total = self._pool.total
+        return forecast.peak_with(growth, ends) <= total - int(self.policy.reserve.share * total)
+
+    def admit(self, sequence: Sequence, hits: list[int]) -> None:
+        """The candidate joins."""
+        forecast = self._forecast
+        if forecast is None:
+            forecast = self._forecast = self._make()
+        growth, ends = self._growth(sequence, hits)
+        forecast.add(growth, ends)
+        self.peak = forecast.peak
+        if hits:
+            self._page_ends[hits] = np.maximum(self._page_ends[hits], growth.end)
+
+    def _make(self) -> Forecast:
+        """The forecast for those who run, and the ends of the pages they share."""
+        running, pool = self._running, self._pool
+        self.policy.lengths.update(running)
+        shared = [pool.shared(s.pages) for s in running]
+        length = np.array([len(s.tokens) for s in running], dtype=np.int64)
+        final = np.array([_final(s) for s in running], dtype=np.int64)
+        batch = Batch.of(
+            length + IN_FLIGHT,
+            np.maximum(final - length - IN_FLIGHT, 0),
+            np.array([s.pace for s in running], dtype=np.float64),
+            np.array(shared, dtype=np.int64),
+        )
+        self._page_ends = np.full(pool.total + 1, NOBODY)
+        for i in np.argsort(batch.end, kind="stable").tolist():
+            if shared[i]:
+                self._page_ends[running[i].pages[: shared[i]]] = batch.end[i]
+        return Forecast(batch, self._page_size, self._page_ends[self._page_ends > NOBODY])
+
+    def _growth(self, sequence: Sequence, hits: list[int]) -> tuple[Growth, Ints]:
+        """How a candidate would grow, and when others let go of the pages it would share."""
+        self.policy.lengths.update([sequence])
+        ends = NO_PAGES
+        if hits:
+            ends = self._page_ends[hits]
+            if self._pool.held(hits[0]) and ends.min() == NOBODY:
+                self._ask_owners(hits, ends)
+            ends = ends[ends > NOBODY]
+        length = len(sequence.tokens) + IN_FLIGHT
+        remaining = max(_final(sequence) - length, 0)
+        return Growth(length, remaining, sequence.pace, len(ends)), ends
+
+    def _ask_owners(self, hits: list[int], ends: Ints) -> None:
+        """Fills in the ends of pages that have a single holder so far.
+
+        Who holds a page of a prefix holds those before it, so the first page tells whom to ask.
+        """
+        for holder in self._running:
+            pages = holder.pages
+            if pages and pages[0] == hits[0]:
+                # Equal up to some page, different from there on.
+                equal = bisect_left(
+                    range(min(len(pages), len(hits))), True, key=lambda i: pages[i] != hits[i]
+                )
+                end = self._growth(holder, [])[0].end
+                np.maximum(ends[:equal], end, out=ends[:equal])
+
+
+def _final(sequence: Sequence) -> int:
+    """Positions it takes up when it ends; at its limit, the last token's are never computed."""
+    return min(sequence.prompt_len + sequence.guess + IN_FLIGHT, sequence.limit)

@@ -1,0 +1,176 @@
+"""The future: how many pages a batch will hold, if every sequence gets as long as guessed.
+
+    pages                     ┌┐ peak
+      │                  ┌────┘│
+      │          ┌──┐┌───┘     └──┐
+      │     ┌────┘  └┘            │
+      │─────┘                     └─────┐
+      └──────────┴────────────────┴─────┴──▶
+           first end              ...    steps
+
+A sequence holds pages for what it has, and one more each time it has filled one, until it ends.
+Between two ends the sum only grows, so its maximum lies at an end: there are no more instants to
+look at than sequences.
+
+Time is counted in steps, not tokens, for under speculation sequences advance at different rates.
+The peak over ends is the Past-Future scheduler's (arXiv 2507.10150); rates, page rounding and
+shared prefixes are added here. Pages of a shared prefix are counted apart from those of the
+sequences that hold them: once, until the last of these ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+NO_PAGES: Ints = np.zeros(0, dtype=np.int64)
+
+
+class Growth(NamedTuple):
+    """How one sequence will grow.
+
+    After t of its steps it holds `⌈(length + min(remaining, ⌊pace·t⌋)) / page size⌉ - shared` pages
+    of its own, and after `end` steps none.
+    """
+
+    length: int  # token positions held now, transient draft slots included
+    remaining: int  # tokens to come
+    pace: float  # tokens per step, positive
+    shared: int  # of its pages: counted apart
+
+    @property
+    def end(self) -> int:
+        """Steps until it ends."""
+        return -int(-self.remaining // self.pace)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Many `Growth`s, by column."""
+
+    length: Ints
+    remaining: Ints
+    pace: Floats
+    shared: Ints
+    end: Ints
+
+    @classmethod
+    def of(cls, length: Ints, remaining: Ints, pace: Floats, shared: Ints) -> Batch:
+        return cls(length, remaining, pace, shared, np.ceil(remaining / pace).astype(np.int64))
+
+    def plus(self, growth: Growth) -> Batch:
+        return Batch(*map(np.append, self.columns(), (*growth, growth.end)))
+
+    def columns(self) -> tuple[Ints, Ints, Floats, Ints, Ints]:
+        return self.length, self.remaining, self.pace, self.shared, self.end
+
+
+def pages_at(batch: Batch, now: int, page_size: int) -> int:
+    """Pages of its own that a batch holds after `now` steps, ends at that instant not yet over."""
+    grown = np.minimum(batch.remaining, (batch.pace * now).astype(np.int64))
+    held = (batch.length + grown + page_size - 1) // page_size - batch.shared
+    return int(held[batch.end >= now].sum())
+
+
+def pages_at_ends(batch: Batch, times: Ints, page_size: int) -> Ints:
+    """The same for all of its ends at once; `times` are these, ascending and distinct.
+
+    Who lives on beyond t has grown by the same ⌊pace·t⌋ as all others of its pace. So of a sum of
+    rounded quotients only the remainders depend on t, and they are counted by residue class: this
+    costs O(n · page size) per distinct pace, where adding up batches would cost O(n²).
+    """
+    rows = np.searchsorted(times, batch.end)
+    last = (batch.length + batch.remaining + page_size - 1) // page_size - batch.shared
+    held = np.bincount(rows, weights=last, minlength=len(times)).astype(np.int64)  # who ends then
+    residues = np.arange(page_size)
+    for pace in np.unique(batch.pace):
+        of_pace = batch.pace == pace
+        start = batch.length[of_pace] + page_size - 1
+        ends = rows[of_pace]
+        # By time: how many live on, what they began with, and how many of each residue.
+        count = _beyond(ends, None, len(times))
+        begun = _beyond(ends, start, len(times))
+        apart = _beyond(ends, batch.shared[of_pace], len(times))
+        classes = np.bincount(
+            ends * page_size + start % page_size, minlength=len(times) * page_size
+        ).reshape(-1, page_size)
+        classes = classes.sum(axis=0) - np.cumsum(classes, axis=0)
+        grown = (pace * times).astype(np.int64)
+        rest = (classes * ((residues + grown[:, None]) % page_size)).sum(axis=1)
+        held += (begun + count * grown - rest) // page_size - apart
+    return held
+
+
+def _beyond(rows: Ints, values: Ints | None, length: int) -> Ints:
+    """By row: the sum of the values, or the number, of what stands in a later row."""
+    sums = np.bincount(rows, weights=values, minlength=length).astype(np.int64)
+    return sums.sum() - np.cumsum(sums)
+
+
+class Forecast:
+    """Pages held at each end to come, and what one more sequence would make of the peak.
+
+    `shared_ends`: for each page of `Growth.shared`, once: the step at which the last of those who
+    hold it ends. Made in O(n log n), asked and added to in O(n).
+    """
+
+    __slots__ = ("_batch", "_held", "_kept", "_page_size", "_shared_ends", "_times")
+
+    def __init__(self, batch: Batch, page_size: int, shared_ends: Ints = NO_PAGES) -> None:
+        self._batch = batch
+        self._page_size = page_size
+        self._shared_ends = np.sort(shared_ends)
+        self._kept: list[tuple[int, Ints]] = []  # ends and `held_ends` of those who joined
+        self._times: Ints = np.unique(batch.end)
+        self._held = pages_at_ends(batch, self._times, page_size) + self._shared_at(self._times)
+
+    @property
+    def peak(self) -> int:
+        """Pages held at most from now on."""
+        return int(self._held.max(initial=0))
+
+    def peak_with(self, growth: Growth, held_ends: Ints = NO_PAGES) -> int:
+        """The peak if this sequence joined now.
+
+        `held_ends`: for each page that it would share, the step at which others let go of it.
+        """
+        end = growth.end
+        alive = int(np.searchsorted(self._times, end, side="right"))
+        during = self._held[:alive] + self._brings(growth, held_ends, self._times[:alive])
+        then = self._at(end) + int(self._brings(growth, held_ends, np.array([end]))[0])
+        return max(then, int(during.max(initial=0)), int(self._held[alive:].max(initial=0)))
+
+    def add(self, growth: Growth, held_ends: Ints = NO_PAGES) -> None:
+        """Lets the sequence join."""
+        end = growth.end
+        where = int(np.searchsorted(self._times, end))
+        if where == len(self._times) or self._times[where] != end:
+            self._held = np.insert(self._held, where, self._at(end))
+            self._times = np.insert(self._times, where, end)
+        self._held[: where + 1] += self._brings(growth, held_ends, self._times[: where + 1])
+        self._batch = self._batch.plus(growth)
+        if len(held_ends):
+            self._kept.append((end, np.sort(held_ends)))
+
+    def _at(self, now: int) -> int:
+        """Pages held after `now` steps."""
+        kept = sum(int(np.searchsorted(held, now)) for end, held in self._kept if now <= end)
+        shared = int(self._shared_at(np.array([now]))[0]) if len(self._shared_ends) else 0
+        return pages_at(self._batch, now, self._page_size) + shared + kept
+
+    def _shared_at(self, times: Ints) -> Ints:
+        return len(self._shared_ends) - np.searchsorted(self._shared_ends, times)
+
+    def _brings(self, growth: Growth, held_ends: Ints, times: Ints) -> Ints:
+        """Pages the sequence adds at these times, none of them after its end: its own, and shared
+        ones that everybody else has let go of."""
+        grown = np.minimum(growth.remaining, (growth.pace * times).astype(np.int64))
+        held = (growth.length + grown + self._page_size - 1) // self._page_size - growth.shared
+        if len(held_ends):
+            held += np.searchsorted(np.sort(held_ends), times)
+        return held

@@ -1,0 +1,205 @@
+"""How long will it get? The past, as a window of output lengths, and four guesses of length.
+
+Admission (`admission.py`) asks one question of a sequence: how many output tokens will it have when
+it ends. What answers is the policy: `PastFuture` draws from the past, `NothingMore`, `AllItMay` and
+`Known` are the two stock answers and the simulator's oracle.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.request import FinishReason
+from scheduler.sequence import Sequence
+
+GOLDEN = 0.6180339887498949  # multiples of it modulo one are spread evenly, however many there are
+
+
+class LengthGuess(Protocol):
+    """Keeps `Sequence.guess`, the output tokens a sequence will have when it ends.
+
+    A guess lies above what the sequence has produced, unless it says that no more will come, and
+    never above `Sequence.cap`.
+    """
+
+    def begin(self, sequence: Sequence) -> None:
+        """The first guess, when a sequence arrives."""
+        ...
+
+    def update(self, sequences: list[Sequence]) -> None:
+        """Guesses again, given what each has produced since."""
+        ...
+
+    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Learns from an end."""
+        ...
+
+
+class LengthWindow:
+    """The last `size` output lengths, as a survival curve `S(x) = P(length > x)`.
+
+    Lengths cut short by a limit are censored: all that is known is that the answer would have been
+    longer. The curve is the product-limit estimate (Kaplan and Meier 1958). `doubt` observations
+    that never end stand for what has not been seen: at the start they say "as long as it may", and
+    fade as the window fills.
+    """
+
+    def __init__(self, size: int = 1000, doubt: float = 4.0) -> None:
+        if size < 1 or doubt <= 0:
+            raise ValueError("the window needs a size of at least 1 and a positive doubt")
+        self._doubt = doubt
+        self._past: deque[tuple[int, bool]] = deque(maxlen=size)  # length, whether it was cut short
+        self._curve: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._past)
+
+    def add(self, length: int, cut_short: bool) -> None:
+        self._past.append((length, cut_short))
+        self._curve = None
+
+    def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Lengths at which answers ended, ascending, and the survival just after each."""
+        if self._curve is None:
+            past = np.array(self._past, dtype=np.int64).reshape(-1, 2)
+            lengths = np.sort(past[:, 0])
+            ends, deaths = np.unique(past[past[:, 1] == 0, 0], return_counts=True)
+            at_risk = len(lengths) - np.searchsorted(lengths, ends) + self._doubt
+            survival = np.cumprod(1.0 - deaths / at_risk, dtype=np.float64)
+            self._curve = ends, survival
+        return self._curve
+
+    def survival(self, length: NDArray[np.int64]) -> NDArray[np.float64]:
+        """`P(length > x)` for each x."""
+        ends, survival = self.curve()
+        return np.concatenate(([1.0], survival))[np.searchsorted(ends, length, side="right")]
+
+    def quantile(
+        self, level: NDArray[np.float64], above: NDArray[np.int64], cap: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Lengths that a share `level` of all answers longer than `above` outlives; at most `cap`.
+
+        So with levels spread evenly over (0, 1) these are draws of the length, conditional on what
+        was already produced (Past-Future, arXiv 2507.10150). Where the past does not reach, `cap`.
+        """
+        ends, survival = self.curve()
+        # A hair more than the level, so that rounding never skips the end it names.
+        reached = level * self.survival(above) * (1 + 1e-12)
+        where = np.searchsorted(-survival, -reached)
+        known = np.append(ends, np.iinfo(np.int64).max)[where]
+        return np.minimum(known, cap)
+
+    def state(self) -> dict[str, Any]:
+        """What to keep between two starts; plain JSON."""
+        return {"version": 1, "lengths": [[length, int(cut)] for length, cut in self._past]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes a kept state back. Raises `ValueError` for anything else."""
+        try:
+            if state["version"] != 1:
+                raise ValueError(f"version {state['version']!r} is unknown")
+            past = [(int(length), bool(cut)) for length, cut in state["lengths"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a state of a length window: {error!r}") from error
+        if any(length < 0 for length, _ in past):
+            raise ValueError("a length is negative")
+        self._past.extend(past)
+        self._curve = None
+
+
+class PastFuture:
+    """Draws from the lengths of the past, given that a sequence already outlived some of them.
+
+    Draws are sticky: a sequence keeps its place among the lengths of the past (`Sequence.level`,
+    the share that outlives it) until it outlives it itself; only then is another one drawn. So no
+    sequence is admitted for having redrawn, and the forecast stands still while it comes true.
+    They are dispersed: consecutive sequences get multiples of the golden ratio, which cover the
+    distribution evenly, so the sum over a batch is nearer its mean than with independent draws.
+    And they are seeded: the same requests give the same decisions.
+    """
+
+    def __init__(self, window: LengthWindow, seed: int = 0) -> None:
+        self.window = window
+        self._next = float(np.random.default_rng(seed).random())
+
+    def _draw(self) -> float:
+        self._next = (self._next + GOLDEN) % 1.0
+        return self._next
+
+    def begin(self, sequence: Sequence) -> None:
+        params = sequence.request.params
+        if not params.stop_token_ids:  # as with `ignore_eos`: nothing but the limit ends it
+            sequence.guess = sequence.cap
+            return
+        sequence.level = self._draw()
+        sequence.outlived = max(sequence.output_len, params.min_tokens - 1, 0)
+        self.update([sequence])
+
+    def update(self, sequences: list[Sequence]) -> None:
+        drawn = [s for s in sequences if s.level is not None]
+        while drawn:
+            levels = np.array([s.level for s in drawn])
+            outlived = np.array([s.outlived for s in drawn])
+            caps = np.array([s.cap for s in drawn])
+            guesses = self.window.quantile(levels, outlived, caps).tolist()
+            late: list[Sequence] = []
+            for sequence, guess in zip(drawn, guesses, strict=True):
+                sequence.guess = guess
+                produced = len(sequence.tokens) - sequence.prompt_len
+                if guess <= produced < sequence.cap:
+                    sequence.level = self._draw()
+                    sequence.outlived = produced
+                    late.append(sequence)
+            drawn = late
+
+    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.window.add(sequence.output_len, reason is FinishReason.LENGTH)
+
+
+class NothingMore:
+    """Aggressive: what fits now is admitted, and the reserve must do for growth."""
+
+    def begin(self, sequence: Sequence) -> None:
+        sequence.guess = sequence.output_len
+
+    def update(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.guess = sequence.output_len
+
+    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
+        pass
+
+
+class AllItMay:
+    """Conservative: every sequence is taken to produce all that it may."""
+
+    def begin(self, sequence: Sequence) -> None:
+        sequence.guess = sequence.cap
+
+    def update(self, sequences: list[Sequence]) -> None:
+        pass
+
+    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
+        pass
+
+
+class Known:
+    """Oracle: the true lengths, by request id. Only a simulation knows them."""
+
+    def __init__(self, lengths: Mapping[str, int]) -> None:
+        self._lengths = lengths
+
+    def begin(self, sequence: Sequence) -> None:
+        sequence.guess = min(self._lengths[sequence.request.id], sequence.cap)
+
+    def update(self, sequences: list[Sequence]) -> None:
+        pass
+
+    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
+        pass

@@ -1,0 +1,95 @@
+"""The forecast against a step-by-step count of pages."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from scheduler.forecast import Batch, Forecast, Growth
+
+Member = tuple[
+    int, int, float, list[int]
+]  # length, remaining, pace, pages held together with others
+
+
+def brute_force(members: list[Member], page_size: int) -> int:
+    """The peak, by walking through every step."""
+    ends = [math.ceil(remaining / pace) for _, remaining, pace, _ in members]
+    peak = 0
+    for now in range(max(ends, default=0) + 1):
+        own, shared = 0, set()
+        for (length, remaining, pace, pages), end in zip(members, ends, strict=True):
+            if end >= now:
+                positions = length + min(remaining, math.floor(pace * now))
+                own += -(-positions // page_size) - len(pages)
+                shared.update(pages)
+        peak = max(peak, own + len(shared))
+    return peak
+
+
+def batch_of(members: list[Member]) -> Batch:
+    columns = [[m[0], m[1], m[2], len(m[3])] for m in members]
+    length, remaining, pace, shared = np.array(columns, dtype=float).reshape(-1, 4).T
+    return Batch.of(
+        length.astype(np.int64), remaining.astype(np.int64), pace, shared.astype(np.int64)
+    )
+
+
+def ends_of_pages(members: list[Member]) -> np.ndarray:
+    """By page: when the last of its holders ends; -1 where there is none."""
+    ends = np.full(40, -1)
+    for (*_, pages), end in zip(members, batch_of(members).end, strict=True):
+        ends[pages] = np.maximum(ends[pages], end)
+    return ends
+
+
+def some_members(rng: random.Random, count: int, page_size: int) -> list[Member]:
+    """Equal lengths, nothing remaining, mixed rates and shared prefixes, all of them often."""
+    prefixes = [list(range(start, start + rng.randint(1, 5))) for start in (0, 10, 20)]
+    members: list[Member] = []
+    for _ in range(count):
+        prefix = rng.choice(prefixes)
+        pages = prefix[: rng.randint(0, len(prefix))] if rng.random() < 0.5 else []
+        length = len(pages) * page_size + rng.randint(0, 30)
+        remaining = rng.choice([0, 5, rng.randint(0, 60)])
+        members.append((length, remaining, rng.choice([1.0, 1.0, 1.25, 2.0, 3.5, 0.5]), pages))
+    return members
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 16])
+def test_peak_is_that_of_a_step_by_step_count(page_size: int) -> None:
+    rng = random.Random(page_size)
+    for _ in range(1000):
+        members = some_members(rng, rng.randint(0, 9), page_size)
+        ends = ends_of_pages(members)
+        forecast = Forecast(batch_of(members), page_size, ends[ends >= 0])
+        assert forecast.peak == brute_force(members, page_size)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_asking_and_joining_agree_with_a_new_count(page_size: int) -> None:
+    rng = random.Random(100 + page_size)
+    for _ in range(300):
+        members = some_members(rng, rng.randint(0, 6), page_size)
+        ends = ends_of_pages(members)
+        forecast = Forecast(batch_of(members), page_size, ends[ends >= 0])
+        for length, remaining, pace, pages in some_members(rng, 4, page_size):
+            held = [page for page in pages if ends[page] >= 0]
+            growth = Growth(length, remaining, pace, len(held))
+            joined = [*members, (length, remaining, pace, held)]
+            peak = brute_force(joined, page_size)
+            assert forecast.peak_with(growth, ends[held]) == peak
+            if rng.random() < 0.7:
+                forecast.add(growth, ends[held])
+                assert forecast.peak == peak
+                ends[held] = np.maximum(ends[held], growth.end)
+                members = joined
+
+
+def test_an_empty_batch_holds_nothing() -> None:
+    forecast = Forecast(batch_of([]), 16)
+    assert forecast.peak == 0
+    assert forecast.peak_with(Growth(17, 15, 1.0, 0)) == 2
