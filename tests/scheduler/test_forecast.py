@@ -10,9 +10,8 @@ import pytest
 
 from scheduler.forecast import Batch, Forecast, Growth
 
-Member = tuple[
-    int, int, float, list[int]
-]  # length, remaining, pace, pages held together with others
+# Length, remaining, pace, pages held together with others.
+Member = tuple[int, int, float, list[int]]
 
 
 def brute_force(members: list[Member], page_size: int) -> int:
