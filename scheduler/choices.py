@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scheduler.fair_share import Account
 from scheduler.policy import order_of
 from scheduler.prefix import HashChain, chain_root
 from scheduler.request import Request, SchedulerConfig
@@ -9,7 +10,7 @@ from scheduler.sequence import Sequence
 
 
 def choices_of(
-    request: Request, config: SchedulerConfig, max_len: int, serial: int
+    request: Request, config: SchedulerConfig, max_len: int, serial: int, account: Account
 ) -> list[Sequence]:
     """The sequences of a request: `serial` is the first one's number, `max_len` their bound."""
     root = chain_root(
@@ -24,6 +25,7 @@ def choices_of(
             Sequence(
                 request=request,
                 choice=choice,
+                account=account,
                 tokens=[*request.prompt, *produced],
                 order=order_of(request, serial + choice, config.priority_ageing),
                 limit=min(len(request.prompt) + request.params.max_tokens, max_len),

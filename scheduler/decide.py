@@ -193,7 +193,8 @@ class Decider:
 
         A sequence gets the pages of all its known tokens at once, so a prompt that was begun is
         never short of pages. Behind a head that does not fit, `lookahead` others are tried, and
-        no more than that ever overtake it.
+        no more than that ever overtake it; nor does a tenant that was served more than the longest
+        sequence ahead of the head's, or large heads would make it a stream of small favours.
         """
         config, pool = self._config, self._pool
         pinned: set[int] = set()
@@ -207,7 +208,10 @@ class Decider:
                 tries += 1
                 if tries > config.lookahead:
                     break
-            if d.head is not None and d.head.overtaken + d.overtakes >= config.lookahead:
+            if d.head is not None and (
+                d.head.overtaken + d.overtakes >= config.lookahead
+                or sequence.account.served - d.head.account.served > self._memory.max_len
+            ):
                 break
             hits = self._memory.hits(sequence)
             need = -(-len(sequence.tokens) // config.page_size) - len(hits)

@@ -7,9 +7,10 @@
 `plan` decides on a scratch copy (`decide.py`), then commits once. `settle` is the only place that
 learns tokens. Several plans may be in flight; they settle in the order they were made.
 
-One total order rules all queues (`policy.order_of`): running sequences are served in it, victims
-are taken from its end. So the first in order is never preempted and always advances, whatever the
-memory, and nothing can live-lock.
+One total order rules running sequences (`policy.order_of`): they are served in it, victims are
+taken from its end. So the first in order is never preempted and always advances, whatever the
+memory, and nothing can live-lock. Those that wait are in the same order, tenant by tenant; between
+tenants, turns go by what each was served (`fair_share.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scheduler.admission import Admission, Policy, make_policy
 from scheduler.choices import choices_of
 from scheduler.counts import Counts
 from scheduler.decide import Decider, Decision
+from scheduler.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from scheduler.memory import Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import DraftCap, no_drafts
@@ -87,8 +89,9 @@ class Scheduler:
         if length > room:
             raise ContextTooLong(f"the prompt has {length} tokens, at most {room} fit")
         self._check_queue(length * request.n)
+        account = self._waiting.open(request.tenant, request.n)
         self._requests[request.id] = choices = choices_of(
-            request, self.config, self._memory.max_len, self._next_serial
+            request, self.config, self._memory.max_len, self._next_serial, account
         )
         self._next_serial += request.n
         self._unadmitted.add(request.id)
@@ -235,6 +238,7 @@ class Scheduler:
         insort(self._running, sequence, key=attrgetter("order"))
         self._counts.admitted(sequence, cached, again=sequence.admitted is not None)
         if sequence.admitted is None:
+            sequence.account.served += PROMPT_WEIGHT * (len(sequence.tokens) - cached)
             sequence.admitted = now
             sequence.cached_tokens = min(cached, sequence.prompt_len)
         return Admit(
@@ -288,6 +292,7 @@ class Scheduler:
         kept, reason, stop_token = sequence.learn(tokens)
         stopped = stop_token is not None
         self._counts.generated_tokens += kept + stopped
+        sequence.account.served += OUTPUT_WEIGHT * (kept + stopped)
         if sequence.computed - sequence.registered >= self.config.page_size:
             self._publish(sequence)
         if sequence.first_token is None:
@@ -372,6 +377,7 @@ class Scheduler:
         sequence.phase = Phase.ENDED
         self.policy.lengths.ended(sequence, reason)
         self.policy.reserve.finished()
+        self._waiting.close(sequence)
         choices = self._requests[request.id]
         choices.remove(sequence)
         if not choices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from scheduler.fair_share import Account
 from scheduler.plan import Row
 from scheduler.prefix import HashChain
 from scheduler.request import Finish, FinishReason, Request, SamplingParams, TokenLogprob
@@ -35,6 +36,7 @@ class Sequence:
 
     request: Request
     choice: int
+    account: Account  # of its tenant
     tokens: list[int]  # prompt, produced and settled output; append-only
     order: tuple[float, int]  # rank in every queue: lower is served sooner, preempted later
     limit: int  # len(tokens) at which it ends for length

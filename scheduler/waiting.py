@@ -6,18 +6,23 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from operator import attrgetter
 
+from scheduler.fair_share import Account, FairShare
 from scheduler.sequence import Phase, Sequence
 
 _order = attrgetter("order")
 
 
 class WaitingQueue:
-    """Sorted by `Sequence.order`. Parked choices are counted but not tried."""
+    """One list a tenant, sorted by `Sequence.order`; `FairShare` says whose turn it is.
 
-    __slots__ = ("_count", "_parked", "_queue", "tokens")
+    A preempted sequence is older than those of its priority that wait, so it comes before them.
+    Parked choices are counted but not tried.
+    """
+
+    __slots__ = ("_count", "_parked", "_shares", "tokens")
 
     def __init__(self) -> None:
-        self._queue: list[Sequence] = []
+        self._shares = FairShare()
         self._parked: dict[str, list[Sequence]] = {}  # by request id, in order
         self._count = 0
         self.tokens = 0  # known tokens of all of them, prefix hits not considered
@@ -26,12 +31,23 @@ class WaitingQueue:
         return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._queue)
+        return self._shares.turns()
+
+    def open(self, tenant: str, sequences: int) -> Account:
+        """The account that new sequences of a tenant belong to, before they are pushed."""
+        return self._shares.open(tenant, sequences)
+
+    def close(self, sequence: Sequence) -> None:
+        """It has ended: its account expects no more of it."""
+        self._shares.close(sequence.account)
 
     def push(self, sequence: Sequence) -> None:
         """Puts a sequence in its place in the queue."""
         sequence.phase = Phase.WAITING
-        insort(self._queue, sequence, key=_order)
+        account = sequence.account
+        if not account.queue:
+            self._shares.queue(account)
+        insort(account.queue, sequence, key=_order)
         self._count += 1
         self.tokens += len(sequence.tokens)
 
@@ -58,16 +74,22 @@ class WaitingQueue:
             if not group:
                 del self._parked[sequence.request.id]
         else:
-            del self._queue[bisect_left(self._queue, sequence.order, key=_order)]
+            account = sequence.account
+            del account.queue[bisect_left(account.queue, sequence.order, key=_order)]
+            if not account.queue:
+                self._shares.unqueue(account)
         self._count -= 1
         self.tokens -= len(sequence.tokens)
 
     def check(self) -> None:
-        """Raises `AssertionError` unless the queue is sorted and the counts are right."""
+        """Raises `AssertionError` unless the queues are sorted and the counts are right."""
+        self._shares.check()
+        queue = sorted(self._shares.turns(), key=_order)
         parked = [sequence for group in self._parked.values() for sequence in group]
-        everyone = [*self._queue, *parked]
-        assert self._queue == sorted(self._queue, key=_order)
-        assert all(sequence.phase is Phase.WAITING for sequence in self._queue)
+        everyone = [*queue, *parked]
+        for account in {sequence.account for sequence in queue}:
+            assert account.queue == [s for s in queue if s.account is account]
+        assert all(sequence.phase is Phase.WAITING for sequence in queue)
         assert all(sequence.phase is Phase.PARKED for sequence in parked)
         assert len(everyone) == self._count
         assert sum(len(sequence.tokens) for sequence in everyone) == self.tokens
