@@ -9,10 +9,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from scheduler.admission import Admission
+from scheduler.gap import GapBudget, gap_target
 from scheduler.memory import Memory
 from scheduler.policy import DraftCap, chunk_size, lane_size
+from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
+from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
 
 
@@ -29,7 +32,7 @@ class Work:
 class Decision:
     """Quantities of the pool as they will be, and what to do."""
 
-    budget: int  # tokens left in the step
+    budget: int  # tokens left in the step, for chunks also by what `gap` leaves of its time
     free: int  # pages available; negative: a debt to be paid from `promised`
     promised: int  # pages the steps in flight give back when they settle
     keep: int  # running[keep:] are preempted
@@ -37,6 +40,7 @@ class Decision:
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
     context: int = 0  # positions that live rows read, summed, at most
+    gap: GapBudget | None = None  # what the live rows' targets leave to chunks; None: no target
     blocked: bool = False  # nobody can be admitted until pages, slots, hits or candidates come
     # Who gets a row, decodes first, and what each needs. None, by far the most common: it goes on
     # as it is, with no drafts and no new pages.
@@ -59,12 +63,14 @@ class Decider:
         memory: Memory,
         drafts: DraftCap,
         admission: Admission,
+        cost: StepCost,
     ) -> None:
         self._config = config
         self._memory = memory
         self._pool = memory.pool
         self._drafts = drafts
         self._admission = admission
+        self._cost = cost
 
     def decide(
         self,
@@ -83,10 +89,13 @@ class Decider:
             blocked=blocked,
         )
         others = self._continue_live(d, running)
+        admits = bool(waiting and self._memory.free_slots and not d.blocked and not d.pressure)
+        if d.rows and (others or admits):
+            self._limit_gap(d)
         d.lane = lane_size(d.budget, self._config.long_prefill_rows)
         if others:
             self._continue_prompts(d, running)
-        if self._memory.free_slots and not d.blocked and not d.pressure:
+        if admits:
             self._admit(d, running[: d.keep], waiting)
         if d.long:
             self._widen(d)
@@ -153,6 +162,15 @@ class Decider:
             else:
                 d.free += freed
 
+    def _limit_gap(self, d: Decision) -> None:
+        """Leaves no more of the budget to chunks than the live rows can wait for."""
+        target = gap_target(self._config.mtpot_target, d.rows)
+        if target is not None:
+            rows, tokens = len(d.rows), self._config.max_step_tokens - d.budget
+            live = StepShape(rows, tokens, d.context, 0)
+            d.gap = GapBudget(self._cost, target, live, self._config.page_size)
+            d.budget = min(d.budget, d.gap.room(0))
+
     def _continue_prompts(self, d: Decision, running: list[Sequence]) -> None:
         """Chunks for admitted sequences that have not caught up; they hold their pages already."""
         for sequence in running[: d.keep]:
@@ -166,13 +184,18 @@ class Decider:
         end; what stays unused of the lane is theirs after all, see `_widen`.
         """
         known, budget = len(sequence.tokens), d.budget
+        if d.gap is not None and fed:
+            budget = min(budget, d.gap.room(fed))
         long = known - fed > d.lane
         if long:
             budget -= d.lane
-            if budget <= 0:
-                return False
+        if budget <= 0:
+            return False
         use = chunk_size(fed, known, budget, self._config.page_size)
         d.budget -= use
+        if d.gap is not None:
+            d.gap.add(use, fed)
+            d.budget = min(d.budget, d.gap.room(0))
         work = Work(use, 0, pages)
         d.rows.append(sequence)
         d.work.append(work)
@@ -184,8 +207,14 @@ class Decider:
         """Gives what is left of the budget to the long prompts, the first in order first."""
         for sequence, work, fed in d.long:
             known, budget = len(sequence.tokens), d.budget + work.tokens
+            if d.gap is not None:
+                d.gap.remove(work.tokens, fed)
+                budget = max(min(budget, d.gap.room(fed)), work.tokens)
             use = chunk_size(fed, known, budget, self._config.page_size)
             d.budget = budget - use
+            if d.gap is not None:
+                d.gap.add(use, fed)
+                d.budget = min(d.budget, d.gap.room(0))
             work.tokens = use
 
     def _admit(self, d: Decision, running: list[Sequence], waiting: WaitingQueue) -> None:

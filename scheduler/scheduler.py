@@ -62,7 +62,7 @@ class Scheduler:
         self.cost = StepCost.learning() if cost is None else cost
         self._memory = Memory(config)
         self._admission = Admission(self.policy, self._memory.pool, config.page_size)
-        self._decider = Decider(config, self._memory, drafts, self._admission)
+        self._decider = Decider(config, self._memory, drafts, self._admission, self.cost)
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # sorted by order
