@@ -209,7 +209,7 @@ class Decider:
             known, budget = len(sequence.tokens), d.budget + work.tokens
             if d.gap is not None:
                 d.gap.remove(work.tokens, fed)
-                budget = max(min(budget, d.gap.room(fed)), work.tokens)
+                budget = min(budget, d.gap.room(fed))
             use = chunk_size(fed, known, budget, self._config.page_size)
             d.budget = budget - use
             if d.gap is not None:

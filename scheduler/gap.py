@@ -46,6 +46,7 @@ class GapBudget:
             shape.decode_context,
             shape.chunk_pairs - chunk_pairs(tokens, context),
         )
+        self._least += tokens
 
 
 def gap_target(target: float | None, live: Iterable[Sequence]) -> float | None:
