@@ -12,6 +12,7 @@ from cli.errors import CommandError
 COMMANDS = {
     "serve": ("cli.serve", "serve a model over the OpenAI API"),
     "chat": ("cli.chat", "talk to a server from the terminal"),
+    "profile": ("cli.profile", "measure what steps cost on this machine"),
     "version": ("cli.version", "print the version"),
 }
 

@@ -43,19 +43,23 @@ LOOKUP_SECONDS = 1.0
 
 
 def build_worker(
-    config: EngineConfig, progress: Callable[[str], None]
+    config: EngineConfig, progress: Callable[[str], None], *, patient: bool = False
 ) -> tuple[Worker, SchedulerConfig]:
     """Loads the model, sizes the KV pool and starts the background build of native kernels.
+
+    With `patient` that build is waited for, so that the worker is from the start what it will be.
 
     Raises `StartupError`, one sentence for a person, for whatever the user can mend.
     """
     try:
-        return _build(config, progress)
+        return _build(config, progress, patient)
     except (CheckpointError, BudgetError, DeviceError) as error:
         raise StartupError(str(error)) from error
 
 
-def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worker, SchedulerConfig]:
+def _build(
+    config: EngineConfig, progress: Callable[[str], None], patient: bool
+) -> tuple[Worker, SchedulerConfig]:
     device = resolve_device(config.device.device)
     threads = config.device.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -83,7 +87,7 @@ def _build(config: EngineConfig, progress: Callable[[str], None]) -> tuple[Worke
     # The eager model and the native one live side by side until the last stream of the former has
     # ended; where there is no room for both, and where text must not depend on when a build was
     # done, the build is waited for.
-    wait = config.device.deterministic or 2 * weights > device.available_memory()
+    wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
     runner = _native_runner(model, native, patience) or _torch_runner(model, config, device)
     progress(f"weights, {runner.name} arithmetic")

@@ -132,6 +132,10 @@ class ScheduleConfig:
         "Seconds that no gap between two outputs of a stream should exceed: long prompts are"
         " computed in pieces that keep to it. A stricter `slo.mtpot` of a request wins.",
     )
+    profile: str | None = option(
+        None,
+        "Step times measured by `foresight profile`. Default: learnt while serving.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

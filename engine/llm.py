@@ -24,10 +24,10 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.messages import Abort, FromEngine, Rejected, Step, Submit
 from engine.process import Builder, facts_of
+from engine.scheduling import build_scheduler
 from engine.transport import LocalEngineTransport
 from models.weights import resolve_checkpoint
 from scheduler.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
-from scheduler.scheduler import Scheduler
 from text.assets import TextAssets, load_text
 from text.detokenizer import Detokenizer
 from text.stops import StopMatcher, StopStrings
@@ -121,9 +121,8 @@ class LLM:
         self._transport = LocalEngineTransport()
         self._transport.connect(CLIENT, self._receive)
         self.facts = facts_of(self._worker, scheduler_config)
-        self._core = EngineCore(
-            Scheduler(scheduler_config), self._worker, self._transport, self.facts
-        )
+        scheduler = build_scheduler(config, scheduler_config)
+        self._core = EngineCore(scheduler, self._worker, self._transport, self.facts)
         self._growing: dict[str, list[_Growing]] = {}
         self._refused: dict[str, str] = {}
         self._numbers = itertools.count()

@@ -24,9 +24,9 @@ from engine.errors import StartupError
 from engine.launch import Failed, Launch, Phase, Report, Up, encode_report
 from engine.logs import configure_logging
 from engine.messages import EngineFacts
+from engine.scheduling import build_scheduler
 from engine.transport import ZmqEngineTransport
 from scheduler.request import SchedulerConfig
-from scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def serve(launch: Launch, reporter: Reporter) -> int:
     """Builds the worker and runs the loop. Returns the exit code."""
     try:
         worker, scheduler_config = load_builder(launch.builder)(launch.config, reporter.phase)
+        scheduler = build_scheduler(launch.config, scheduler_config)
         transport = ZmqEngineTransport(launch.address)
     except StartupError as error:
         reporter.failed(str(error))
@@ -116,9 +117,7 @@ def serve(launch: Launch, reporter: Reporter) -> int:
         log.exception("the engine failed to start")
         reporter.failed(f"the engine failed to start: {type(error).__name__}: {error}")
         return 1
-    core = EngineCore(
-        Scheduler(scheduler_config), worker, transport, facts_of(worker, scheduler_config)
-    )
+    core = EngineCore(scheduler, worker, transport, facts_of(worker, scheduler_config))
 
     def terminate(signum: int, frame: FrameType | None) -> None:
         core.drain(launch.drain_seconds)

@@ -72,4 +72,4 @@ class StepResult:
 
     step: int
     rows: tuple[RowResult, ...]
-    seconds: float = 0.0  # wall time of the forward
+    seconds: float = 0.0  # of the step on the worker, from its start to its last result

@@ -90,6 +90,47 @@ class Profile:
         when = f", {self.date}" if self.date else ""
         return f"{self.kind}: {what} on {where}{when}"
 
+    @classmethod
+    def roofline(
+        cls,
+        *,
+        weight_bytes: float,
+        parameters: float,
+        kv_bytes_per_token: float,
+        bandwidth: float,
+        flops: float,
+        flops_per_pair: float = 0.0,
+        overhead: float = 0.0,
+        host_bandwidth: float = 0.0,
+        page_size: int = 16,
+        model: str = "",
+        dtype: str = "",
+        device: str = "",
+    ) -> Profile:
+        """A model of hardware from its data sheet, not a measurement: see `kind`.
+
+            overhead + max(weight_bytes / bandwidth, 2 · parameters · tokens / flops)
+              + kv_bytes_per_token · decode_context / bandwidth
+              + flops_per_pair · chunk_pairs / flops
+
+        `parameters` are those a token is multiplied with; `flops_per_pair` is 4 · layers · heads ·
+        head size; rates are per second. Copies go at `host_bandwidth`; 0 leaves them out.
+        """
+        ridge = max(1, round(weight_bytes / bandwidth * flops / (2 * parameters)))
+        positions = 1 << 20
+        points = []
+        for tokens in sorted({1, *(max(1, ridge * 4**k // 16) for k in range(6))}):
+            work = max(weight_bytes / bandwidth, 2 * parameters * tokens / flops)
+            read = kv_bytes_per_token * positions / bandwidth
+            attended = flops_per_pair * positions / flops
+            for context, pairs in ((0, 0), (positions, 0), (0, positions)):
+                seconds = overhead + work + read * (context > 0) + attended * (pairs > 0)
+                points.append((StepShape(1, tokens, context, pairs), seconds))
+        page_bytes = round(kv_bytes_per_token * page_size)
+        copies = [(n, n * page_bytes / host_bandwidth) for n in (1, 1024) if host_bandwidth > 0]
+        facts = {"model": model, "dtype": dtype, "device": device}
+        return cls(tuple(points), tuple(copies), page_size, page_bytes, ROOFLINE, **facts)
+
     # --- as a file ------------------------------------------------------------------------------
 
     def dump(self) -> str:

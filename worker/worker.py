@@ -65,6 +65,11 @@ class Worker:
         """Starts a step and returns at once."""
         return self._executor.submit(lambda: self._execute(plan))
 
+    @property
+    def kv(self) -> Sequence[Tensor]:
+        """The KV pool, for those who copy its pages; see `allocate_pool`."""
+        return self._kv
+
     def use(self, runner: Runner) -> None:
         """Gives sequences admitted from now on another runner.
 
@@ -94,11 +99,18 @@ class Worker:
             for runner, indices in self._by_runner(plan.rows):
                 rows = [plan.rows[i] for i in indices]
                 results.update(zip(indices, self._forward(runner, rows), strict=True))
+            if not any(row.samples for row in plan.rows):
+                self._finish()  # nothing was read back, so nothing was waited for
         return StepResult(
             step=plan.step,
             rows=tuple(results[i] for i in range(len(plan.rows))),
             seconds=time.perf_counter() - started,
         )
+
+    def _finish(self) -> None:
+        """Waits for the device, so that a step's seconds are its own and not its successor's."""
+        if self._slots.tokens.is_cuda:
+            torch.cuda.synchronize(self._slots.tokens.device)
 
     def _by_runner(self, rows: Sequence[Row]) -> list[tuple[Runner, list[int]]]:
         """Row indices by runner; more than one only while a swap is under way."""

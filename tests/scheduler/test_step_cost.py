@@ -181,6 +181,33 @@ def test_one_point_is_a_constant():
     assert [curve(0), curve(5), curve(50)] == pytest.approx([0.25] * 3)
 
 
+def test_roofline_is_its_formula_and_says_what_it_is():
+    """8 B parameters in bf16 on a card of 4.8 TB/s and 790 TFLOP/s."""
+    sheet = Profile.roofline(
+        weight_bytes=16e9,
+        parameters=7.5e9,
+        kv_bytes_per_token=131072,
+        bandwidth=4.8e12,
+        flops=790e12,
+        flops_per_pair=4 * 32 * 32 * 128,
+        overhead=5e-4,
+        host_bandwidth=5e10,
+        model="8b",
+        device="card",
+    )
+    assert sheet.label.startswith("roofline model: 8b")
+    cost = StepCost.from_profile(Profile.parse(sheet.dump()))
+    assert cost.label == sheet.label
+    rng = random.Random(3)
+    for _ in range(200):
+        shape = random_shape(rng)
+        seconds = 5e-4 + max(16e9 / 4.8e12, 15e9 * shape.tokens / 790e12)
+        seconds += 131072 * shape.decode_context / 4.8e12
+        seconds += 4 * 32 * 32 * 128 * shape.chunk_pairs / 790e12
+        assert cost.seconds(shape) == pytest.approx(seconds, rel=5e-3)
+    assert cost.copy_seconds(100) == pytest.approx(100 * 16 * 131072 / 5e10)
+
+
 # --- the file --------------------------------------------------------------------------------
 
 
