@@ -10,9 +10,15 @@ from scheduler.sequence import Sequence
 
 
 def choices_of(
-    request: Request, config: SchedulerConfig, max_len: int, serial: int, account: Account
+    request: Request,
+    config: SchedulerConfig,
+    max_len: int,
+    serial: int,
+    account: Account | None = None,
 ) -> list[Sequence]:
-    """The sequences of a request: `serial` is the first one's number, `max_len` their bound."""
+    """The sequences of a request: `serial` is the first one's number, `max_len` their bound,
+    `account` their tenant's; without, they get one of their own."""
+    account = account or Account(request.tenant)
     root = chain_root(
         config.hash_root, request.cache_salt, request.adapter.encode(), request.tenant.encode()
     )
