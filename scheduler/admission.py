@@ -124,6 +124,11 @@ class Admission:
         self._page_ends: Ints = NO_PAGES  # by page: when the last of its several holders ends
         self.peak = 0  # pages that the last forecast saw held at once
 
+    @property
+    def reserved(self) -> int:
+        """Pages that no candidate's peak may reach into."""
+        return int(self.policy.reserve.share * self._pool.total)
+
     def survey(self, running: list[Sequence]) -> None:
         """`running` are those who run already; nothing is kept of an earlier pass."""
         self._running = running
@@ -141,8 +146,7 @@ class Admission:
             forecast = self._forecast = self._make()
             self.peak = forecast.peak
         growth, ends = self._growth(sequence, hits)
-        total = self._pool.total
-        return forecast.peak_with(growth, ends) <= total - int(self.policy.reserve.share * total)
+        return forecast.peak_with(growth, ends) <= self._pool.total - self.reserved
 
     def admit(self, sequence: Sequence, hits: list[int]) -> None:
         """The candidate joins."""

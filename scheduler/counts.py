@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.admission import Admission
 from scheduler.pages import PagePool
 from scheduler.request import Load
 from scheduler.sequence import Sequence
@@ -36,7 +37,9 @@ class Counts:
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += cached
 
-    def load(self, running: int, waiting: WaitingQueue, pool: PagePool) -> Load:
+    def load(
+        self, running: int, waiting: WaitingQueue, pool: PagePool, admission: Admission
+    ) -> Load:
         return Load(
             running=running,
             waiting=len(waiting),
@@ -44,6 +47,8 @@ class Counts:
             pages_total=pool.total,
             pages_held=pool.total - pool.available,
             pages_cached=pool.cached,
+            pages_forecast=admission.peak,
+            pages_reserved=admission.reserved,
             steps=self.steps,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,

@@ -29,13 +29,16 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 NO_PAGES: Ints = np.zeros(0, dtype=np.int64)
+# Steps that pages are held after a sequence's last one: the next step is planned before its result
+# is known.
+LAG = 1
 
 
 class Growth(NamedTuple):
     """How one sequence will grow.
 
     After t of its steps it holds `⌈(length + min(remaining, ⌊pace·t⌋)) / page size⌉ - shared` pages
-    of its own, and after `end` steps none.
+    of its own, and beyond `end` none.
     """
 
     length: int  # token positions held now, transient draft slots included
@@ -45,8 +48,8 @@ class Growth(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Steps until it ends."""
-        return -int(-self.remaining // self.pace)
+        """The last step at which it holds pages."""
+        return LAG - int(-self.remaining // self.pace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,9 @@ class Batch:
 
     @classmethod
     def of(cls, length: Ints, remaining: Ints, pace: Floats, shared: Ints) -> Batch:
-        return cls(length, remaining, pace, shared, np.ceil(remaining / pace).astype(np.int64))
+        return cls(
+            length, remaining, pace, shared, np.ceil(remaining / pace).astype(np.int64) + LAG
+        )
 
     def plus(self, growth: Growth) -> Batch:
         return Batch(*map(np.append, self.columns(), (*growth, growth.end)))
@@ -103,6 +108,12 @@ def pages_at_ends(batch: Batch, times: Ints, page_size: int) -> Ints:
         grown = (pace * times).astype(np.int64)
         rest = (classes * ((residues + grown[:, None]) % page_size)).sum(axis=1)
         held += (begun + count * grown - rest) // page_size - apart
+    # Of those in their last step, who then has all its tokens has grown by fewer than its pace.
+    rows = np.searchsorted(times, batch.end - LAG)
+    full = batch.length + (batch.pace * (batch.end - LAG)).astype(np.int64)
+    over = (full + page_size - 1) // page_size - batch.shared - last
+    mended = times[rows] == batch.end - LAG
+    held -= np.bincount(rows[mended], weights=over[mended], minlength=len(times)).astype(np.int64)
     return held
 
 

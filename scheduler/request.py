@@ -170,6 +170,8 @@ class Load:
     pages_total: int = 0
     pages_held: int = 0  # referenced by a sequence, or fenced until a step settles
     pages_cached: int = 0  # unreferenced but reusable through the prefix index
+    pages_forecast: int = 0  # most pages that the last forecast saw held at once
+    pages_reserved: int = 0  # kept free by admission
     # Counters since start.
     steps: int = 0
     prompt_tokens: int = 0

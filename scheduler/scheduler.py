@@ -388,7 +388,9 @@ class Scheduler:
     # --- looking in -----------------------------------------------------------------------------
 
     def load(self) -> Load:
-        return self._counts.load(len(self._running), self._waiting, self._memory.pool)
+        return self._counts.load(
+            len(self._running), self._waiting, self._memory.pool, self._admission
+        )
 
     def check(self) -> None:
         """Raises `AssertionError` unless pages, slots and number lines add up. For tests."""

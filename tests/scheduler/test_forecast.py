@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from scheduler.forecast import Batch, Forecast, Growth
+from scheduler.forecast import LAG, Batch, Forecast, Growth
 
 # Length, remaining, pace, pages held together with others.
 Member = tuple[int, int, float, list[int]]
@@ -16,7 +16,7 @@ Member = tuple[int, int, float, list[int]]
 
 def brute_force(members: list[Member], page_size: int) -> int:
     """The peak, by walking through every step."""
-    ends = [math.ceil(remaining / pace) for _, remaining, pace, _ in members]
+    ends = [math.ceil(remaining / pace) + LAG for _, remaining, pace, _ in members]
     peak = 0
     for now in range(max(ends, default=0) + 1):
         own, shared = 0, set()
