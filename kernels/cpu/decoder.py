@@ -133,6 +133,7 @@ class _Projection(Structure):
         ("bias", c_void_p),
         ("columns", c_int64),
         ("inner", c_int64),
+        ("type", c_int32),
     ]
 
 
@@ -221,4 +222,5 @@ def _projection(linear: NativeLinear) -> _Projection:
         bias=None if linear.bias is None else linear.bias.data_ptr(),
         columns=linear.out_features,
         inner=linear.in_features,
+        type=linear.weight_type,
     )

@@ -35,7 +35,7 @@ class Library:
         self.has_tiles = self._bind("native_has_tiles", "", "i")
         self.packed_bytes = self._bind("native_packed_bytes", "i ss", "s")
         self.pack = self._bind("native_pack", "i pp ss i")
-        self.linear = self._bind("native_linear", "i pppp sss i i")
+        self.linear = self._bind("native_linear", "ii pppp sss i i")
         self.workspace_bytes = self._bind("native_workspace_bytes", "p s", "s")
         self.decoder_step = self._bind("native_decoder_step", "pp i")
         self.sample = self._bind("native_sample", "pp ss pppp ppp i")

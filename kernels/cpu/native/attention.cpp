@@ -14,8 +14,9 @@ namespace {
 
 #if NATIVE_AVX512
 // Transposes 16 x 16 lanes; row i of the result goes to out + i * stride.
-INLINE void transpose(const __m512i (&x)[16], uint32_t* out, int64_t stride) {
-    __m512i a[16], b[16];
+INLINE void transpose(const uint32_t* const* rows, uint32_t* out, int64_t stride) {
+    __m512i x[16], a[16], b[16];
+    for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(rows[i]);
     for (int i = 0; i < 16; i += 2) {
         a[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
         a[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
@@ -35,36 +36,56 @@ INLINE void transpose(const __m512i (&x)[16], uint32_t* out, int64_t stride) {
         _mm512_storeu_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
     }
 }
+#elif NATIVE_AVX2
+// Transposes 8 x 8 lanes; row i of the result goes to out + i * stride.
+INLINE void transpose(const uint32_t* const* rows, uint32_t* out, int64_t stride) {
+    __m256i x[8], a[8];
+    for (int i = 0; i < 8; i++) x[i] = load_as<__m256i>(rows[i]);
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+            x[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        store_as(out + i * stride, _mm256_permute2x128_si256(x[i], x[i + 4], 0x20));
+        store_as(out + (i + 4) * stride, _mm256_permute2x128_si256(x[i], x[i + 4], 0x31));
+    }
+}
+#else
+INLINE void transpose(const uint32_t* const* rows, uint32_t* out, int64_t stride) {
+    for (int u = 0; u < kLanes; u++)
+        for (int i = 0; i < kLanes; i++) out[u * stride + i] = rows[i][u];
+}
 #endif
 
-// Sixteen keys of `units` lanes -> [units][16], rows `stride` lanes apart.
+// kLanes keys of `units` lanes -> [units][kLanes], rows `stride` lanes apart.
 INLINE void transpose_keys(const uint32_t* const* keys, int units, uint32_t* out, int64_t stride) {
     int u = 0;
-#if NATIVE_AVX512
-    for (; u + 16 <= units; u += 16) {
-        __m512i x[16];
-        for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(keys[i] + u);
-        transpose(x, out + u * stride, stride);
+    for (; u + kLanes <= units; u += kLanes) {
+        const uint32_t* from[kLanes];
+        for (int i = 0; i < kLanes; i++) from[i] = keys[i] + u;
+        transpose(from, out + u * stride, stride);
     }
-#endif
     for (; u < units; u++)
-        for (int i = 0; i < 16; i++) out[u * stride + i] = keys[i][u];
+        for (int i = 0; i < kLanes; i++) out[u * stride + i] = keys[i][u];
 }
 
-// The lanes of 32 columns of values for the unit (one or two keys) at keys[0].
-INLINE void value_lanes(const float* const* keys, int64_t column, int count, Lanes (&b)[2]) {
-    if (count >= kPanel) {
-        b[0] = load_as<Lanes>(keys[0] + column);
-        b[1] = load_as<Lanes>(keys[0] + column + kLanes);
-        return;
+// The lanes of kPanel columns of values at keys[0], as floats.
+template <class T>
+INLINE void value_lanes(const T* const* keys, int64_t column, int count, Lanes (&b)[2], float) {
+    for (int h = 0; h < 2; h++, count -= kLanes) {
+        const Floats v = count > 0 ? load_upto(keys[0] + column + h * kLanes, count) : Floats{};
+        b[h] = bit_cast<Lanes>(v);
     }
-    float padded[kPanel] = {};
-    std::memcpy(padded, keys[0] + column, count * sizeof(float));
-    b[0] = load_as<Lanes>(padded);
-    b[1] = load_as<Lanes>(padded + kLanes);
 }
 
-INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lanes (&b)[2]) {
+#if defined(__AVX512BF16__)
+// Those at keys[0] and keys[1], as pairs.
+INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lanes (&b)[2], bf16) {
     bf16 padded[2][kPanel] = {};
     const bf16 *first = keys[0] + column, *second = keys[1] + column;
     if (count < kPanel) {
@@ -72,7 +93,6 @@ INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lane
         std::memcpy(padded[1], second, count * sizeof(bf16));
         first = padded[0], second = padded[1];
     }
-#if NATIVE_AVX512
     const auto pairs = [](int from) {  // words from, 32 + from, from + 1, ...
         Words order{};
         for (int i = 0; i < 32; i++) order[i] = uint16_t(from + i / 2 + i % 2 * 32);
@@ -81,14 +101,8 @@ INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lane
     const __m512i one = _mm512_loadu_si512(first), two = _mm512_loadu_si512(second);
     b[0] = (Lanes)_mm512_permutex2var_epi16(one, pairs(0), two);
     b[1] = (Lanes)_mm512_permutex2var_epi16(one, pairs(16), two);
-#else
-    for (int h = 0; h < 2; h++) {
-        const Halves low = load_as<Halves>(first + h * kLanes);
-        const Halves high = load_as<Halves>(second + h * kLanes);
-        b[h] = __builtin_convertvector(low, Lanes) | (__builtin_convertvector(high, Lanes) << 16);
-    }
-#endif
 }
+#endif
 
 // Where the keys and values of one tile lie: kTile vectors each, scattered over pages.
 template <class T>
@@ -112,11 +126,14 @@ struct Tile {
     }
 };
 
-// Asks for the i-th pair of cache lines of a tile: first those at the start of every vector, then the
-// next ones. The products of one tile count i up to just the number of pairs in a tile, so that the
-// next one arrives evenly while this one is computed.
-template <class T>
+// Asks for a pair of cache lines of a tile: first those at the start of every vector, then the next
+// ones. The i-th product of a tile, which takes `bytes` of this one, asks for the same part of the
+// next, so that it arrives evenly while this one is computed.
+template <int bytes, class T>
 INLINE void prefetch(const T* const* vectors, int i) {
+    constexpr int products = bytes < 128 ? 128 / bytes : 1;
+    if (i % products) return;
+    i /= products;
     const char* pair = reinterpret_cast<const char*>(vectors[i % kTile]) + i / kTile * 128;
     __builtin_prefetch(pair, 0, 2);
     __builtin_prefetch(pair + 64, 0, 2);
@@ -125,10 +142,10 @@ INLINE void prefetch(const T* const* vectors, int i) {
 // One thread's workspace for a block of query rows.
 template <class T>
 struct Workspace {
-    T* q;            // [rows, head_dim]
-    T* weights;      // [rows, kTile], exp(score - maximum)
-    float* scores;   // [rows, kTile]
-    uint32_t* keys;  // [kTile / 32][units][32]
+    Factor<T>* q;        // [rows, head_dim]
+    Factor<T>* weights;  // [rows, kTile], exp(score - maximum)
+    float* scores;       // [rows, kTile]
+    uint32_t* keys;      // [kTile / kPanel][units][kPanel]
     int64_t* positions;  // [rows]
     Partial split, total;
 
@@ -145,8 +162,8 @@ struct Workspace {
         keys = cut(panel_lanes);
         positions = reinterpret_cast<int64_t*>(cut(2 * rows));
         scores = reinterpret_cast<float*>(cut(rows * kTile));
-        weights = reinterpret_cast<T*>(cut(rows * kTile / kPack<T>));
-        q = reinterpret_cast<T*>(cut(rows * plan.head_dim / kPack<T>));
+        weights = reinterpret_cast<Factor<T>*>(cut(rows * kTile / kPack<Factor<T>>));
+        q = reinterpret_cast<Factor<T>*>(cut(rows * plan.head_dim / kPack<Factor<T>>));
         for (Partial* p : {&split, &total}) {
             p->values = reinterpret_cast<float*>(cut(rows * plan.width));
             p->maximum = reinterpret_cast<float*>(cut(rows));
@@ -159,6 +176,7 @@ struct Workspace {
 template <class T>
 void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& next, int64_t dim,
                  int64_t start, int64_t rows, const AttentionShape& shape, int64_t width) {
+    using A = Factor<T>;
     const int units = int(dim / kPack<T>);
     const int panels = (tile.count + kPanel - 1) / kPanel;
     for (int i = 0; i < panels * kPanel; i += kLanes)
@@ -168,7 +186,7 @@ void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& n
     for (int p = 0; p < panels; p++) {
         const uint32_t* panel = work.keys + p * units * kPanel;
         const auto columns = [&](int u, Lanes(&b)[2]) {
-            prefetch(next.keys, p * units + u);
+            prefetch<kPanel * 4>(next.keys, p * units + u);
             b[0] = load_as<Lanes>(panel + u * kPanel);
             b[1] = load_as<Lanes>(panel + u * kPanel + kLanes);
         };
@@ -177,11 +195,10 @@ void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& n
             for (int h = 0; h < 2; h++)
                 store(work.scores + row * kTile + p * kPanel + h * kLanes, acc[h] * shape.scale);
         };
-        multiply_all<T, 2>(rows, work.q, units, units, columns, zero, finish);
+        multiply_all<A, T, 2>(rows, work.q, dim / kPack<A>, units, columns, zero, finish);
     }
 
-    Ints lane;
-    for (int i = 0; i < kLanes; i++) lane[i] = i;
+    const Ints lane = bit_cast<Ints>(lane_numbers());
     for (int64_t row = 0; row < rows; row++) {
         // Visible keys of this tile are those at [oldest, newest].
         const int64_t position = work.positions[row] - start;
@@ -213,11 +230,12 @@ void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& n
         work.split.total[row] += sum(total);
     }
 
-    const int pairs = (tile.count + kPack<T> - 1) / kPack<T>;
+    const int steps = (tile.count + kPack<A> - 1) / kPack<A>;  // a key each, or two
     for (int64_t column = 0; column < dim; column += kPanel) {
         const auto columns = [&](int u, Lanes(&b)[2]) {
-            prefetch(next.values, int(column / kPanel) * pairs + u);
-            value_lanes(tile.values + u * kPack<T>, column, int(dim - column), b);
+            constexpr int bytes = kPanel * kPack<A> * sizeof(T);
+            prefetch<bytes>(next.values, int(column / kPanel) * steps + u);
+            value_lanes(tile.values + u * kPack<A>, column, int(dim - column), b, A{});
         };
         const auto start_row = [&](int64_t row, Floats(&acc)[2]) {
             for (int h = 0; h < 2; h++)
@@ -227,7 +245,8 @@ void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& n
             for (int h = 0; h < 2; h++)
                 store(work.split.values + row * width + column + h * kLanes, acc[h]);
         };
-        multiply_all<T, 2>(rows, work.weights, kTile / kPack<T>, pairs, columns, start_row, finish);
+        multiply_all<A, A, 2>(rows, work.weights, kTile / kPack<A>, steps, columns, start_row,
+                              finish);
     }
 }
 
@@ -273,8 +292,8 @@ void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, Atten
     const Workspace<T> work(plan, dim / kPack<T>);
     for (int64_t token = unit.begin; token < unit.end; token++) {
         const int64_t row = (token - unit.begin) * plan.group;
-        std::memcpy(work.q + row * dim, q + (token * shape.heads + head * plan.group) * dim,
-                    plan.group * dim * sizeof(T));
+        copy_as(q + (token * shape.heads + head * plan.group) * dim, work.q + row * dim,
+                plan.group * dim);
         for (int64_t g = 0; g < plan.group; g++) work.positions[row + g] = batch.positions[token];
     }
     const Reach reach(batch, shape, unit);

@@ -5,10 +5,9 @@
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "multiply.h"
 #include "pointwise.h"
 #include "team.h"
@@ -55,27 +54,6 @@ struct Partial {
                 store(to + i, load(to + i) * a + load(from + i) * b);
         }
     }
-};
-
-// Owns 64-byte aligned memory that only grows.
-class Buffer {
-  public:
-    template <class T>
-    T* take(int64_t count) {
-        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-        if (bytes > size_) {
-            data_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-            size_ = bytes;
-        }
-        return reinterpret_cast<T*>(data_.get());
-    }
-
-  private:
-    struct Free {
-        void operator()(char* p) const { std::free(p); }
-    };
-    std::unique_ptr<char, Free> data_;
-    size_t size_ = 0;
 };
 
 // The division of one batch into units; the same for all layers of equal shape.

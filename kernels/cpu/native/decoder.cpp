@@ -20,6 +20,7 @@ struct NativeProjection {
     const void* bias;
     int64_t columns;
     int64_t inner;
+    int32_t type;  // of the weight
 };
 
 struct NativeLayer {
@@ -128,7 +129,7 @@ class Plans {
 template <class T>
 void project(const NativeProjection& p, const T* x, T* out, int64_t rows, Share share,
              std::atomic<int64_t>& next) {
-    const Linear w{(const uint32_t*)p.packed, p.bias, p.columns, p.inner / kPack<T>};
+    const Linear w{(const uint32_t*)p.packed, p.bias, p.columns, p.inner, p.type != 0};
     const int64_t most = share.count == 1 ? 1 : 4 * share.count;
     const int64_t pieces = std::max<int64_t>(std::min(w.panels() / (rows == 1 ? 4 : 1), most), 1);
     for (int64_t piece = next++; piece < pieces; piece = next++)

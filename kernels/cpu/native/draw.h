@@ -16,7 +16,7 @@
 
 namespace native {
 
-constexpr int kTile = 64;  // tokens: the four words of one Philox block in each of sixteen lanes
+constexpr int kTile = 4 * kLanes;  // tokens: the four words of one Philox block in each lane
 constexpr float kGumbelMax = 22.9f;
 constexpr float kSlack = 1e-3f;  // nats; far above the rounding of any filter below
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -43,15 +43,19 @@ struct Winner {
 
 // --- noise --------------------------------------------------------------------------------------
 
-using Wide = uint64_t __attribute__((vector_size(64)));
+using Wide = uint64_t __attribute__((vector_size(kVectorBytes)));
 
-// The 64-bit products of sixteen lanes with one factor, as high and low words.
+// The 64-bit products of lanes with one factor, as high and low words.
 INLINE void multiply(Lanes a, uint32_t factor, Lanes& high, Lanes& low) {
     const Wide both = bit_cast<Wide>(a), mask = Wide{} + 0xffffffffu;
 #if NATIVE_AVX512
     const __m512i by = _mm512_set1_epi32((int)factor);
     const Wide even = (Wide)_mm512_mul_epu32((__m512i)both, by);
     const Wide odd = (Wide)_mm512_mul_epu32((__m512i)(both >> 32), by);
+#elif NATIVE_AVX2
+    const __m256i by = _mm256_set1_epi32((int)factor);
+    const Wide even = (Wide)_mm256_mul_epu32((__m256i)both, by);
+    const Wide odd = (Wide)_mm256_mul_epu32((__m256i)(both >> 32), by);
 #else
     const Wide even = (both & mask) * factor, odd = (both >> 32) * factor;
 #endif
@@ -59,7 +63,7 @@ INLINE void multiply(Lanes a, uint32_t factor, Lanes& high, Lanes& low) {
     high = bit_cast<Lanes>((even >> 32) | (odd & ~mask));
 }
 
-// Philox4x32-10 of sixteen blocks of four tokens.
+// Philox4x32-10 of kLanes blocks of four tokens.
 INLINE void philox(Lanes block, const Draw& draw, Lanes words[4]) {
     Lanes c0 = block, c1 = Lanes{} + draw.position, c2 = Lanes{} + draw.choice, c3 = Lanes{} + 1;
     uint32_t k0 = (uint32_t)draw.seed, k1 = (uint32_t)(draw.seed >> 32);
@@ -98,10 +102,12 @@ INLINE Floats noise_bound(Floats v) {
 INLINE bool any(Ints mask) {
 #if NATIVE_AVX512
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif NATIVE_AVX2
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
     Wide halves = bit_cast<Wide>(mask);
     uint64_t bits = 0;
-    for (int i = 0; i < 8; i++) bits |= halves[i];
+    for (int i = 0; i < kLanes / 2; i++) bits |= halves[i];
     return bits != 0;
 #endif
 }
@@ -155,7 +161,7 @@ inline int64_t argmax(const TiledRow& row) {
 inline int64_t draw_from_all(const TiledRow& row, const Draw& draw) {
     // Not below the true quotient in the filters, even where 1 / temperature overflows.
     const float inverse = std::min(1 / draw.temperature, FLT_MAX);
-    const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Lanes lane = lane_numbers();
     Winner winner;
     const auto visit = [&](int64_t t) {
         // Rounding is monotone and the slack covers it, so no token of a skipped tile could win.

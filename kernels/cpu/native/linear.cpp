@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "buffer.h"
 #include "tiles.h"
 
 namespace native {
@@ -34,23 +35,57 @@ INLINE void finish_row(const Linear& w, const Floats* sums, int vectors, int64_t
     }
 }
 
-// Rows [begin, end) times Panels neighbouring panels. Out is T or float.
-template <class T, class Out, int Panels, int MaxRows>
-INLINE void linear_block(const Linear& w, const T* x, Out* out, Range rows, int64_t panel) {
+// `rows` rows of A times Panels neighbouring panels of B. Out is the rows' type T or float.
+template <class A, class B, class T, class Out, int Panels, int MaxRows>
+INLINE void linear_block(const Linear& w, const A* x, Out* out, int64_t rows, int64_t panel) {
     constexpr int V = 2 * Panels;
-    const uint32_t* weights = w.packed + panel * w.units * kPanel;
+    constexpr int64_t unit_bytes = V * kVectorBytes;
+    const int64_t units = w.units();
+    const uint32_t* weights = w.packed + panel * units * kPanel;
+    // The first block of rows would wait for the memory while it reads the panel, and the others
+    // leave the memory idle: so all of them together fetch the next one, evenly.
+    const int64_t step = unit_bytes / std::max<int64_t>(row_blocks(rows, MaxRows), 1);
+    const char* ahead = reinterpret_cast<const char*>(weights) + units * unit_bytes;
     const auto columns = [&](int u, Lanes(&b)[V]) {
+        if constexpr (MaxRows > 1) {
+            for (int64_t line = 0; line < unit_bytes; line += 64)
+                __builtin_prefetch(ahead + line, 0, 2);
+            ahead += step;
+        }
         UNROLL for (int v = 0; v < V; v++)
-            b[v] = load_as<Lanes>(weights + (v / 2 * w.units + u) * kPanel + v % 2 * kLanes);
+            b[v] = load_as<Lanes>(weights + (v / 2 * units + u) * kPanel + v % 2 * kLanes);
     };
     const auto zero = [](int64_t, Floats(&acc)[V]) {
         for (int v = 0; v < V; v++) acc[v] = Floats{};
     };
     const auto finish = [&](int64_t row, Floats(&acc)[V]) {
-        finish_row<T>(w, acc, V, panel * kPanel, out + (rows.begin + row) * w.columns);
+        finish_row<T>(w, acc, V, panel * kPanel, out + row * w.columns);
     };
-    multiply_all<T, V, MaxRows>(rows.end - rows.begin, x + rows.begin * w.units * kPack<T>, w.units,
-                                int(w.units), columns, zero, finish);
+    multiply_all<A, B, V, MaxRows>(rows, x, w.inner / kPack<A>, int(units), columns, zero, finish);
+}
+
+// The same for a range of panels.
+template <class A, class B, class T, class Out>
+void linear_panels(const Linear& w, const A* x, Out* out, int64_t rows, Range panels) {
+    int64_t panel = panels.begin;
+    if (rows == 1)  // bound by reading the weight: several panels hide the products' latency
+        for (; panel + 4 <= panels.end; panel += 4)
+            linear_block<A, B, T, Out, 4, 1>(w, x, out, rows, panel);
+    for (; panel < panels.end; panel++)
+        linear_block<A, B, T, Out, 1, kRows>(w, x, out, rows, panel);
+}
+
+// `count` values as factors: where they lie, or widened.
+template <class A, class T>
+const A* factors(const T* x, int64_t count) {
+    if constexpr (std::is_same_v<A, T>) {
+        return x;
+    } else {
+        static thread_local Buffer buffer;
+        float* to = buffer.take<float>(count);
+        copy_as(x, to, count);
+        return to;
+    }
 }
 
 #if NATIVE_TILES
@@ -61,16 +96,17 @@ class TileBlock {
   public:
     ~TileBlock() { tile_release(); }
 
-    void operator()(const Linear& w, const bf16* x, Out* out, Range rows, int64_t panel) {
-        for (int64_t row = rows.begin; row < rows.end; row += 32) {
-            const int count = int(std::min(rows.end - row, int64_t(32)));
+    void operator()(const Linear& w, const bf16* x, Out* out, int64_t rows, int64_t panel) {
+        const int64_t units = w.units();
+        for (int64_t row = 0; row < rows; row += 32) {
+            const int count = int(std::min(rows - row, int64_t(32)));
             if (count != shaped_) {
                 const TileShapes shapes(std::min(count, 16), std::max(count - 16, 0));
                 tile_shapes(&shapes);
                 shaped_ = count;
             }
-            multiply_tiles(reinterpret_cast<const uint32_t*>(x) + row * w.units, w.units, count,
-                           w.units, w.packed + panel * w.units * kPanel, sums_);
+            multiply_tiles(reinterpret_cast<const uint32_t*>(x) + row * units, units, count, units,
+                           w.packed + panel * units * kPanel, sums_);
             for (int r = 0; r < count; r++)
                 finish_row<bf16>(w, reinterpret_cast<const Floats*>(sums_ + r * kPanel), 2,
                                  panel * kPanel, out + (row + r) * w.columns);
@@ -91,28 +127,35 @@ void linear(const Linear& w, const T* x, Out* out, int64_t rows, Share share) {
     const int64_t panels = w.panels();
     // A chunk of rows stays in the cache while the panels pass by, and is a unit of sharing.
     const int64_t chunk = 96, chunks = (rows + chunk - 1) / chunk;
-    const Range range = part(chunks * panels, share);
-    const auto rows_of = [&](int64_t item) {
-        return Range{rows * (item / panels) / chunks, rows * (item / panels + 1) / chunks};
+    const Range items = part(chunks * panels, share);
+    // Calls visit(rows, count, out, panels) for every chunk's part of the items.
+    const auto each_chunk = [&](auto visit) {
+        for (int64_t item = items.begin; item < items.end;) {
+            const int64_t i = item / panels, begin = rows * i / chunks;
+            const int64_t end = std::min((i + 1) * panels, items.end);
+            visit(x + begin * w.inner, rows * (i + 1) / chunks - begin, out + begin * w.columns,
+                  Range{item - i * panels, end - i * panels});
+            item = end;
+        }
     };
 #if NATIVE_TILES
     if constexpr (std::is_same_v<T, bf16>)
-        if (w.units % 16 == 0 && tiles_work()) {
+        if (w.units() % 16 == 0 && tiles_work()) {
             TileBlock<Out> block;
-            for (int64_t item = range.begin; item < range.end; item++)
-                block(w, x, out, rows_of(item), item % panels);
+            each_chunk([&](const T* from, int64_t count, Out* to, Range range) {
+                for (int64_t panel = range.begin; panel < range.end; panel++)
+                    block(w, from, to, count, panel);
+            });
             return;
         }
 #endif
-    if (rows == 1) {  // bound by reading the weight: several panels hide the products' latency
-        int64_t panel = range.begin;
-        for (; panel + 4 <= range.end; panel += 4)
-            linear_block<T, Out, 4, 1>(w, x, out, {0, 1}, panel);
-        for (; panel < range.end; panel++) linear_block<T, Out, 1, 1>(w, x, out, {0, 1}, panel);
-        return;
-    }
-    for (int64_t item = range.begin; item < range.end; item++)
-        linear_block<T, Out, 1, kRows>(w, x, out, rows_of(item), item % panels);
+    each_chunk([&](const T* from, int64_t count, Out* to, Range range) {
+        using A = Factor<T>;
+        const A* a = factors<A>(from, count * w.inner);
+        if (std::is_same_v<T, bf16> || w.narrow)
+            linear_panels<A, bf16, T>(w, a, to, count, range);
+        else linear_panels<float, float, T>(w, (const float*)a, to, count, range);
+    });
 }
 
 template void linear(const Linear&, const float*, float*, int64_t, Share);

@@ -116,12 +116,14 @@ void native_pack(int type, const void* weight, void* packed, int64_t columns, in
     });
 }
 
-// out is fp32 when `wide`, else of the type of x.
-void native_linear(int type, const void* packed, const void* bias, const void* x, void* out,
-                   int64_t rows, int64_t columns, int64_t inner, int wide, int threads) {
+// `type` is that of x and the bias; an fp32 x may meet a bf16 weight. out is fp32 when `wide`, else of
+// the type of x.
+void native_linear(int type, int weight_type, const void* packed, const void* bias, const void* x,
+                   void* out, int64_t rows, int64_t columns, int64_t inner, int wide,
+                   int threads) {
     with_type(type, [&](auto tag) {
         using T = decltype(tag);
-        const Linear w{(const uint32_t*)packed, bias, columns, inner / kPack<T>};
+        const Linear w{(const uint32_t*)packed, bias, columns, inner, weight_type != 0};
         parallel(threads, columns * inner, [&](Share share) {
             if (wide) linear(w, (const T*)x, (float*)out, rows, share);
             else linear(w, (const T*)x, (T*)out, rows, share);

@@ -7,9 +7,9 @@
 
 namespace native {
 
-using Doubles = double __attribute__((vector_size(64)));
-using Longs = int64_t __attribute__((vector_size(64)));
-using HalfFloats = float __attribute__((vector_size(32)));
+using Doubles = double __attribute__((vector_size(kVectorBytes)));
+using Longs = int64_t __attribute__((vector_size(kVectorBytes)));
+using HalfFloats = float __attribute__((vector_size(kVectorBytes / 2)));
 
 // exp for x <= 0, to the last bit or two of a double; exactly 1 at 0, 0 below -700.
 INLINE Doubles exp(Doubles x) {
@@ -43,7 +43,7 @@ struct Candidates {
         if ((int64_t)z.size() < vocab + kTile) z.resize(vocab + kTile), token.resize(vocab + kTile);
     }
 
-    // Appends the lanes where `keep` is set. May write up to sixteen entries past `count`.
+    // Appends the lanes where `keep` is set. May write up to kLanes entries past `count`.
     INLINE void append(Floats values, Lanes tokens, Ints keep) {
 #if NATIVE_AVX512
         const __mmask16 mask = _mm512_test_epi32_mask((__m512i)keep, (__m512i)keep);
@@ -88,7 +88,7 @@ inline float kth_largest(const float* values, int64_t count, int64_t k,
 
 // All tokens with z >= floor.
 inline void gather(const TiledRow& row, float temperature, float floor, Candidates& found) {
-    const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Lanes lane = lane_numbers();
     for (int64_t t = 0; t < row.count(); t++) {
         if ((row.maxima[t] - row.top) / temperature < floor) continue;
         for (int i = 0; i < kTile; i += kLanes) {
@@ -113,7 +113,7 @@ inline void keep_nucleus(Candidates& found, double top_p) {
         alignas(64) double e[kLanes];
         const Floats place = load(z) * -kPerNat, lowest = splat(kBuckets - 1);
         store_as(bucket, __builtin_convertvector(place < lowest ? place : lowest, Ints));
-        for (int j = 0; j < kLanes; j += 8)
+        for (int j = 0; j < kLanes; j += kLanes / 2)
             store_as(e + j, exp(__builtin_convertvector(load_as<HalfFloats>(z + j), Doubles)));
         for (int j = 0; j < kLanes; j++) parts[j % 8][bucket[j]] += e[j];
     }

@@ -1,18 +1,28 @@
-// Vectors of sixteen 32-bit lanes, in the vector extension that GCC and Clang share.
+// Vectors of 32-bit lanes, in the vector extension that GCC and Clang share.
 //
-// Everything here works on "lanes": 32 bits that hold one float or two neighbouring bf16. A dot
-// product is then the same loop for both types, and `dot` below is the only place that knows the
-// difference. Intrinsics appear only where a feature macro says so, each beside a portable form.
+// A vector is as wide as the machine's registers, since compilers split wider ones badly: sixteen
+// lanes with AVX-512, eight with AVX2, four elsewhere. Everything here works on "lanes": 32 bits
+// that hold one float or two neighbouring bf16. A dot product is then the same loop for both types,
+// and `Factor`, `operand` and `multiply_add` below are the only places that know the difference.
+// Intrinsics appear only where a feature macro says so, each beside a portable form.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
-#include <immintrin.h>
 #define NATIVE_AVX512 1
 #else
 #define NATIVE_AVX512 0
+#endif
+#if defined(__AVX2__) && !NATIVE_AVX512 && !defined(NATIVE_EMULATED_TILES)
+#define NATIVE_AVX2 1
+#else
+#define NATIVE_AVX2 0
+#endif
+#if NATIVE_AVX512 || NATIVE_AVX2
+#include <immintrin.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -21,13 +31,20 @@
 
 namespace native {
 
-constexpr int kLanes = 16;
+#if NATIVE_AVX512 || defined(NATIVE_EMULATED_TILES)
+constexpr int kVectorBytes = 64;
+#elif NATIVE_AVX2
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
 
-using Floats = float __attribute__((vector_size(64)));
-using Lanes = uint32_t __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Words = uint16_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(kVectorBytes)));
+using Lanes = uint32_t __attribute__((vector_size(kVectorBytes)));
+using Ints = int32_t __attribute__((vector_size(kVectorBytes)));
+using Words = uint16_t __attribute__((vector_size(kVectorBytes)));
+using Halves = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 
 struct bf16 {
     uint16_t bits;
@@ -55,6 +72,13 @@ INLINE void store_as(void* to, V v) {
 
 INLINE Floats splat(float x) { return x - Floats{}; }
 
+// 0, 1, 2, ...
+INLINE Lanes lane_numbers() {
+    Lanes lane;
+    for (int i = 0; i < kLanes; i++) lane[i] = i;
+    return lane;
+}
+
 INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 // --- conversions: everything is computed in fp32 ------------------------------------------------
@@ -79,7 +103,7 @@ INLINE void store(bf16* p, Floats v) {
 #endif
 }
 
-// The first `count` (1 to 16) elements; the rest reads as zero and is not written.
+// The first `count` (1 to kLanes) elements; the rest reads as zero and is not written.
 template <class T>
 INLINE Floats load_some(const T* p, int count) {
     T padded[kLanes] = {};
@@ -105,17 +129,35 @@ INLINE void store_upto(T* p, Floats v, int count) {
     else store_some(p, v, count);
 }
 
+// `count` values in another type, or the same.
+template <class From, class To>
+INLINE void copy_as(const From* from, To* to, int64_t count) {
+    if constexpr (std::is_same_v<From, To>) {
+        std::memcpy(to, from, count * sizeof(To));
+    } else {
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const int some = int(count - i < kLanes ? count - i : kLanes);
+            store_upto(to + i, load_upto(from + i, some), some);
+        }
+    }
+}
+
 // --- reductions, in one fixed order: halves upon halves -----------------------------------------
+
+template <class Combine>
+INLINE float reduce(Floats v, Combine combine) {
+    float a[kLanes];
+    store_as(a, v);
+    UNROLL for (int width = kLanes / 2; width; width /= 2)
+        UNROLL for (int i = 0; i < width; i++) a[i] = combine(a[i], a[i + width]);
+    return a[0];
+}
 
 INLINE float sum(Floats v) {
 #if NATIVE_AVX512
     return _mm512_reduce_add_ps((__m512)v);
 #else
-    float a[kLanes];
-    store_as(a, v);
-    for (int width = kLanes / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) a[i] += a[i + width];
-    return a[0];
+    return reduce(v, [](auto a, auto b) { return a + b; });
 #endif
 }
 
@@ -123,10 +165,7 @@ INLINE float largest(Floats v) {
 #if NATIVE_AVX512
     return _mm512_reduce_max_ps((__m512)v);
 #else
-    float a[kLanes];
-    store_as(a, v);
-    for (int i = 1; i < kLanes; i++) a[0] = a[i] > a[0] ? a[i] : a[0];
-    return a[0];
+    return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 #endif
 }
 
@@ -158,23 +197,41 @@ INLINE Floats exp(Floats x) {
 template <class T>
 constexpr int kPack = 4 / sizeof(T);
 
-// acc[i] += a . b[i], where a and b[i] are one float or two bf16 each.
+// What values of T are multiplied by: bf16 where the machine multiplies pairs of them, else float.
+#if defined(__AVX512BF16__)
 template <class T>
-INLINE Floats dot(Floats acc, uint32_t a, Lanes b);
+using Factor = T;
+#else
+template <class T>
+using Factor = float;
+#endif
+
+// Lanes of A that meet one lane of B.
+template <class A, class B>
+constexpr int kParts = kPack<B> / kPack<A>;
+
+// The lanes of B that meet the `part`-th of those lanes of A: themselves, or the lower or upper half
+// of each widened to a float, which takes one instruction.
+template <class A, class B>
+INLINE Lanes operand(Lanes b, int part) {
+    if constexpr (kParts<A, B> == 1) return b;
+    else return part ? b & 0xffff0000u : b << 16;
+}
+
+// acc[i] += a . b[i], where a and b[i] are one float or two bf16 each.
+template <class A>
+INLINE Floats multiply_add(Floats acc, uint32_t a, Lanes b);
 
 template <>
-INLINE Floats dot<float>(Floats acc, uint32_t a, Lanes b) {
+INLINE Floats multiply_add<float>(Floats acc, uint32_t a, Lanes b) {
     return acc + splat(bit_cast<float>(a)) * bit_cast<Floats>(b);
 }
 
-template <>
-INLINE Floats dot<bf16>(Floats acc, uint32_t a, Lanes b) {
 #if defined(__AVX512BF16__)
+template <>
+INLINE Floats multiply_add<bf16>(Floats acc, uint32_t a, Lanes b) {
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-#else
-    acc = acc + splat(bit_cast<float>(a << 16)) * bit_cast<Floats>(b << 16);
-    return acc + splat(bit_cast<float>(a & 0xffff0000u)) * bit_cast<Floats>(b & 0xffff0000u);
-#endif
 }
+#endif
 
 }  // namespace native

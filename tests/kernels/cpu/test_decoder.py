@@ -44,7 +44,7 @@ class Model:
                 output=native.linear(weight(HIDDEN, width)),
                 mlp_norm=1 + weight(HIDDEN),
                 gate_up=native.linear(weight(2 * INNER, HIDDEN)),
-                down=native.linear(weight(HIDDEN, INNER)),
+                down=native.linear(weight(HIDDEN, INNER).bfloat16().to(dtype)),  # kept in bf16
             )
             for window in (None, 40, None)
         ]

@@ -67,6 +67,21 @@ def test_a_row_is_the_same_beside_any_others(
                 assert torch.equal(layer(x[begin : begin + rows]), together[begin : begin + rows])
 
 
+def test_a_weight_kept_in_bf16_gives_the_bits_of_fp32(library: Library) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 130, generator=g).bfloat16().float()
+    wide = weight.clone()
+    wide[-1, 0] = 1 + 2**-20  # no bf16: the whole weight stays in fp32
+    bias = torch.randn(70, generator=g)
+    narrow, kept = NativeLinear(library, weight, bias), NativeLinear(library, wide, bias)
+    assert narrow.packed.shape[0] * 2 == kept.packed.shape[0]
+    for rows in (1, 5, 40):
+        x = torch.randn(rows, 130, generator=g)
+        assert torch.equal(narrow(x)[:, :-1], kept(x)[:, :-1])
+    odd = NativeLinear(library, torch.ones(4, 3))
+    assert torch.equal(odd(torch.ones(2, 3)), torch.full((2, 4), 3.0))
+
+
 def test_leading_dimensions_and_strides(library: Library) -> None:
     g = torch.Generator().manual_seed(0)
     weight, x = (
