@@ -198,6 +198,7 @@ def _check(config: Config) -> None:
         "ttft_target": schedule.ttft_target,
         "mtpot_target": schedule.mtpot_target,
         "threads": config.engine.device.threads,
+        "length_window": schedule.length_window,
         "max_body_bytes": server.max_body_bytes,
         "max_json_depth": server.max_json_depth,
         "max_choices": server.max_choices,
@@ -212,6 +213,8 @@ def _check(config: Config) -> None:
             raise CommandError(f"{name} must be positive, not {value}.")
     if not 0 < cache.memory_fraction <= 1:
         raise CommandError(f"memory_fraction must be in (0, 1], not {cache.memory_fraction}.")
+    if not 0 <= schedule.watermark < 1:
+        raise CommandError(f"watermark must be in [0, 1), not {schedule.watermark}.")
     if not 0 <= server.port < 65536:
         raise CommandError(f"port must be between 0 and 65535, not {server.port}.")
     if server.drain_seconds < 0:

@@ -132,6 +132,20 @@ class ScheduleConfig:
         "Seconds that no gap between two outputs of a stream should exceed: long prompts are"
         " computed in pieces that keep to it. A stricter `slo.mtpot` of a request wins.",
     )
+    policy: str = option(
+        "past-future",
+        "Who is let in. `past-future`: whoever leaves the forecast peak of memory under what there"
+        " is; `aggressive`: whoever fits now; `conservative`: whoever fits at full length.",
+        choices=("past-future", "aggressive", "conservative"),
+    )
+    watermark: float = option(
+        0.05, "Share of KV pages that the `aggressive` policy keeps free for growth."
+    )
+    length_window: int = option(1000, "Past output lengths that the forecast draws from.")
+    length_history: str | None = option(
+        None,
+        "File that keeps them between two starts. Default: one per model in the cache folder.",
+    )
     profile: str | None = option(
         None,
         "Step times measured by `foresight profile`. Default: learnt while serving.",

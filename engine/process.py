@@ -24,7 +24,7 @@ from engine.errors import StartupError
 from engine.launch import Failed, Launch, Phase, Report, Up, encode_report
 from engine.logs import configure_logging
 from engine.messages import EngineFacts
-from engine.scheduling import build_scheduler
+from engine.scheduling import build_scheduler, keep_history
 from engine.transport import ZmqEngineTransport
 from scheduler.request import SchedulerConfig
 
@@ -137,6 +137,8 @@ def serve(launch: Launch, reporter: Reporter) -> int:
         transport.close()
         reporter.failed(message)
         return 1
+    finally:
+        keep_history(launch.config, scheduler)
     transport.close()
     worker.close()
     return 0

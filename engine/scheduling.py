@@ -7,6 +7,8 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import StartupError
+from engine.history import history_file, keep, restore
+from scheduler.admission import make_policy
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import Profile, ProfileError, StepCost
@@ -16,9 +18,23 @@ log = logging.getLogger(__name__)
 
 def build_scheduler(config: EngineConfig, limits: SchedulerConfig) -> Scheduler:
     """Raises `StartupError`, one sentence for a person, for whatever the user can mend."""
-    cost = step_cost(config.schedule.profile)
+    schedule = config.schedule
+    cost = step_cost(schedule.profile)
     log.info("step times: %s", cost.label)
-    return Scheduler(limits, cost=cost)
+    policy = make_policy(
+        schedule.policy, watermark=schedule.watermark, window=schedule.length_window
+    )
+    file = history_file(config)
+    if policy.window is not None and file is not None:
+        restore(policy.window, file)
+    return Scheduler(limits, policy=policy, cost=cost)
+
+
+def keep_history(config: EngineConfig, scheduler: Scheduler) -> None:
+    """For the next start."""
+    window, file = scheduler.policy.window, history_file(config)
+    if window is not None and file is not None:
+        keep(window, file)
 
 
 def step_cost(file: str | None) -> StepCost:

@@ -73,6 +73,7 @@ class Policy:
 
     lengths: LengthGuess
     reserve: Reserve
+    window: LengthWindow | None = None  # the past it learns from, to be kept between starts
 
 
 POLICIES = ("past-future", "aggressive", "conservative")  # "oracle" needs to be told the truth
@@ -96,7 +97,8 @@ def make_policy(
         raise ValueError(f"the watermark must be in [0, 1), not {watermark}")
     match name:
         case "past-future":
-            return Policy(PastFuture(LengthWindow(window), seed), AdaptiveReserve())
+            past = LengthWindow(window)
+            return Policy(PastFuture(past, seed), AdaptiveReserve(), past)
         case "aggressive":
             return Policy(NothingMore(), Watermark(watermark))
         case "conservative":

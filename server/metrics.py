@@ -105,6 +105,14 @@ _GAUGES: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
         Definition("kv_cache_cached_perc", "Share of KV pages kept for reuse, 0 to 1.", False),
         lambda x: x.pages_cached / x.pages_total if x.pages_total else 0.0,
     ),
+    (
+        Definition("kv_cache_forecast_perc", "Peak of KV pages that admission foresees.", False),
+        lambda x: x.pages_forecast / x.pages_total if x.pages_total else 0.0,
+    ),
+    (
+        Definition("kv_cache_reserve_perc", "Share of KV pages admission keeps free.", False),
+        lambda x: x.pages_reserved / x.pages_total if x.pages_total else 0.0,
+    ),
 )
 _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
     (Definition("prefix_cache_queries", "Prompt tokens looked up."), lambda x: x.prefix_queries),

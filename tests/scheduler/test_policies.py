@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from scheduler.admission import AdaptiveReserve, Policy, make_policy
-from scheduler.lengths import LengthWindow, PastFuture
+from scheduler.lengths import LengthWindow, NothingMore, PastFuture
 from scheduler.request import Request
 from tests.fakes import Script
 from tests.scheduler.driving import EOS, Pair, pair, request
@@ -66,10 +66,10 @@ def test_with_true_lengths_nothing_is_ever_evicted(
             )
             serve(both, todo)
             preemptions = both.scheduler.load().preemptions
-            if policy.reserve.share == 0 and type(policy.lengths).__name__ == "NothingMore":
+            if isinstance(policy.lengths, NothingMore):
                 evicted += preemptions
             else:
-                assert preemptions == 0, (seed, type(policy.lengths).__name__)
+                assert preemptions == 0, (seed, policy)
     assert evicted > 12
 
 
@@ -128,8 +128,8 @@ def test_a_warm_window_fills_the_pool_that_doubt_leaves_empty() -> None:
         both.step()
         running.append(both.scheduler.load().running)
     cold, warm = running
-    assert cold == 2
-    assert warm > 8 * cold
+    assert cold == 2  # of the 59 pages, 26 each
+    assert warm >= 12  # 4 pages each, but for the few that doubt lets grow
 
 
 def test_a_policy_that_does_not_exist_is_refused() -> None:
