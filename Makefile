@@ -39,6 +39,7 @@ format: $(VENV)/.development
 
 docs: $(VENV)/.development
 	$(VENV)/bin/python -m cli.document
+	$(VENV)/bin/python -m docs.tables
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
