@@ -105,8 +105,8 @@ def measure(
 ) -> tuple[list[Point], list[Point], list[tuple[int, float]]]:
     """Points of the grid, points of random loads, seconds of copies: each the median of its runs.
 
-    The first round runs everything once, cheap steps first, and leaves out what there is no time
-    for. Later rounds run in orders of their own, so that a slow moment of the machine does not fall
+    The first round runs everything once, cheap steps first, and leaves out what half of the time is
+    not enough for. Later rounds run in orders of their own, so that a slow moment of the machine does not fall
     on one point alone; a load takes part until it has had its share of the time.
     """
     grid = [load for load in loads(limits) if bench.fits(load)]
@@ -122,17 +122,19 @@ def measure(
     bench.measure(order[0])  # warms up
     with Progress(transient=True) as bar:
         task = bar.add_task("measuring", total=seconds)
-        for _ in range(ROUNDS):
+        for round_ in range(ROUNDS):
+            until = started + (seconds if round_ else seconds / 2)
             for load in order:
                 before = time.monotonic()
                 used = spent.get(load, 0.0)
-                if before > started + seconds or used > share:
+                if before > until or used > share:
                     continue
                 found.setdefault(load, []).append(bench.measure(load))
                 spent[load] = used + time.monotonic() - before
                 bar.update(task, completed=time.monotonic() - started)
             for count in pages:
                 copies[count].append(bench.copy(count))
+            order = list(found)
             shuffled.shuffle(order)
     return (
         [middle(found[load]) for load in grid if load in found],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,3 +261,23 @@ def test_bad_profiles_are_refused_in_a_sentence(text, sentence):
     with pytest.raises(ProfileError, match=sentence) as refusal:
         Profile.parse(text)
     assert "\n" not in str(refusal.value)
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "profiles").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_shipped_profiles_are_measured_and_fit(file):
+    shipped = Profile.parse(file.read_text())
+    assert shipped.kind == "measured"
+    assert shipped.machine
+    assert shipped.model
+    assert shipped.date
+    assert shipped.copies
+    cost = StepCost.from_profile(shipped)
+    errors = [abs(cost.seconds(shape) / seconds - 1) for shape, seconds in shipped.points]
+    assert np.median(errors) < 0.1
+
+
+def test_a_profile_is_shipped():
+    assert SHIPPED
