@@ -106,8 +106,8 @@ def measure(
     """Points of the grid, points of random loads, seconds of copies: each the median of its runs.
 
     The first round runs everything once, cheap steps first, and leaves out what half of the time is
-    not enough for. Later rounds run in orders of their own, so that a slow moment of the machine does not fall
-    on one point alone; a load takes part until it has had its share of the time.
+    not enough for. Later rounds run in orders of their own, so that a slow moment of the machine
+    does not fall on one point alone; a load takes part until it has had its share of the time.
     """
     grid = [load for load in loads(limits) if bench.fits(load)]
     held = [load for load in random_loads(limits) if bench.fits(load) and load not in grid]
