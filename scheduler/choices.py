@@ -24,6 +24,8 @@ def choices_of(
     )
     sequences: list[Sequence] = []
     for choice in range(request.n):
+        if not config.enable_prefix_cache:  # names that nobody shares
+            root = chain_root(config.hash_root, (serial + choice).to_bytes(8, "little"))
         produced = request.produced[choice] if request.produced else ()
         # One choice brings the prompt's log-probabilities, and not again after a restart.
         wanted = request.params.prompt_logprobs is not None and choice == 0 and not produced

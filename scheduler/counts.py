@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.admission import Admission
-from scheduler.pages import PagePool
+from scheduler.memory import Memory
 from scheduler.request import Load
 from scheduler.sequence import Sequence
 from scheduler.waiting import WaitingQueue
@@ -38,8 +38,9 @@ class Counts:
             self.prefix_hits += cached
 
     def load(
-        self, running: int, waiting: WaitingQueue, pool: PagePool, admission: Admission
+        self, running: int, waiting: WaitingQueue, memory: Memory, admission: Admission
     ) -> Load:
+        pool, host = memory.pool, memory.host
         return Load(
             running=running,
             waiting=len(waiting),
@@ -49,6 +50,8 @@ class Counts:
             pages_cached=pool.cached,
             pages_forecast=admission.peak,
             pages_reserved=admission.reserved,
+            host_pages_total=host.total if host else 0,
+            host_pages_held=host.held if host else 0,
             steps=self.steps,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
@@ -56,4 +59,6 @@ class Counts:
             prefix_hits=self.prefix_hits,
             preemptions=self.preemptions,
             recomputed_tokens=self.recomputed_tokens,
+            pages_swapped_out=host.swapped_out if host else 0,
+            pages_swapped_in=host.swapped_in if host else 0,
         )

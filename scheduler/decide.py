@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from scheduler.admission import Admission
 from scheduler.gap import GapBudget, gap_target
-from scheduler.memory import Memory
+from scheduler.memory import Hits, Memory
 from scheduler.policy import DraftCap, chunk_size, lane_size
 from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
@@ -46,7 +46,8 @@ class Decision:
     # as it is, with no drafts and no new pages.
     rows: list[Sequence] = field(default_factory=list)
     work: list[Work | None] = field(default_factory=list)
-    admits: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # with prefix hits
+    admits: list[tuple[Sequence, Hits]] = field(default_factory=list)
+    loading: set[int] = field(default_factory=set)  # host pages that admissions load
     head: Sequence | None = None  # the first waiting sequence that did not fit
     overtakes: int = 0  # admissions past it
     lane: int = 0  # tokens of the step that long prompts leave to short ones
@@ -229,7 +230,7 @@ class Decider:
         pinned: set[int] = set()
         self._admission.survey(running)
         tries = 0  # behind the first that was not admitted
-        passed = lane_only = False
+        passed = later = False  # somebody has to wait for the next step only
         for sequence in waiting:
             if d.budget <= 0 or len(d.admits) == self._memory.free_slots:
                 return
@@ -243,18 +244,23 @@ class Decider:
             ):
                 break
             hits = self._memory.hits(sequence)
-            need = -(-len(sequence.tokens) // config.page_size) - len(hits)
-            cost = need + pool.cost_of_pinning(hits, pinned)
-            if cost > d.free or not self._admission.fits(sequence, hits):
+            if not d.loading.isdisjoint(hits.loads):
+                passed = later = True  # in the next step it shares what this one loads
+                continue
+            on_device, total = hits.on_device, -(-len(sequence.tokens) // config.page_size)
+            cost = total - len(on_device) + pool.cost_of_pinning(on_device, pinned)
+            if cost > d.free or not self._admission.fits(sequence, on_device):
                 d.head = d.head or sequence
                 passed = True
                 continue
-            if not self._feed(d, sequence, len(hits) * config.page_size, need):
-                passed = lane_only = True  # long, behind long ones: its turn comes after theirs
+            cached = len(hits.pages)
+            if not self._feed(d, sequence, cached * config.page_size, total - cached):
+                passed = later = True  # long, behind long ones: its turn comes after theirs
                 continue
             d.overtakes += d.head is not None
             d.free -= cost
-            pinned.update(hits)
+            pinned.update(on_device)
+            d.loading.update(hits.loads)
             d.admits.append((sequence, hits))
-            self._admission.admit(sequence, hits)
-        d.blocked = d.head is not None and not lane_only
+            self._admission.admit(sequence, on_device)
+        d.blocked = d.head is not None and not later

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from scheduler.pages import PagePool
+from scheduler.host_tier import HostTier
+from scheduler.pages import NULL_PAGE, PagePool
+from scheduler.plan import PageCopy
 from scheduler.prefix import PrefixIndex
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
+
+
+class Hits(NamedTuple):
+    """A cached prefix."""
+
+    pages: list[int]  # in order; the null page where it must be loaded from the host
+    loads: list[int]  # the host pages of those, in order
+
+    @property
+    def on_device(self) -> list[int]:
+        return [page for page in self.pages if page] if self.loads else self.pages
 
 
 class Memory:
@@ -21,7 +35,9 @@ class Memory:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._index = PrefixIndex()
-        self.pool = PagePool(config.num_pages, self._index)
+        self.host = HostTier(config.host_pages) if config.host_pages else None
+        evicted = self.host.evicted if self.host is not None else None
+        self.pool = PagePool(config.num_pages, self._index, evicted)
         # Positions one sequence may ever use: alone in the pool it must be able to finish.
         self.max_len = min(config.max_model_len, self.pool.total * config.page_size)
         self._slots = deque(range(1, config.max_num_seqs + 1))
@@ -32,21 +48,66 @@ class Memory:
     def free_slots(self) -> int:
         return len(self._slots)
 
-    def hits(self, sequence: Sequence) -> list[int]:
-        """Pages of the longest cached prefix; the last token is always computed, for its logits.
+    def hits(self, sequence: Sequence) -> Hits:
+        """The longest cached prefix; the last token is always computed, for its logits.
 
         Prompt log-probabilities need the logits of every position, so they bypass the cache.
         """
-        if not self._config.enable_prefix_cache or sequence.prompt_logprobs is not None:
-            return []
-        pages = (len(sequence.tokens) - 1) // self._config.page_size
-        return self._index.match(sequence.chain, sequence.tokens, pages)
+        if sequence.prompt_logprobs is not None:
+            return Hits([], [])
+        if not self._config.enable_prefix_cache and not (self.host and sequence.preemptions):
+            return Hits([], [])
+        count = (len(sequence.tokens) - 1) // self._config.page_size
+        found = Hits(self._index.match(sequence.chain, sequence.tokens, count), [])
+        return found if self.host is None else self._load_more(found, sequence, count)
 
-    def seat(self, sequence: Sequence, hits: list[int]) -> None:
-        """Gives a sequence a slot and its prefix hits, which the caller has pinned."""
-        cached = len(hits) * self._config.page_size
-        sequence.enter(self._slots.popleft(), self._next_epoch, hits, cached)
+    def _load_more(self, found: Hits, sequence: Sequence, count: int) -> Hits:
+        """Goes on where the device has lost a page but the host has it."""
+        assert self.host is not None
+        pages, loads = found.pages, found.loads
+        for i in range(len(pages), count):
+            link = sequence.chain.link(i, sequence.tokens)
+            page = self._index.find(link)
+            if page is None:
+                source = self.host.find(link)
+                if source is None:
+                    break
+                page = NULL_PAGE
+                loads.append(source)
+            pages.append(page)
+        return found
+
+    def pin(self, hits: Hits) -> None:
+        """Keeps hits where they are until `seat`."""
+        self.pool.pin(hits.on_device)
+        if self.host is not None and hits.loads:
+            self.host.pin(hits.loads)
+
+    def seat(self, sequence: Sequence, hits: Hits, step: int) -> tuple[PageCopy, ...]:
+        """Gives a sequence a slot and its pinned hits; returns what `step` loads for it.
+
+        Whoever hits a loaded page from the next plan on reads it after `step` has written it.
+        """
+        pages, loads = hits.pages, tuple[PageCopy, ...]()
+        if self.host is not None:
+            self.host.release(sequence, fence=step)
+            if hits.loads:
+                pages, loads = self._loaded(sequence, hits)
+                self.host.loaded(hits.loads, step)
+        cached = len(pages) * self._config.page_size
+        sequence.enter(self._slots.popleft(), self._next_epoch, pages, cached)
         self._next_epoch += 1
+        return loads
+
+    def _loaded(self, sequence: Sequence, hits: Hits) -> tuple[list[int], tuple[PageCopy, ...]]:
+        """Fresh pages, under their names, where hits must be loaded."""
+        pages = list(hits.pages)
+        missing = [i for i, page in enumerate(pages) if page == NULL_PAGE]
+        for i, page in zip(missing, self.pool.take(len(missing)), strict=True):
+            pages[i] = page
+            self._index.register(page, sequence.chain.link(i, sequence.tokens))
+        loads = zip(hits.loads, (pages[i] for i in missing), strict=True)
+        return pages, tuple(PageCopy(source, target) for source, target in loads)
 
     def publish(self, sequence: Sequence) -> None:
         """Puts the pages that settled results have filled into the prefix index.
@@ -61,6 +122,27 @@ class Memory:
                 self._index.register(sequence.pages[page], link)
             sequence.registered += size
 
+    def pause(self, sequence: Sequence) -> None:
+        """Has the settled pages of a sequence that is about to be released saved, as needed."""
+        if self.host is None or sequence.prompt_logprobs is not None:
+            return
+        chain, tokens = sequence.chain, sequence.tokens
+        count = sequence.registered // self._config.page_size
+        links = [chain.link(i, tokens) for i in range(count)]
+        if not self._config.enable_prefix_cache:  # the names are its own, for the time it waits
+            for page, link in zip(sequence.pages, links, strict=False):
+                self._index.register(page, link)
+        self.host.keep(sequence, links)
+
+    def forgo(self, sequence: Sequence, fence: int | None) -> None:
+        """A paused sequence ended: nothing is kept for it any more."""
+        if self.host is not None:
+            self.host.release(sequence, fence)
+
+    def saves(self) -> tuple[PageCopy, ...]:
+        """What the plan being made must save before its rows write."""
+        return () if self.host is None else self.host.take_saves()
+
     def release(self, sequence: Sequence, fence: int | None) -> None:
         """Takes slot and pages away; `fence` is the newest step in flight."""
         self.pool.drop(sequence.pages, fence)
@@ -72,13 +154,19 @@ class Memory:
 
     def lift(self, step: int) -> bool:
         """Frees what was fenced by a step that has settled. True if there was anything."""
+        if self.host is not None:
+            self.host.lift(step)
         slots = self._fenced_slots.pop(step, ())
         self._slots.extend(slots)
         return self.pool.lift(step) or bool(slots)
 
-    def check(self, running: Iterable[Sequence], in_flight: Iterable[int]) -> None:
+    def check(
+        self, running: Iterable[Sequence], waiting: Iterable[Sequence], in_flight: Iterable[int]
+    ) -> None:
         """Raises `AssertionError` unless every page and slot is in exactly one place."""
         running = list(running)
+        if self.host is not None:
+            self.host.check(list(waiting))
         self.pool.check(Counter(page for sequence in running for page in sequence.pages))
         fenced = [slot for slots in self._fenced_slots.values() for slot in slots]
         slots = [*self._slots, *fenced, *(sequence.slot for sequence in running)]

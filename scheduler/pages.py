@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from scheduler.prefix import PrefixIndex
+from scheduler.prefix import Link, PrefixIndex
 
 NULL_PAGE = 0  # padded rows read and write here; it is never given out
 
@@ -23,12 +23,20 @@ class PagePool:
 
     Blank pages are given out before cached ones, and cached ones oldest first. Sequences release
     their pages last page first, so the end of a cached prefix goes before its beginning.
+
+    `evicted` hears of each cached page that is given out, before anything is written to it.
     """
 
-    __slots__ = ("_blank", "_cached", "_fence_of", "_fences", "_index", "_refs")
+    __slots__ = ("_blank", "_cached", "_evicted", "_fence_of", "_fences", "_index", "_refs")
 
-    def __init__(self, num_pages: int, index: PrefixIndex) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        index: PrefixIndex,
+        evicted: Callable[[int, Link], None] | None = None,
+    ) -> None:
         self._index = index
+        self._evicted = evicted
         self._refs = [0] * num_pages
         self._blank = deque(range(1, num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -76,7 +84,9 @@ class PagePool:
             page = self._blank.popleft()
         else:
             page, _ = self._cached.popitem(last=False)
-            self._index.forget(page)
+            link = self._index.forget(page)
+            if self._evicted is not None:
+                self._evicted(page, link)
         self._refs[page] = 1
         return page
 
@@ -117,7 +127,7 @@ class PagePool:
         else:
             self._blank.append(page)
 
-    def cost_of_pinning(self, pages: Iterable[int], pinned: set[int]) -> int:
+    def cost_of_pinning(self, pages: Iterable[int], pinned: Collection[int]) -> int:
         """By how much `available` shrinks when these pages, beyond `pinned`, are pinned."""
         return sum(page in self._cached and page not in pinned for page in pages)
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.profile import StepShape
 from scheduler.request import SamplingParams, TokenLogprob
 
 NO_SHAPE = StepShape()
+
+
+class PageCopy(NamedTuple):
+    """The KV of one page, copied from one tier to the other."""
+
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,7 @@ class Admit:
     prompt_len: int  # tokens before this position are prompt, the rest output (penalties)
     pages: tuple[int, ...]  # pages of the cached prefix
     cached: tuple[int, ...]  # the tokens whose KV those pages hold, len = pages * page_size
+    loads: tuple[PageCopy, ...] = ()  # host page -> device page, one of `pages`
 
 
 # Rows, their results and `Output`s are values like the rest, and nobody changes one. They are made
@@ -45,12 +54,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: admissions first, then rows."""
+    """One step, in this order: saves, admissions with their loads, rows."""
 
     step: int
     admits: tuple[Admit, ...]
     rows: tuple[Row, ...]
     shape: StepShape = NO_SHAPE  # what its cost depends on; contexts at their upper bounds
+    saves: tuple[PageCopy, ...] = ()  # device page -> host page; the rows may overwrite the former
 
 
 @dataclass(slots=True)  # not frozen, see Row

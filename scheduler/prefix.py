@@ -76,6 +76,11 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._link_of)
 
+    def find(self, link: Link) -> int | None:
+        """The page of one link. Its digest alone is not believed."""
+        page = self._page_of.get(link.digest)
+        return None if page is None or self._link_of[page] != link else page
+
     def match(self, chain: HashChain, tokens: Sequence[int], pages: int) -> list[int]:
         """Pages of the longest indexed prefix, at most `pages` of them.
 
@@ -100,6 +105,8 @@ class PrefixIndex:
             self._page_of[link.digest] = page
             self._link_of[page] = link
 
-    def forget(self, page: int) -> None:
-        """Withdraws a page that is about to be overwritten."""
-        del self._page_of[self._link_of.pop(page).digest]
+    def forget(self, page: int) -> Link:
+        """Withdraws a page that is about to be overwritten; returns what it held."""
+        link = self._link_of.pop(page)
+        del self._page_of[link.digest]
+        return link

@@ -172,6 +172,8 @@ class Load:
     pages_cached: int = 0  # unreferenced but reusable through the prefix index
     pages_forecast: int = 0  # most pages that the last forecast saw held at once
     pages_reserved: int = 0  # kept free by admission
+    host_pages_total: int = 0
+    host_pages_held: int = 0  # kept for a paused sequence, or read by a step in flight
     # Counters since start.
     steps: int = 0
     prompt_tokens: int = 0
@@ -180,6 +182,8 @@ class Load:
     prefix_hits: int = 0  # tokens found
     preemptions: int = 0
     recomputed_tokens: int = 0
+    pages_swapped_out: int = 0
+    pages_swapped_in: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,7 @@ class SchedulerConfig:
     max_step_tokens: int = 2048  # token budget of one step, prefill chunks and decodes together
     max_model_len: int = 8192
     enable_prefix_cache: bool = True
+    host_pages: int = 0  # in host memory, where the pages of paused sequences wait; 0: no swapping
     hash_root: bytes = b""  # model, weights, KV format: what makes pages comparable
     max_queued_requests: int = 2048
     max_queued_tokens: int | None = None  # known tokens of all that wait; an empty queue takes any
@@ -209,6 +214,7 @@ class SchedulerConfig:
                 raise ValueError(what)
 
         check(self.num_pages >= 2, "num_pages must be at least 2: page 0 is the null page")
+        check(self.host_pages >= 0, "host_pages must not be negative")
         check(self.page_size >= 1, "page_size must be at least 1")
         check(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
         check(

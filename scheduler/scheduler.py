@@ -24,7 +24,7 @@ from scheduler.choices import choices_of
 from scheduler.counts import Counts
 from scheduler.decide import Decider, Decision
 from scheduler.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
-from scheduler.memory import Memory
+from scheduler.memory import Hits, Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import DraftCap, no_drafts
 from scheduler.profile import StepShape, chunk_pairs
@@ -187,7 +187,7 @@ class Scheduler:
         if decision.head is not None:
             decision.head.overtaken += decision.overtakes
         for _, hits in decision.admits:
-            self._memory.pool.pin(hits)
+            self._memory.pin(hits)
         admits = tuple([self._seat(sequence, hits, now) for sequence, hits in decision.admits])
         if not decision.rows:
             return None
@@ -216,7 +216,9 @@ class Scheduler:
                 sequence.pending_max += 1 + drafts
             rows.append(row)
         shape = StepShape(len(rows), len(rows) + more, decision.context, pairs)
-        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape)
+        if decision.loading:
+            self._blocked = False  # the loaded pages may be hit
+        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape, self._memory.saves())
         self._counts.steps += 1
         self._in_flight[plan.step] = decision.rows
         return plan
@@ -229,11 +231,11 @@ class Scheduler:
         chunk = tuple(tokens[start:end])
         return Row(sequence.slot, sequence.epoch, chunk, reaches, 0, following, new)
 
-    def _seat(self, sequence: Sequence, hits: list[int], now: float) -> Admit:
+    def _seat(self, sequence: Sequence, hits: Hits, now: float) -> Admit:
         """Gives a waiting sequence a slot; its prefix hits are pinned already."""
         self._waiting.remove(sequence)
         self._unadmitted.discard(sequence.request.id)
-        self._memory.seat(sequence, hits)
+        loads = self._memory.seat(sequence, hits, self._counts.steps)
         cached = sequence.computed
         insort(self._running, sequence, key=attrgetter("order"))
         self._counts.admitted(sequence, cached, again=sequence.admitted is not None)
@@ -247,8 +249,9 @@ class Scheduler:
             params=sequence.params,
             choice=sequence.choice,
             prompt_len=sequence.prompt_len,
-            pages=tuple(hits),
+            pages=tuple(sequence.pages),
             cached=tuple(sequence.tokens[:cached]),
+            loads=loads,
         )
 
     # --- settling -------------------------------------------------------------------------------
@@ -329,7 +332,9 @@ class Scheduler:
     # --- leaving --------------------------------------------------------------------------------
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue. Its registered pages stay cached: resuming is mostly a prefix hit."""
+        """Back to the queue. Its registered pages stay cached, or are saved to host memory when
+        they are evicted: resuming is mostly a prefix hit."""
+        self._memory.pause(sequence)
         self._release(sequence)
         sequence.preemptions += 1
         self._counts.preemptions += 1
@@ -339,9 +344,13 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         """Stops a running sequence; from here on its rows in flight are stale."""
         self._running.remove(sequence)
-        newest = self._counts.steps - 1
-        self._memory.release(sequence, fence=newest if self._in_flight else None)
+        self._memory.release(sequence, self._newest)
         self._blocked = False
+
+    @property
+    def _newest(self) -> int | None:
+        """The newest step in flight."""
+        return self._counts.steps - 1 if self._in_flight else None
 
     def _end(
         self,
@@ -371,6 +380,7 @@ class Scheduler:
             self._release(sequence)
         else:
             self._waiting.remove(sequence)
+            self._memory.forgo(sequence, self._newest)
             self._blocked = False
         if sequence.phase is not Phase.PARKED:
             self._release_siblings(sequence)
@@ -389,12 +399,12 @@ class Scheduler:
 
     def load(self) -> Load:
         return self._counts.load(
-            len(self._running), self._waiting, self._memory.pool, self._admission
+            len(self._running), self._waiting, self._memory, self._admission
         )
 
     def check(self) -> None:
         """Raises `AssertionError` unless pages, slots and number lines add up. For tests."""
-        self._memory.check(self._running, self._in_flight)
+        self._memory.check(self._running, self._waiting, self._in_flight)
         self._waiting.check()
         for sequence in self._running:
             sequence.check(self.config.page_size)

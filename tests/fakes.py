@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
+from scheduler.plan import Admit, PageCopy, Row, RowResult, StepPlan, StepResult
 from scheduler.request import FinishReason, Request, SamplingParams, TokenLogprob
 
 # --- ScriptedWorker: a worker without a model ---------------------------------------------------
@@ -79,6 +79,13 @@ class _Slot:
         del self.tokens[length:], self.names[length:]
 
 
+def _copy(source: list[list[int]], target: list[list[int]], copies: Sequence[PageCopy]) -> None:
+    assert len({copy.target for copy in copies}) == len(copies), "a page is overwritten twice"
+    for copy in copies:
+        assert 0 not in copy, "page 0 is the null page"
+        target[copy.target][:] = source[copy.source]
+
+
 @dataclass(slots=True)
 class ScriptedStep:
     """A step in flight. `seconds` after its launch it is done."""
@@ -115,6 +122,7 @@ class ScriptedWorker:
 
     num_pages: int
     page_size: int
+    host_pages: int = 0
     script: Script = field(default_factory=Script)
     step_seconds: float = 0.0
     raise_at: dict[int, Exception] = field(default_factory=dict)
@@ -124,11 +132,13 @@ class ScriptedWorker:
 
     plans: list[StepPlan] = field(default_factory=list)  # every plan, in the order of launch
     _kv: list[list[int]] = field(default_factory=list)
+    _host: list[list[int]] = field(default_factory=list)
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._kv = [[0] * self.page_size for _ in range(self.num_pages)]
+        self._host = [[0] * self.page_size for _ in range(1 + self.host_pages)]
 
     def launch(self, plan: StepPlan) -> ScriptedStep:
         """Carries the plan out at once; its result is read later."""
@@ -144,7 +154,10 @@ class ScriptedWorker:
         self._closed.set()
 
     def execute(self, plan: StepPlan) -> StepResult:
+        _copy(self._kv, self._host, plan.saves)
         for admit in plan.admits:
+            assert {copy.target for copy in admit.loads} <= set(admit.pages)
+            _copy(self._host, self._kv, admit.loads)
             assert admit.slot > 0, "slot 0 is the null slot"
             assert len(admit.cached) == len(admit.pages) * self.page_size
             self._slots[admit.slot] = slot = _Slot(admit, [], [], list(admit.pages))

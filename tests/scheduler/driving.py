@@ -97,6 +97,7 @@ class Pair:
             assert idle < 10, "stuck"
         load = self.scheduler.load()
         assert load.running == load.waiting == load.waiting_tokens == load.pages_held == 0
+        assert load.host_pages_held == 0
         return gather(self.outputs)
 
 
@@ -125,7 +126,8 @@ def pair(
         drafts=lambda sequence: drafts,
         policy=policy,
     )
-    return Pair(scheduler, ScriptedWorker(num_pages, page_size, script or Script()), depth)
+    worker = ScriptedWorker(num_pages, page_size, scheduler.config.host_pages, script or Script())
+    return Pair(scheduler, worker, depth)
 
 
 @dataclass

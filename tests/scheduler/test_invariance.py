@@ -246,9 +246,9 @@ def test_without_the_epoch_check_the_text_breaks(monkeypatch: pytest.MonkeyPatch
     """Negative control: rows launched before a preemption must not count after it."""
     seat, leave = Memory.seat, Sequence.leave
 
-    def same_epoch(self: Memory, sequence: Sequence, hits: list[int]) -> None:
+    def same_epoch(self: Memory, sequence: Sequence, *args):
         self._next_epoch = 1 + sequence.order[1]
-        seat(self, sequence, hits)
+        return seat(self, sequence, *args)
 
     def keeping_epoch(self: Sequence) -> None:
         epoch = self.epoch
