@@ -3,7 +3,8 @@
 A page is written here when it is about to be overwritten on the device although a paused sequence
 still counts on it: nothing is copied that would have stayed. The copy runs in the step that gives
 the page to its next owner, before anything else of that step, so no page is ever given out unsaved.
-What is read back stays for whoever needs it next, until the room is needed.
+What is read back stays for whoever needs it next, until the room is needed; and since an end is of
+no use without its beginning, pages that lead to one here are saved as well.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class HostTier:
 
     def __init__(self, pages: int) -> None:
         self._index = PrefixIndex()
-        self._pool = PagePool(pages + 1, self._index)
+        self._pool = PagePool(pages + 1, self._index, self._forgotten)
         self._kept: dict[Sequence, list[Link]] = {}
         self._wanted: Counter[Link] = Counter()  # by how many sequences
+        self._leads: Counter[bytes] = Counter()  # digests by how many pages here come right after
         self._saves: list[PageCopy] = []  # of the plan that is being made
         self.swapped_out = self.swapped_in = 0  # pages copied since the start
 
@@ -82,20 +84,28 @@ class HostTier:
     # --- copying --------------------------------------------------------------------------------
 
     def evicted(self, source: int, link: Link) -> None:
-        """The device gives the page of a link to somebody else: saves it if it is wanted."""
-        keepers = self._wanted.get(link)
-        if keepers is None or not self._pool.available:
-            return  # without room it will be computed again
+        """The device gives the page of a link to somebody else: saves it if it is needed."""
+        keepers = self._wanted.get(link, 0)
+        spare = self._pool.available - (0 if keepers else len(self._wanted))
+        needed = keepers or (link.digest in self._leads and self.find(link) is None)
+        if not needed or spare < 1:  # without room it will be computed again
+            return
         (target,) = self._pool.take(1)
         self._index.register(target, link)
-        if target not in self._index:  # another link has the same digest
-            self._pool.drop((target,), None)
-            return
-        for _ in range(keepers - 1):
-            self._pool.pin((target,))
-        del self._wanted[link]
-        self._saves.append(PageCopy(source, target))
-        self.swapped_out += 1
+        if target in self._index:  # or another link has the same digest
+            self._pool.pin([target] * keepers)
+            self._wanted.pop(link, None)
+            self._leads[link.parent] += 1
+            self._saves.append(PageCopy(source, target))
+            self.swapped_out += 1
+        self._pool.drop((target,), None)
+
+    def _forgotten(self, page: int, link: Link) -> None:
+        """A host page is about to be overwritten."""
+        if self._leads[link.parent] > 1:
+            self._leads[link.parent] -= 1
+        else:
+            del self._leads[link.parent]
 
     def take_saves(self) -> tuple[PageCopy, ...]:
         """The copies that the plan being made must begin with."""
@@ -128,4 +138,5 @@ class HostTier:
             else:
                 held[page] += 1
         assert wanted == self._wanted, "wanted"
+        assert Counter(link.parent for link in self._index.links()) == self._leads, "leads"
         self._pool.check(held)

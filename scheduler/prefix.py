@@ -9,7 +9,7 @@ dictionary probe a page.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -75,6 +75,9 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._link_of)
+
+    def links(self) -> Iterable[Link]:
+        return self._link_of.values()
 
     def find(self, link: Link) -> int | None:
         """The page of one link. Its digest alone is not believed."""
