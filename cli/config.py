@@ -211,6 +211,8 @@ def _check(config: Config) -> None:
     for name, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise CommandError(f"{name} must be positive, not {value}.")
+    if cache.swap_bytes is not None and cache.swap_bytes < 0:
+        raise CommandError(f"swap_bytes must not be negative, not {cache.swap_bytes}.")
     if not 0 < cache.memory_fraction <= 1:
         raise CommandError(f"memory_fraction must be in (0, 1], not {cache.memory_fraction}.")
     if not 0 <= schedule.watermark < 1:

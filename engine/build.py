@@ -25,14 +25,14 @@ from models.spec import ModelSpec
 from models.weights import resolve_checkpoint
 from scheduler.prefix import chain_root
 from scheduler.request import SchedulerConfig
-from worker.device import DTYPES, Device, DeviceError, resolve_device
+from worker.device import DTYPES, Device, DeviceError, available_host_memory, resolve_device
 from worker.executor import ThreadExecutor
-from worker.kv_pool import allocate_pool, page_bytes
+from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
 from worker.native import native_runner
 from worker.runner import EagerRunner, Runner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
-from worker.sizing import Budget, BudgetError, activation_bytes, plan_budget
+from worker.sizing import MIB, Budget, BudgetError, activation_bytes, plan_budget
 from worker.slots import SlotTable
 from worker.worker import Worker, WorkerFacts
 
@@ -97,9 +97,12 @@ def _build(
     num_slots = config.schedule.max_num_seqs + 1
     slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
     sampling = SlotSampling(num_slots, spec.vocab_size, device.torch_device)
+    kv = allocate_pool(spec, budget.num_pages, budget.page_size, dtype, device.torch_device)
+    # One more: page 0 is as little used as on the device.
+    host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
     worker = Worker(
         runner,
-        allocate_pool(spec, budget.num_pages, budget.page_size, dtype, device.torch_device),
+        kv,
         slots,
         Sampler(sampling, slots.tokens),
         ThreadExecutor(threads),
@@ -111,6 +114,7 @@ def _build(
             device=device.name,
             dtype=str(dtype).removeprefix("torch."),
         ),
+        host,
     )
     if native is not None:
         if isinstance(model, Decoder) and runner.name != NativeOps.name:
@@ -125,6 +129,7 @@ def _build(
         max_step_tokens=_step_tokens(config, device),
         max_model_len=max_model_len,
         enable_prefix_cache=config.cache.enable_prefix_cache,
+        host_pages=budget.host_pages,
         hash_root=chain_root(str(folder.resolve()).encode(), str(dtype).encode()),
         max_queued_requests=config.schedule.max_queued_requests,
         max_queued_tokens=config.schedule.max_queued_tokens,
@@ -182,7 +187,20 @@ def _budget(
         default_cap=device.pool_cap,
         kv_bytes=cache.kv_bytes,
         num_pages=cache.num_pages,
+        swap_bytes=_swap_bytes(cache.swap_bytes, device),
     )
+
+
+def _swap_bytes(asked: int | None, device: Device) -> int:
+    if asked is None:
+        return device.default_swap_bytes()
+    free = available_host_memory()
+    if asked > free:
+        raise StartupError(
+            f"swap_bytes asks for {asked / MIB:,.1f} MiB of host memory, but {free / MIB:,.1f} MiB "
+            "are free."
+        )
+    return asked
 
 
 def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOps] | None:

@@ -96,6 +96,12 @@ class CacheConfig:
     num_pages: int | None = option(
         None, "Exact number of pages, instead of a size.", aliases=("num-gpu-blocks-override",)
     )
+    swap_bytes: int | None = option(
+        None,
+        "Host memory for the pages of paused sequences, in bytes (vLLM's swap-space counts GiB)."
+        " Default: 4 GiB, at most a quarter of what is free, with a GPU; 0 on a CPU, where a larger"
+        " pool is the better use of it.",
+    )
     enable_prefix_cache: bool = option(
         True,
         "Keep the KV of finished requests and reuse it for prompts that begin alike.",

@@ -122,8 +122,8 @@ class Memory:
                 self._index.register(sequence.pages[page], link)
             sequence.registered += size
 
-    def pause(self, sequence: Sequence) -> None:
-        """Has the settled pages of a sequence that is about to be released saved, as needed."""
+    def keep(self, sequence: Sequence) -> None:
+        """Has the settled pages of a sequence that is about to be paused saved when evicted."""
         if self.host is None or sequence.prompt_logprobs is not None:
             return
         chain, tokens = sequence.chain, sequence.tokens

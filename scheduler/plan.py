@@ -62,6 +62,11 @@ class StepPlan:
     shape: StepShape = NO_SHAPE  # what its cost depends on; contexts at their upper bounds
     saves: tuple[PageCopy, ...] = ()  # device page -> host page; the rows may overwrite the former
 
+    @property
+    def copies(self) -> int:
+        """Pages copied between device and host memory, which `shape` does not tell."""
+        return len(self.saves) + sum(len(admit.loads) for admit in self.admits)
+
 
 @dataclass(slots=True)  # not frozen, see Row
 class RowResult:

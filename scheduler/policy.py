@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Request
 from scheduler.sequence import Sequence
+from scheduler.step_cost import StepCost
 
 # Draft slots a live sequence may use in its next step. `k = 0` takes the same path as any other k.
 DraftCap = Callable[[Sequence], int]
@@ -46,3 +48,14 @@ def lane_size(budget: int, parts: int) -> int:
     a step, and short ones are served within a step or two even when a long one came first.
     """
     return budget // parts
+
+
+def swap_pays(cost: StepCost, tokens: int, page_size: int) -> bool:
+    """Whether copying the pages of `tokens` positions to host memory and back takes no longer than
+    computing them again, in steps that would run anyway.
+
+    What is unknown counts as nothing, so without a profile of copies it pays.
+    """
+    again = cost.seconds(StepShape(1, 1 + tokens, 0, chunk_pairs(1 + tokens, 0)))
+    alone = cost.seconds(StepShape(1, 1, 0, 1))
+    return 2 * cost.copy_seconds(-(-tokens // page_size)) <= again - alone

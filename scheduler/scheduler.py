@@ -26,7 +26,7 @@ from scheduler.decide import Decider, Decision
 from scheduler.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from scheduler.memory import Hits, Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
-from scheduler.policy import DraftCap, no_drafts
+from scheduler.policy import DraftCap, no_drafts, swap_pays
 from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
 from scheduler.sequence import Phase, Sequence
@@ -43,7 +43,7 @@ class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
 
 
 class Scheduler:
-    """Admission by forecast, mixed chunked prefill, preemption by recompute.
+    """Admission by forecast, mixed chunked prefill, preemption.
 
     `drafts` caps each live row's draft slots; `policy` says how long answers are taken to get and
     how much memory is spared for being wrong; `cost` predicts step times and learns from every
@@ -263,7 +263,8 @@ class Scheduler:
         if len(result.rows) != len(plan.rows):
             raise ValueError(f"{len(result.rows)} results for {len(plan.rows)} rows")
         outputs = self.take_outputs()
-        self.cost.observe(plan.shape, result.seconds)
+        if not plan.copies:
+            self.cost.observe(plan.shape, result.seconds)
         size = self.config.page_size
         sequences = self._in_flight.pop(plan.step)
         for row, sequence, done in zip(plan.rows, sequences, result.rows, strict=True):
@@ -332,9 +333,10 @@ class Scheduler:
     # --- leaving --------------------------------------------------------------------------------
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue. Its registered pages stay cached, or are saved to host memory when
-        they are evicted: resuming is mostly a prefix hit."""
-        self._memory.pause(sequence)
+        """Back to the queue. Its registered pages stay cached, and go to host memory if they are
+        evicted and that pays: resuming is mostly a prefix hit."""
+        if swap_pays(self.cost, sequence.registered, self.config.page_size):
+            self._memory.keep(sequence)
         self._release(sequence)
         sequence.preemptions += 1
         self._counts.preemptions += 1

@@ -113,6 +113,14 @@ _GAUGES: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
         Definition("kv_cache_reserve_perc", "Share of KV pages admission keeps free.", False),
         lambda x: x.pages_reserved / x.pages_total if x.pages_total else 0.0,
     ),
+    (
+        Definition("host_pages", "KV pages in host memory, to swap to.", False),
+        lambda x: x.host_pages_total,
+    ),
+    (
+        Definition("host_pages_held", "Those that paused sequences count on.", False),
+        lambda x: x.host_pages_held,
+    ),
 )
 _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
     (Definition("prefix_cache_queries", "Prompt tokens looked up."), lambda x: x.prefix_queries),
@@ -121,6 +129,14 @@ _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
     (
         Definition("recomputed_tokens", "Tokens computed again after a pause.", False),
         lambda x: x.recomputed_tokens,
+    ),
+    (
+        Definition("pages_swapped_out", "KV pages copied to host memory.", False),
+        lambda x: x.pages_swapped_out,
+    ),
+    (
+        Definition("pages_swapped_in", "KV pages copied back from host memory.", False),
+        lambda x: x.pages_swapped_in,
     ),
     (Definition("engine_steps", "Settled steps.", False), lambda x: x.steps),
 )

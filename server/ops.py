@@ -47,6 +47,10 @@ def ops_router(services: Services, version: str) -> APIRouter:
             "kv_usage": now.pages_held / now.pages_total if now.pages_total else 0.0,
             "kv_cached": now.pages_cached / now.pages_total if now.pages_total else 0.0,
             "kv_forecast": now.pages_forecast / now.pages_total if now.pages_total else 0.0,
+            "host_pages": now.host_pages_total,
+            "host_pages_held": now.host_pages_held,
+            "pages_swapped_out": now.pages_swapped_out,
+            "pages_swapped_in": now.pages_swapped_in,
         }
 
     return router

@@ -11,6 +11,8 @@ from worker.sizing import GIB
 
 # A CPU machine is shared with everything else on it; a larger pool has to be asked for.
 CPU_POOL_CAP = 4 * GIB
+# Page-locked host memory for the pages of paused sequences, if a quarter of what is free allows it.
+GPU_SWAP_BYTES = 4 * GIB
 # Tokens from which on a step is bound by arithmetic: longer steps only delay the first token.
 CPU_STEP_TOKENS, GPU_STEP_TOKENS = 256, 2048
 
@@ -33,7 +35,13 @@ class Device:
         """Bytes that could be allocated now."""
         if self.torch_device.type == "cuda":
             return torch.cuda.mem_get_info(self.torch_device)[0]
-        return _available_host_memory()
+        return available_host_memory()
+
+    def default_swap_bytes(self) -> int:
+        """On a CPU none: there the memory is better spent on a larger pool."""
+        if self.torch_device.type == "cpu":
+            return 0
+        return min(GPU_SWAP_BYTES, available_host_memory() // 4)
 
     def default_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
         """The checkpoint's dtype where the device computes it natively, else float32."""
@@ -59,7 +67,8 @@ def resolve_device(name: str) -> Device:
     return Device(torch.device("cpu"), "cpu", total, CPU_POOL_CAP, CPU_STEP_TOKENS)
 
 
-def _available_host_memory() -> int:
+def available_host_memory() -> int:
+    """Bytes of main memory that could be allocated now."""
     try:
         with open("/proc/meminfo") as meminfo:
             for line in meminfo:

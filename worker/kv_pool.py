@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from models.spec import ModelSpec
+from scheduler.plan import PageCopy
 
 
 def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
@@ -27,6 +29,31 @@ def allocate_pool(
     if device.type != "cpu":
         return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
     return [_mapped_zeros(shape, dtype) for _ in range(spec.num_layers)]
+
+
+def allocate_host_pool(kv: Sequence[Tensor], pages: int) -> list[Tensor]:
+    """`pages` pages of the same layout in host memory, page-locked where the pool is on a GPU so
+    that copies need not be waited for."""
+    shapes = [(pages, *layer.shape[1:]) for layer in kv]
+    return [
+        torch.zeros(shape, dtype=layer.dtype, pin_memory=True)
+        if layer.is_cuda
+        else _mapped_zeros(shape, layer.dtype)
+        for shape, layer in zip(shapes, kv, strict=True)
+    ]
+
+
+def copy_pages(
+    source: Sequence[Tensor], target: Sequence[Tensor], copies: Iterable[PageCopy]
+) -> None:
+    """Copies pages from one pool to another, in the order of the device's work.
+
+    On a GPU the copies stand in the stream of the steps, so nothing has to be waited for, but
+    nothing overlaps either; that path has not run on a GPU yet.
+    """
+    for copy in copies:
+        for old, new in zip(source, target, strict=True):
+            new[copy.target].copy_(old[copy.source], non_blocking=True)
 
 
 def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

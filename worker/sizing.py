@@ -25,6 +25,7 @@ class Budget:
     page_size: int
     num_pages: int  # the null page included
     limit: str  # what decided the number of pages
+    host_pages: int = 0  # that may hold what paused sequences computed, in host memory
 
     @property
     def pool(self) -> int:
@@ -43,6 +44,7 @@ class Budget:
             (f"usable at memory_fraction {self.fraction:g}", int(self.available * self.fraction)),
             ("largest step (activations, logits)", self.activations),
             (f"KV pool: {self.num_pages} pages of {self.page_bytes} bytes", self.pool),
+            (f"host memory: {self.host_pages} pages to swap to", self.host_pages * self.page_bytes),
         ]
         lines = [f"  {name:<48}{size / MIB:>12,.1f} MiB" for name, size in rows]
         tail = f"  room for {self.positions:,} token positions; limited by {self.limit}"
@@ -81,6 +83,7 @@ def plan_budget(
     default_cap: int | None,
     kv_bytes: int | None,
     num_pages: int | None,
+    swap_bytes: int = 0,
 ) -> Budget:
     """Decides the number of pages.
 
@@ -118,4 +121,5 @@ def plan_budget(
         page_size=page_size,
         num_pages=pages,
         limit=limit,
+        host_pages=swap_bytes // page_bytes,
     )

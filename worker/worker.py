@@ -15,6 +15,7 @@ from scheduler.plan import Row, RowResult, StepPlan, StepResult
 from scheduler.request import SamplingParams, TokenLogprob
 from worker.batch import StepBatch, build_batch
 from worker.executor import PendingStep, ThreadExecutor
+from worker.kv_pool import copy_pages
 from worker.runner import Runner
 from worker.sampler import Form, Sampled, Sampler
 from worker.slots import SlotTable
@@ -50,9 +51,11 @@ class Worker:
         sampler: Sampler,
         executor: ThreadExecutor,
         facts: WorkerFacts,
+        host: Sequence[Tensor] = (),  # pages in host memory, laid out as in `kv`
     ) -> None:
         self.facts = facts
         self._kv = kv
+        self._host = host
         self._slots = slots
         self._sampler = sampler
         self._executor = executor
@@ -87,7 +90,9 @@ class Worker:
     def _execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
         with torch.inference_mode():
+            copy_pages(self._kv, self._host, plan.saves)
             for admit in plan.admits:
+                copy_pages(self._host, self._kv, admit.loads)
                 self._slots.admit(admit)
                 self._sampler.slots.admit(admit.slot, admit.params, admit.choice, admit.prompt_len)
                 self._runners[admit.slot] = self._runner

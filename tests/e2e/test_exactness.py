@@ -22,7 +22,7 @@ from scheduler.request import Request, SamplingParams, SchedulerConfig
 from scheduler.scheduler import Scheduler
 from tests.e2e.driving import Result, drive
 from worker.executor import ThreadExecutor
-from worker.kv_pool import allocate_pool
+from worker.kv_pool import allocate_host_pool, allocate_pool
 from worker.runner import EagerRunner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
@@ -85,13 +85,15 @@ def decoder() -> Decoder:
 
 def worker(config: SchedulerConfig) -> Worker:
     slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
+    kv = allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU)
     return Worker(
         EagerRunner(decoder(), TorchOps()),
-        allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU),
+        kv,
         slots,
         Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens),
         ThreadExecutor(1),
         WorkerFacts(VOCAB, CONTEXT, config.num_pages, config.page_size, "cpu", "float32"),
+        allocate_host_pool(kv, config.host_pages + 1),
     )
 
 
@@ -185,6 +187,17 @@ def test_preemption(sampler: str, prefix: bool) -> None:
     config = replace(CONFIG, num_pages=34, max_step_tokens=64, enable_prefix_cache=prefix)
     found, scheduler = run(config, requests(sampler))
     assert scheduler.load().preemptions > 0
+    same(found, sampler)
+
+
+@everywhere
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize(("depth", "k"), [(1, 0), (2, 3)])
+def test_swapping(sampler: str, prefix: bool, depth: int, k: int) -> None:
+    config = replace(CONFIG, num_pages=34, enable_prefix_cache=prefix, host_pages=60)
+    found, scheduler = run(config, requests(sampler), depth=depth, drafts=lambda sequence: k)
+    assert scheduler.load().pages_swapped_out > 0
+    assert scheduler.load().pages_swapped_in > 0
     same(found, sampler)
 
 

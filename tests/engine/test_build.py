@@ -169,6 +169,20 @@ def test_a_pool_too_small_for_one_sequence(folder: Path) -> None:
         build(folder, num_pages=20)
 
 
+def test_host_memory_to_swap_to_is_asked_for_in_bytes(folder: Path) -> None:
+    _, without = build(folder)
+    assert without.host_pages == 0
+    worker, limits = build(folder, num_pages=40, swap_bytes=1_000_000)
+    per_page = sum(layer[0].numel() * layer.element_size() for layer in worker._kv)
+    assert limits.host_pages == 1_000_000 // per_page > 0
+    assert all(len(layer) == limits.host_pages + 1 for layer in worker._host)
+
+
+def test_more_host_memory_than_there_is(folder: Path) -> None:
+    with pytest.raises(StartupError, match=r"swap_bytes asks for [\d,.]+ MiB of host memory, but"):
+        build(folder, swap_bytes=1 << 60)
+
+
 def test_a_context_longer_than_the_checkpoints(folder: Path) -> None:
     with pytest.raises(StartupError, match="max_model_len 100,000 is not between"):
         build(folder, max_model_len=100_000)

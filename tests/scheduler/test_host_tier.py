@@ -9,8 +9,11 @@ import pytest
 
 from scheduler.host_tier import HostTier
 from scheduler.plan import PageCopy
+from scheduler.policy import swap_pays
 from scheduler.prefix import HashChain, Link
+from scheduler.profile import Profile, StepShape, chunk_pairs
 from scheduler.sequence import Sequence
+from scheduler.step_cost import StepCost
 from tests.fakes import KVCorruptedError, Script
 from tests.scheduler.driving import Pair, assert_exact, gather, greedy, pair, request
 from tests.scheduler.test_invariance import PAGES, run, workload
@@ -166,6 +169,37 @@ def test_the_worker_notices_a_save_that_comes_too_late(monkeypatch: pytest.Monke
     monkeypatch.setattr(fakes.ScriptedWorker, "execute", late)
     with pytest.raises(KVCorruptedError):
         crowded()
+
+
+POINTS = tuple(
+    (StepShape(1, tokens, 0, chunk_pairs(tokens, 0)), 0.001 + tokens * 1e-4)
+    for tokens in (1, 10, 100)
+)
+
+
+@pytest.mark.parametrize(("page_seconds", "swaps"), [(1e-4, True), (1e-2, False)])
+def test_what_is_cheaper_is_done(page_seconds: float, swaps: bool) -> None:
+    """A page of 4 tokens is computed in 0.4 ms; two copies take 0.2 or 20."""
+    cost = StepCost.from_profile(Profile(POINTS, copies=((1, page_seconds), (9, 9 * page_seconds))))
+    both = pair(num_pages=PAGES[4][0], room=greedy, host_pages=1000)
+    both.scheduler.cost = cost
+    run(both, workload(24, seed=4))
+    load = both.scheduler.load()
+    assert load.preemptions > 10
+    assert bool(load.pages_swapped_out) is bool(load.pages_swapped_in) is swaps
+
+
+def test_without_a_profile_swapping_is_taken_to_pay() -> None:
+    assert swap_pays(StepCost.learning(), 100, 16)
+    assert swap_pays(StepCost.from_profile(Profile(POINTS)), 100, 16)
+
+
+def test_steps_with_copies_teach_nothing_about_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[StepShape] = []
+    monkeypatch.setattr(StepCost, "observe", lambda self, shape, seconds: seen.append(shape))
+    plans = crowded().worker.plans
+    assert seen == [plan.shape for plan in plans if not plan.copies]
+    assert len(seen) < len(plans)
 
 
 def links(count: int, first: int = 0) -> list[Link]:

@@ -48,5 +48,14 @@ def test_a_pool_too_small_for_one_sequence_is_one_clear_sentence(change: dict[st
 
 def test_the_printed_table_names_every_part() -> None:
     text = str(plan_budget(**BASE))
+    assert "0 pages to swap to" in text
     for part in ("device memory", "weights", "activations", "KV pool: 300 pages", "4,784 token"):
         assert part in text
+
+
+def test_host_memory_is_counted_in_whole_pages_and_changes_nothing_else() -> None:
+    plain, swapping = plan_budget(**BASE), plan_budget(**BASE, swap_bytes=10 * MIB + 1)
+    assert (plain.host_pages, swapping.host_pages) == (0, 10)
+    assert swapping.num_pages == plain.num_pages
+    line = next(line for line in str(swapping).splitlines() if "10 pages to swap to" in line)
+    assert line.endswith("10.0 MiB")
