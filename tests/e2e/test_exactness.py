@@ -191,8 +191,7 @@ def test_preemption(sampler: str, prefix: bool) -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize(("depth", "k"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(("prefix", "depth", "k"), [(True, 1, 0), (False, 2, 3)])
 def test_swapping(sampler: str, prefix: bool, depth: int, k: int) -> None:
     config = replace(CONFIG, num_pages=34, enable_prefix_cache=prefix, host_pages=60)
     found, scheduler = run(config, requests(sampler), depth=depth, drafts=lambda sequence: k)

@@ -139,7 +139,7 @@ def test_choices_of_one_request_load_their_prompt_once() -> None:
     while both.scheduler.load().running < 3:
         both.step()
     first, *others = (a for plan in both.worker.plans[before:] for a in plan.admits)
-    assert len(first.loads) >= 7, "the prompt had left the device"
+    assert len(first.loads) >= 3, "much of the prompt had left the device"
     assert len(others) == 2
     assert all(other.pages[:7] == first.pages[:7] for other in others)
     both.finish()
