@@ -21,7 +21,7 @@ from tests.scheduler.test_invariance import PAGES, run, workload
 
 def crowded(host_pages: int = 1000, seed: int = 4, **config) -> Pair:
     """A pool far too small for the workload."""
-    both = pair(num_pages=PAGES[4][0], room=greedy, host_pages=host_pages, **config)
+    both = pair(num_pages=PAGES[4][0], policy=greedy(), host_pages=host_pages, **config)
     run(both, workload(24, seed))
     return both
 
@@ -37,7 +37,7 @@ def test_swapping_does_not_show_in_the_text(page_size: int, depth: int) -> None:
             page_size=page_size,
             drafts=drafts,
             depth=depth,
-            room=greedy,
+            policy=greedy(),
             script=Script(acceptance=0.5),
             host_pages=host_pages,
             enable_prefix_cache=shared,
@@ -71,7 +71,7 @@ def test_without_host_pages_plans_are_as_ever() -> None:
 
 def test_pages_that_stay_on_the_device_are_not_copied() -> None:
     """Three end soon after the fourth had to go: its pages are all still there."""
-    both = pair(num_pages=38, slots=4, room=greedy, host_pages=100)
+    both = pair(num_pages=38, slots=4, policy=greedy(), host_pages=100)
     lengths = [5, 5, 5, 16]
     both.add(*(request(f"r{i}", range(i, i + 33), lengths[i], seed=i, arrival=i) for i in range(4)))
     both.finish()
@@ -81,7 +81,7 @@ def test_pages_that_stay_on_the_device_are_not_copied() -> None:
 
 def paused(host_pages: int = 100, n: int = 1, depth: int = 1) -> tuple[Pair, str]:
     """The sequences of the last request have been paused, and their pages overwritten."""
-    both = pair(num_pages=41, slots=6, room=greedy, host_pages=host_pages, depth=depth)
+    both = pair(num_pages=41, slots=6, policy=greedy(), host_pages=host_pages, depth=depth)
     both.add(request("old", range(60), 80, seed=1, arrival=0.0))
     both.add(request("new", range(20, 50), 60, seed=2, arrival=1.0, n=n))
     while both.scheduler.load().waiting < n or not both.scheduler.load().pages_swapped_out:
@@ -181,7 +181,7 @@ POINTS = tuple(
 def test_what_is_cheaper_is_done(page_seconds: float, swaps: bool) -> None:
     """A page of 4 tokens is computed in 0.4 ms; two copies take 0.2 or 20."""
     cost = StepCost.from_profile(Profile(POINTS, copies=((1, page_seconds), (9, 9 * page_seconds))))
-    both = pair(num_pages=PAGES[4][0], room=greedy, host_pages=1000)
+    both = pair(num_pages=PAGES[4][0], policy=greedy(), host_pages=1000)
     both.scheduler.cost = cost
     run(both, workload(24, seed=4))
     load = both.scheduler.load()
@@ -292,7 +292,7 @@ def test_both_tiers_account_for_every_page_over_many_operations(shared: bool) ->
             max_len=60,
             depth=rng.randint(0, 3),
             drafts=rng.choice([0, 0, 1, 4]),
-            room=greedy,
+            policy=greedy(),
             script=Script(acceptance=0.5),
             host_pages=rng.choice([1, 4, 16, 64, 256]),
             enable_prefix_cache=shared,
