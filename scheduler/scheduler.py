@@ -400,9 +400,7 @@ class Scheduler:
     # --- looking in -----------------------------------------------------------------------------
 
     def load(self) -> Load:
-        return self._counts.load(
-            len(self._running), self._waiting, self._memory, self._admission
-        )
+        return self._counts.load(len(self._running), self._waiting, self._memory, self._admission)
 
     def check(self) -> None:
         """Raises `AssertionError` unless pages, slots and number lines add up. For tests."""

@@ -17,6 +17,7 @@ from kernels.linear.prepare import prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.spec import ModelSpec
+from scheduler.admission import Policy, make_policy
 from scheduler.policy import DraftCap, no_drafts
 from scheduler.request import Request, SamplingParams, SchedulerConfig
 from scheduler.scheduler import Scheduler
@@ -124,8 +125,9 @@ def run(
     depth: int = 1,
     drafts: DraftCap = no_drafts,
     arrivals_per_step: int = 1000,
+    policy: Policy | None = None,
 ) -> tuple[dict[tuple[str, int], Result], Scheduler]:
-    scheduler, device = Scheduler(config, drafts), worker(config)
+    scheduler, device = Scheduler(config, drafts, policy), worker(config)
     try:
         found = drive(scheduler, device, batch, depth=depth, arrivals_per_step=arrivals_per_step)
     finally:
@@ -194,7 +196,10 @@ def test_preemption(sampler: str, prefix: bool) -> None:
 @pytest.mark.parametrize(("prefix", "depth", "k"), [(True, 1, 0), (False, 2, 3)])
 def test_swapping(sampler: str, prefix: bool, depth: int, k: int) -> None:
     config = replace(CONFIG, num_pages=34, enable_prefix_cache=prefix, host_pages=60)
-    found, scheduler = run(config, requests(sampler), depth=depth, drafts=lambda sequence: k)
+    crowded = make_policy("aggressive", watermark=0.0)
+    found, scheduler = run(
+        config, requests(sampler), depth=depth, drafts=lambda sequence: k, policy=crowded
+    )
     assert scheduler.load().pages_swapped_out > 0
     assert scheduler.load().pages_swapped_in > 0
     same(found, sampler)
