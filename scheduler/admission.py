@@ -54,10 +54,10 @@ class AdaptiveReserve:
     evictions per end equal the target (stochastic approximation, Robbins and Monro 1951).
     """
 
-    share: float = 0.03
+    share: float = 0.05
     least: float = 0.0
     most: float = 0.25
-    gain: float = 0.005
+    gain: float = 0.002
     target: float = 0.01
 
     def evicted(self) -> None:
