@@ -35,17 +35,16 @@ from engine.messages import (
     ToEngine,
 )
 from engine.transport import EngineTransport
+from scheduler.gate import Overloaded
 from scheduler.plan import StepPlan, StepResult
 from scheduler.request import Output, Request
-from scheduler.scheduler import ContextTooLong, QueueFull, Scheduler
+from scheduler.scheduler import ContextTooLong, Scheduler
 
 log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 2  # one step runs while the next waits: depth 1
 # The scheduler holds work but plans nothing although nothing is in flight: asked again after this.
 RETRY_SECONDS = 0.02
-# Bounds on what a refused client is told.
-MIN_RETRY_AFTER, MAX_RETRY_AFTER = 1.0, 60.0
 
 
 class PendingStep(Protocol):
@@ -112,8 +111,6 @@ class EngineCore:
         self._routes: dict[str, _Route] = {}  # by the scheduler's id
         self._outbox: dict[bytes, list[Output]] = {}
         self._drain_until: float | None = None
-        self._finish_seconds = 0.0  # smoothed time between two finished requests
-        self._last_finish = clock()
 
     def run(self) -> None:
         """Serves until drained. Raises what the worker or the scheduler raised: a fault."""
@@ -191,9 +188,9 @@ class EngineCore:
         admitted = _on_our_clock(request, name, now)
         try:
             self._scheduler.add(admitted, now)
-        except QueueFull as error:
-            retry = self._retry_after()
-            self._send(client, Rejected(request.id, "queue_full", str(error), retry))
+        except Overloaded as error:
+            refusal = Rejected(request.id, error.reason, str(error), error.retry_after)
+            self._send(client, refusal)
             return
         except ContextTooLong as error:
             self._send(client, Rejected(request.id, "context_length_exceeded", str(error)))
@@ -201,8 +198,6 @@ class EngineCore:
         except ValueError as error:
             self._send(client, Rejected(request.id, "invalid", str(error)))
             return
-        if not self._routes:
-            self._last_finish = now  # the pause before says nothing about the pace
         self._routes[name] = _Route(client, request.id, request.n)
 
     def _find(self, client: bytes, request_id: str) -> str | None:
@@ -265,7 +260,6 @@ class EngineCore:
                 route.choices_left -= 1
                 if not route.choices_left:
                     del self._routes[name]
-                    self._note_finish(output.finish.finished)
 
     def _publish(self, seconds: float | None = None, tokens: int = 0) -> None:
         """Sends what was collected. With `seconds`, a step settled: tell everyone who waits.
@@ -295,15 +289,6 @@ class EngineCore:
         for name in orphans:
             del self._routes[name]
             self._collect(self._scheduler.abort(name, self._clock()))  # may bring others' ends
-
-    def _note_finish(self, finished: float) -> None:
-        gap, self._last_finish = max(finished - self._last_finish, 0.0), finished
-        self._finish_seconds += 0.1 * (gap - self._finish_seconds)
-
-    def _retry_after(self) -> float:
-        """When half of the queue should be through, at the present pace."""
-        seconds = 0.5 * self._scheduler.load().waiting * self._finish_seconds
-        return min(max(seconds, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
 
 
 def _on_our_clock(request: Request, name: str, now: float) -> Request:

@@ -6,8 +6,8 @@ from __future__ import annotations
 class RejectedError(Exception):
     """The engine did not accept a request; nothing of it ran.
 
-    `code` is one of `queue_full`, `context_length_exceeded`, `draining`, `invalid`; `retry_after`
-    is in seconds, None when a retry cannot help or the time is unknown.
+    `code` is a `Refusal`, or one of `context_length_exceeded`, `draining`, `invalid`;
+    `retry_after` is in seconds, None when a retry cannot help or the time is unknown.
     """
 
     def __init__(self, code: str, message: str, retry_after: float | None = None) -> None:

@@ -77,7 +77,7 @@ class Rejected(msgspec.Struct, tag=True, frozen=True):
     """A request that was never accepted; no `Output` follows."""
 
     request_id: str
-    code: str  # "queue_full", "context_length_exceeded", "draining", "invalid"
+    code: str  # a `Refusal`, "context_length_exceeded", "draining", "invalid"
     message: str
     retry_after: float | None = None  # seconds
 

@@ -38,13 +38,19 @@ class Counts:
             self.prefix_hits += cached
 
     def load(
-        self, running: int, waiting: WaitingQueue, memory: Memory, admission: Admission
+        self,
+        running: int,
+        waiting: WaitingQueue,
+        memory: Memory,
+        admission: Admission,
+        predicted_wait: float,
     ) -> Load:
         pool, host = memory.pool, memory.host
         return Load(
             running=running,
             waiting=len(waiting),
             waiting_tokens=waiting.tokens,
+            predicted_wait=predicted_wait,
             pages_total=pool.total,
             pages_held=pool.total - pool.available,
             pages_cached=pool.cached,

@@ -63,6 +63,12 @@ class FairShare:
         account.unfinished += sequences
         return account
 
+    def served(self, tenant: str) -> int:
+        """What a tenant counts as served once it waits."""
+        account = self._accounts.get(tenant)
+        served = 0 if account is None else account.served
+        return served if tenant in self._queued else max(served, self._floor())
+
     def close(self, account: Account) -> None:
         """One of its sequences has ended. When nobody has any left, all begin anew as equals."""
         account.unfinished -= 1

@@ -18,6 +18,15 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the request failed inside the engine
 
 
+class Refusal(StrEnum):
+    """Why an overloaded server did not take a request."""
+
+    QUEUE_FULL = "queue_full"  # too many wait
+    QUEUE_TOKENS = "queue_tokens"  # their prompts are too long together
+    TTFT = "ttft_target"  # its first token would come later than wanted
+    DEADLINE = "deadline"  # one of its time limits would pass before
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen for one request. Validated at construction (raises `ValueError`).
@@ -140,6 +149,7 @@ class Finish:
     cached_tokens: int = 0  # prompt positions whose KV came from the prefix cache
     preemptions: int = 0
     arrival: float = 0.0
+    predicted_first_token: float | None = None  # at arrival; None: it was not to wait, or unknown
     admitted: float | None = None
     first_token: float | None = None
     finished: float = 0.0

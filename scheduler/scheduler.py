@@ -24,18 +24,15 @@ from scheduler.choices import choices_of
 from scheduler.counts import Counts
 from scheduler.decide import Decider, Decision
 from scheduler.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
+from scheduler.gate import Gate
 from scheduler.memory import Hits, Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import DraftCap, no_drafts, swap_pays
 from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
-from scheduler.sequence import Phase, Sequence
+from scheduler.sequence import Phase, Sequence, WaitForecast
 from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
-
-
-class QueueFull(Exception):  # noqa: N818, a state of the queue
-    """Too many sequences, or too many of their tokens, are waiting already."""
 
 
 class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
@@ -65,6 +62,7 @@ class Scheduler:
         self._decider = Decider(config, self._memory, drafts, self._admission, self.cost)
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
         self._waiting = WaitingQueue()
+        self._gate = Gate(config, self._memory, self._waiting, self.cost, self.policy)
         self._running: list[Sequence] = []  # sorted by order
         self._in_flight: dict[int, list[Sequence]] = {}  # by step, oldest first: one a row
         self._unadmitted: set[str] = set()  # requests of which no choice ever got a slot
@@ -80,7 +78,7 @@ class Scheduler:
         """Queues a request.
 
         The choices of one request wait for the first to compute the prompt, then share its pages.
-        Raises `QueueFull`; `ContextTooLong` for what could never run; `ValueError` for an id that
+        Raises `Overloaded`; `ContextTooLong` for what could never run; `ValueError` for an id that
         is in use.
         """
         if request.id in self._requests:
@@ -88,7 +86,7 @@ class Scheduler:
         length, room = len(request.prompt), self._memory.max_len - 1
         if length > room:
             raise ContextTooLong(f"the prompt has {length} tokens, at most {room} fit")
-        self._check_queue(length * request.n)
+        forecast = self._gate.enter(request, self._running, self._counts.steps, now)
         account = self._waiting.open(request.tenant, request.n)
         self._requests[request.id] = choices = choices_of(
             request, self.config, self._memory.max_len, self._next_serial, account
@@ -103,6 +101,7 @@ class Scheduler:
         leader: Sequence | None = None
         for sequence in list(choices):
             self.policy.lengths.begin(sequence)
+            sequence.forecast = forecast
             if leader is not None and shares:
                 self._waiting.park(sequence)
             else:
@@ -111,14 +110,6 @@ class Scheduler:
                 self._outputs.append(self._end(sequence, FinishReason.LENGTH, now))
             else:
                 leader = leader or sequence
-
-    def _check_queue(self, tokens: int) -> None:
-        """Raises `QueueFull`. Who finds the queue empty is let in, however long its prompt."""
-        waiting, most = self._waiting, self.config.max_queued_tokens
-        if len(waiting) >= self.config.max_queued_requests:
-            raise QueueFull(f"{len(waiting)} sequences are waiting")
-        if waiting and most is not None and waiting.tokens + tokens > most:
-            raise QueueFull(f"{waiting.tokens} tokens are waiting")
 
     def abort(
         self,
@@ -234,7 +225,9 @@ class Scheduler:
     def _seat(self, sequence: Sequence, hits: Hits, now: float) -> Admit:
         """Gives a waiting sequence a slot; its prefix hits are pinned already."""
         self._waiting.remove(sequence)
-        self._unadmitted.discard(sequence.request.id)
+        if sequence.request.id in self._unadmitted:
+            self._unadmitted.discard(sequence.request.id)
+            self._gate.waits.admitted(sequence.forecast, now - sequence.request.arrival)
         loads = self._memory.seat(sequence, hits, self._counts.steps)
         cached = sequence.computed
         insort(self._running, sequence, key=attrgetter("order"))
@@ -267,6 +260,7 @@ class Scheduler:
             self.cost.observe(plan.shape, result.seconds)
         size = self.config.page_size
         sequences = self._in_flight.pop(plan.step)
+        self._gate.waits.settled(plan.shape, result.seconds, now, busy=bool(self._in_flight))
         for row, sequence, done in zip(plan.rows, sequences, result.rows, strict=True):
             if sequence.epoch != row.epoch:
                 continue  # ended or preempted since
@@ -388,6 +382,8 @@ class Scheduler:
             self._release_siblings(sequence)
         sequence.phase = Phase.ENDED
         self.policy.lengths.ended(sequence, reason)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._gate.answers.add(completion_tokens)
         self.policy.reserve.finished()
         self._waiting.close(sequence)
         choices = self._requests[request.id]
@@ -400,7 +396,17 @@ class Scheduler:
     # --- looking in -----------------------------------------------------------------------------
 
     def load(self) -> Load:
-        return self._counts.load(len(self._running), self._waiting, self._memory, self._admission)
+        return self._counts.load(
+            len(self._running),
+            self._waiting,
+            self._memory,
+            self._admission,
+            self._gate.usual_wait(self._running, self._counts.steps),
+        )
+
+    def predicted_wait(self, request: Request, now: float) -> WaitForecast | None:
+        """What a request that arrived now would have to expect; None while too little is known."""
+        return self._gate.forecast(request, self._running, self._counts.steps, now)
 
     def check(self) -> None:
         """Raises `AssertionError` unless pages, slots and number lines add up. For tests."""

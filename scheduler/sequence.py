@@ -13,6 +13,16 @@ from scheduler.request import Finish, FinishReason, Request, SamplingParams, Tok
 NO_ROW = Row(slot=0, epoch=0, chunk=None, samples=False)
 
 
+@dataclass(frozen=True, slots=True)
+class WaitForecast:
+    """Seconds from arrival until a sequence should be admitted and have its first token. `model_s`
+    is the admission before it was corrected by experience."""
+
+    admission_s: float
+    first_token_s: float
+    model_s: float = 0.0
+
+
 class Phase(Enum):
     """Where a sequence is kept. Not what it does: there are no prefill and decode states."""
 
@@ -64,6 +74,7 @@ class Sequence:
     overtaken: int = 0  # sequences admitted past it while it was the blocked head of the queue
     preemptions: int = 0
     cached_tokens: int = 0  # of the prompt, at the first admission
+    forecast: WaitForecast | None = None  # at arrival
     admitted: float | None = None
     first_token: float | None = None
 
@@ -153,6 +164,9 @@ class Sequence:
         message: str = "",
     ) -> Finish:
         """Its account, closed at `now`."""
+        predicted = None
+        if self.forecast is not None and self.forecast.admission_s > 0.0:
+            predicted = self.request.arrival + self.forecast.first_token_s
         return Finish(
             reason=reason,
             stop_token=stop_token,
@@ -162,6 +176,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
             arrival=self.request.arrival,
+            predicted_first_token=predicted,
             admitted=self.admitted,
             first_token=self.first_token,
             finished=now,

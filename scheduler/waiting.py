@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from operator import attrgetter
 
+from scheduler.backlog import Backlog
 from scheduler.fair_share import Account, FairShare
 from scheduler.sequence import Phase, Sequence
 
@@ -19,13 +20,14 @@ class WaitingQueue:
     Parked choices are counted but not tried.
     """
 
-    __slots__ = ("_count", "_parked", "_shares", "tokens")
+    __slots__ = ("_count", "_parked", "_shares", "backlog", "tokens")
 
     def __init__(self) -> None:
         self._shares = FairShare()
         self._parked: dict[str, list[Sequence]] = {}  # by request id, in order
         self._count = 0
         self.tokens = 0  # known tokens of all of them, prefix hits not considered
+        self.backlog = Backlog()
 
     def __len__(self) -> int:
         return self._count
@@ -36,6 +38,10 @@ class WaitingQueue:
     def open(self, tenant: str, sequences: int) -> Account:
         """The account that new sequences of a tenant belong to, before they are pushed."""
         return self._shares.open(tenant, sequences)
+
+    def served(self, tenant: str) -> int:
+        """What fair share would count as served to a tenant that joins the queue now."""
+        return self._shares.served(tenant)
 
     def close(self, sequence: Sequence) -> None:
         """It has ended: its account expects no more of it."""
@@ -48,15 +54,18 @@ class WaitingQueue:
         if not account.queue:
             self._shares.queue(account)
         insort(account.queue, sequence, key=_order)
-        self._count += 1
-        self.tokens += len(sequence.tokens)
+        self._joined(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Keeps a choice back while another one of its request computes the prompt."""
         sequence.phase = Phase.PARKED
         self._parked.setdefault(sequence.request.id, []).append(sequence)
+        self._joined(sequence)
+
+    def _joined(self, sequence: Sequence) -> None:
         self._count += 1
         self.tokens += len(sequence.tokens)
+        self.backlog.add(sequence)
 
     def unpark(self, request_id: str, count: int | None = None) -> list[Sequence]:
         """Moves the first `count` parked choices of a request, or all, into the queue."""
@@ -80,6 +89,7 @@ class WaitingQueue:
                 self._shares.unqueue(account)
         self._count -= 1
         self.tokens -= len(sequence.tokens)
+        self.backlog.remove(sequence)
 
     def check(self) -> None:
         """Raises `AssertionError` unless the queues are sorted and the counts are right."""
@@ -94,3 +104,4 @@ class WaitingQueue:
         assert len(everyone) == self._count
         assert sum(len(sequence.tokens) for sequence in everyone) == self.tokens
         assert all(not sequence.slot and not sequence.pages for sequence in everyone)
+        self.backlog.check(everyone)

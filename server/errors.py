@@ -12,9 +12,11 @@ from collections.abc import Mapping
 import orjson
 
 from engine.errors import EngineDeadError, RejectedError
+from scheduler.request import Refusal
 
 MAX_RETRY_AFTER_SECONDS = 120.0  # clients ignore anything longer
 MIN_RETRY_AFTER_SECONDS = 1.0  # of an overloaded server
+_REFUSALS = frozenset(Refusal)
 
 
 class ApiError(Exception):
@@ -30,6 +32,7 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
         extra: Mapping[str, int] | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -39,6 +42,7 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
         self.extra = dict(extra or {})
+        self.reason = reason or code  # for metrics
 
     def body(self) -> bytes:
         """`{"error": {...}}` as JSON."""
@@ -94,13 +98,15 @@ def unauthorized() -> ApiError:
     )
 
 
-def overloaded(message: str, retry_after: float) -> ApiError:
+def overloaded(message: str, retry_after: float, reason: str) -> ApiError:
+    """Not taken, or not in time: `reason` is a `Refusal`."""
     return ApiError(
         429,
-        message,
+        f"The server is overloaded: {message}. Try again after the time in Retry-After.",
         type="rate_limit_error",
         code="server_overloaded",
         headers=_retry_headers(retry_after),
+        reason=reason,
     )
 
 
@@ -156,8 +162,8 @@ def from_engine(error: RejectedError | EngineDeadError) -> ApiError:
     """What a refusal or the death of the engine means for the client."""
     if isinstance(error, EngineDeadError):
         return unavailable("The engine stopped while working on this request.")
-    if error.code == "queue_full":
-        return overloaded(error.message, error.retry_after or 1.0)
+    if error.code in _REFUSALS:
+        return overloaded(error.message, error.retry_after or 1.0, reason=error.code)
     if error.code == "draining":
         return unavailable(error.message, error.retry_after or 5.0)
     return invalid(error.message, code=error.code)

@@ -39,7 +39,7 @@ async def generate(request: Request, services: Services, endpoint: Endpoint) -> 
         services.admission.check(job.choices)
     except ApiError as error:
         if error.status in (429, 503):
-            services.metrics.rejections.add(label=error.code or "")
+            services.metrics.rejections.add(label=error.reason or "")
         context.log.error = error.message
         raise
     except ClientDisconnect:
@@ -131,7 +131,7 @@ class _Answer:
         log.first_token_ms = timings["time_to_first_token_ms"]
         log.error = end.error
         if end.status == OVERLOADED:  # by the engine: our own refusals never come this far
-            self._services.metrics.rejections.add(label="server_overloaded")
+            self._services.metrics.rejections.add(label=end.reason)
         if self._generation.transcript is not None:
             decode = self._services.text.tokenizer.decode
             log.prompts = [decode(r.prompt, skip_special_tokens=False) for r in job.requests]
@@ -193,7 +193,7 @@ def header_safe(name: str) -> str:
 
 def _problem(error: BaseException) -> StreamEnd:
     if isinstance(error, ApiError):
-        return StreamEnd(error.status, error.message)
+        return StreamEnd(error.status, error.message, error.reason or "")
     if isinstance(error, asyncio.CancelledError):
         return StreamEnd(CLIENT_LEFT, "the client left")
     return StreamEnd(500, type(error).__name__)

@@ -44,10 +44,11 @@ class Chunks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamEnd:
-    """How a stream ended: an HTTP-like status and, for errors, why."""
+    """How a stream ended: an HTTP-like status and, for errors, why; `reason` is for metrics."""
 
     status: int
     error: str = ""
+    reason: str = ""
 
 
 class EventStream(Response):
@@ -115,7 +116,7 @@ class EventStream(Response):
             log.exception("a stream failed")
             problem = internal()
         await self._send(send, b"data: " + problem.body() + b"\n\n", more=False)
-        return StreamEnd(problem.status, problem.message)
+        return StreamEnd(problem.status, problem.message, problem.reason or "")
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         self._sending, self._ending = True, not more

@@ -252,15 +252,37 @@ def test_an_idle_hour_does_not_make_retry_after_long(make):
     now = [0.0]
     engine = make(clock=lambda: now[0], max_num_seqs=1, max_queued_requests=1)
     client = Client(engine.transport)
-    for name in ("a", "b"):
-        client.send(Submit(request(name)))
-        engine.run_until(lambda name=name: client.finishes(name))
+    for i in range(30):
+        client.send(Submit(request(str(i))))
+        engine.run_until(lambda i=i: client.finishes(str(i)))
         now[0] += 3600.0
     for name in ("running", "waiting", "refused"):
         client.send(Submit(request(name, max_tokens=400)))
         engine.turns(1)
     (refused,) = [m for m in client.messages if isinstance(m, Rejected)]
     assert (refused.request_id, refused.retry_after) == ("refused", 1.0)
+
+
+def test_a_request_that_would_miss_its_target_is_refused_and_taken_later(make):
+    engine = make(step_seconds=0.002, max_num_seqs=1)
+    client = Client(engine.transport)
+    for i in range(30):
+        client.send(Submit(request(str(i))))
+        engine.run_until(lambda i=i: client.finishes(str(i)))
+    for i in range(20):
+        client.send(Submit(request(f"long{i}", max_tokens=100)))
+    client.send(Submit(request("late", ttft_target=0.05)))
+    client.send(Submit(request("patient", ttft_target=500.0)))
+    engine.turns(2)
+    (refused,) = [m for m in client.messages if isinstance(m, Rejected)]
+    assert (refused.request_id, refused.code) == ("late", "ttft_target")
+    assert 1.0 <= refused.retry_after <= 60.0
+    assert engine.scheduler.load().predicted_wait > 0.05
+    for i in range(20):
+        client.send(Abort(f"long{i}"))
+    engine.run_until(lambda: client.finishes("patient"))
+    client.send(Submit(request("late", ttft_target=0.05)))
+    engine.run_until(lambda: client.finishes("late"))
 
 
 def test_drain_refuses_finishes_and_ends(make):

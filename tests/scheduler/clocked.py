@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from scheduler.plan import RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
-from scheduler.request import Request
+from scheduler.request import Finish, Output, Request
 from scheduler.scheduler import Scheduler
 
 ONE = RowResult(tokens=(1,))
@@ -27,6 +27,7 @@ class Clocked:
         self.now = 0.0
         self.steps: list[tuple[StepPlan, float]] = []  # with the time each took
         self.times: dict[tuple[str, int], list[float]] = defaultdict(list)  # of every output
+        self.ends: dict[tuple[str, int], Finish] = {}
         self.arrivals: dict[str, float] = {}
         self._in_flight: deque[tuple[StepPlan, float, float]] = deque()
         self._busy_until = 0.0
@@ -37,7 +38,7 @@ class Clocked:
         self.arrivals |= {r.id: r.arrival for r in todo}
         while self.now < until and (todo or self.scheduler.has_work()):
             while todo and todo[0].arrival <= self.now:
-                self.scheduler.add(todo.popleft(), self.now)
+                self._arrive(todo.popleft())
             self._launch()
             moments = [self._in_flight[0][1]] if self._in_flight else []
             moments += [todo[0].arrival] if todo else []
@@ -49,7 +50,7 @@ class Clocked:
     def _launch(self) -> None:
         while len(self._in_flight) < 2:
             plan = self.scheduler.plan(self.now)
-            self.scheduler.take_outputs()
+            self._take(self.scheduler.take_outputs())
             if plan is None:
                 return
             took = self.seconds(plan.shape)
@@ -59,10 +60,21 @@ class Clocked:
 
     def _settle(self) -> None:
         plan, _, took = self._in_flight.popleft()
-        rows = tuple(ONE if row.samples else NONE for row in plan.rows)
-        for output in self.scheduler.settle(plan, StepResult(plan.step, rows, took), self.now):
+        result = StepResult(plan.step, self._rows(plan), took)
+        self._take(self.scheduler.settle(plan, result, self.now))
+
+    def _arrive(self, request: Request) -> None:
+        self.scheduler.add(request, self.now)
+
+    def _rows(self, plan: StepPlan) -> tuple[RowResult, ...]:
+        return tuple(ONE if row.samples else NONE for row in plan.rows)
+
+    def _take(self, outputs: list[Output]) -> None:
+        for output in outputs:
             if output.tokens:
                 self.times[output.request_id, output.choice].append(self.now)
+            if output.finish is not None:
+                self.ends[output.request_id, output.choice] = output.finish
 
     def ttft(self, name: str) -> float:
         return self.times[name, 0][0] - self.arrivals[name]

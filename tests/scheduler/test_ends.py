@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.gate import Overloaded
 from scheduler.plan import RowResult, StepResult
 from scheduler.request import FinishReason
-from scheduler.scheduler import ContextTooLong, QueueFull
+from scheduler.scheduler import ContextTooLong
 from tests.fakes import Script
 from tests.scheduler.driving import NATURAL, Answer, Pair, assert_exact, gather, pair, request
 
@@ -215,11 +216,11 @@ def test_a_deadline_does_not_outlive_its_request() -> None:
 def test_the_queue_is_bounded_in_tokens() -> None:
     both = pair(slots=1, max_queued_tokens=2 * len(PROMPT))
     both.add(request("large", range(100), 3))  # an empty queue takes any
-    with pytest.raises(QueueFull, match="100 tokens"):
+    with pytest.raises(Overloaded, match="100 tokens"):
         both.add(request("early", PROMPT, 3))
     both.step()
     both.add(request("a", PROMPT, 3), request("b", PROMPT, 3))
-    with pytest.raises(QueueFull, match="tokens"):
+    with pytest.raises(Overloaded, match="tokens"):
         both.add(request("c", [1], 3))
     both.finish()
     both.add(request("d", PROMPT, 3, n=9))
@@ -267,7 +268,7 @@ def test_what_can_never_run_is_refused() -> None:
 def test_a_full_queue_refuses() -> None:
     both = pair(max_queued_requests=2)
     both.add(request("a", PROMPT), request("b", PROMPT))
-    with pytest.raises(QueueFull):
+    with pytest.raises(Overloaded):
         both.add(request("c", PROMPT))
     both.finish()
     both.add(request("c", PROMPT))

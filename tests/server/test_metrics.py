@@ -189,7 +189,7 @@ async def test_refusals_by_the_engine_count_too() -> None:
         await client.post("/v1/chat/completions", json=chat())
         await client.post("/v1/chat/completions", json=chat(stream=True))
         text = await scrape(client)
-    assert value(text, "foresight_admission_rejections_total", reason="server_overloaded") == 2
+    assert value(text, "foresight_admission_rejections_total", reason="queue_full") == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -221,7 +221,7 @@ async def test_reasons_statuses_and_ignored_fields() -> None:
         text = await scrape(client)
     assert value(text, "foresight_request_success_total", finished_reason="stop") == 1
     assert value(text, "foresight_http_requests_total", status="400") == 1
-    assert value(text, "foresight_admission_rejections_total", reason="server_overloaded") == 1
+    assert value(text, "foresight_admission_rejections_total", reason="queue_full") == 1
     assert value(text, "foresight_ignored_params_total", param="user") == 1
     assert value(text, "foresight_ignored_params_total", param="other") == 1
     assert value(text, "foresight_kv_cache_usage_perc") == 0.25

@@ -1,0 +1,143 @@
+"""How long will a new request wait? A fluid model of slots, memory and prompt work.
+
+Three things can make a request wait: slots, memory, and prompts to compute before its own. For the
+first two the model asks when enough has been handed out for all who are ahead and for it. At step t
+
+    handed out(t) = x(t) + ∫ x / life        x(t) = free now + given back by running sequences by t
+
+because whoever gets what was given back keeps it for `life` steps on average, and gives it back
+again (memorylessly). A short queue waits for those who run, one by one; a long one for its own area
+over the capacity. Prompts wait for chunks: tokens ahead over tokens a step. The longest of the
+three counts, times the seconds of a step of that batch.
+
+Guesses of length, prefix hits, a reserve: what the model does not know makes it wrong by a factor
+that changes slowly, so predictions are corrected by what became of earlier ones.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.backlog import Work
+from scheduler.profile import StepShape
+from scheduler.sequence import WaitForecast
+from scheduler.step_cost import StepCost
+
+_RATE = 0.05  # of the logarithm of the correction, per admission that was predicted to wait
+_BOUND = 2.0  # of that logarithm, and of one admission's share in it
+_PACE = 0.05  # smoothing of step times, per settled step
+KNOWN_STEPS = 8  # before so many nothing is predicted
+
+
+class Releases:
+    """When running sequences give one resource back. Amounts in its units, times in steps."""
+
+    __slots__ = ("_held", "_integral", "_times")
+
+    def __init__(self, free: float, gifts: Iterable[tuple[float, float]]) -> None:
+        """`free` may be negative: more is promised than there is. `gifts` are times and amounts,
+        ascending."""
+        self._times, self._held, self._integral = [0.0], [free], [0.0]
+        held, last, integral = free, 0.0, 0.0
+        for time, amount in gifts:
+            if held > 0.0:
+                integral += held * (time - last)
+            held += amount
+            last = time
+            self._times.append(time)
+            self._held.append(held)
+            self._integral.append(integral)
+
+    def steps_until(self, demand: float, life: float) -> float:
+        """Steps until `demand` was handed out, by whose owners it comes back after `life` steps."""
+        times, held, integral = self._times, self._held, self._integral
+        reached = bisect_left(range(len(times)), demand, key=lambda k: held[k] + integral[k] / life)
+        if reached == 0:
+            return 0.0
+        at, rate = reached - 1, held[reached - 1] / life
+        missing = demand - held[at] - integral[at] / life
+        steps = times[at] + missing / rate if rate > 0.0 else math.inf
+        return min(steps, times[reached]) if reached < len(times) else steps
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What runs, as far as waiting for it goes."""
+
+    rows: int
+    context: int  # positions read by a step
+    chunk: int  # prompt tokens that a step has room for
+    prompt: float  # tokens of admitted prompts to compute yet
+    slots: Releases
+    memory: Releases  # KV positions
+
+
+class Waits:
+    """Predicts waits, and learns from those that have ended."""
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self._log = 0.0  # logarithm of the correction
+        self._wall = 0.0  # seconds from one settled step to the next, smoothed
+        self._model = 0.0  # the same as the cost model has it
+        self._steps = 0
+        self._settled_at: float | None = None  # None: the pipeline ran dry
+
+    @property
+    def correction(self) -> float:
+        """Actual over modelled waits, smoothed over the last admissions."""
+        return math.exp(self._log)
+
+    @property
+    def known(self) -> bool:
+        """Whether the time of a step is."""
+        return self._steps >= KNOWN_STEPS and self._wall > 0.0
+
+    def settled(self, shape: StepShape, seconds: float, now: float, busy: bool) -> None:
+        """A step of `seconds` has settled; `busy` if another was in flight already."""
+        wall = seconds if self._settled_at is None else now - self._settled_at
+        self._steps += 1
+        rate = max(_PACE, 1.0 / self._steps)
+        self._wall += rate * (wall - self._wall)
+        self._model += rate * (self._cost.seconds(shape) - self._model)
+        self._settled_at = now if busy else None
+
+    def admitted(self, forecast: WaitForecast | None, waited: float) -> None:
+        """A request got a slot after `waited` seconds."""
+        if forecast is None or forecast.model_s < 2 * self._wall:
+            return  # too short to learn from
+        error = math.log(max(waited, self._wall) / forecast.model_s)
+        self._log += _RATE * (max(-_BOUND, min(_BOUND, error)) - self._log)
+
+    def forecast(self, batch: Batch, ahead: Work, own: Work) -> WaitForecast:
+        """For a request whose `own` work comes after the work `ahead`."""
+        chunk = batch.chunk
+        all_ = Work()
+        all_.add(ahead)
+        all_.add(own)
+        prefill = all_.prompt / all_.sequences / chunk  # steps of an average sequence
+        life = all_.steps / all_.sequences + prefill
+        life_of_memory = all_.area / all_.positions + prefill
+        slots = batch.slots.steps_until(all_.sequences, life)
+        memory = batch.memory.steps_until(all_.positions, life_of_memory)
+        prompts = max((batch.prompt + ahead.prompt) / chunk - 1.0, 0.0)
+        steps = max(slots, memory, prompts)
+        computed = min(chunk, (batch.prompt + ahead.prompt) / steps) if steps > 0 else 0.0
+        seconds = self.step_seconds(batch, computed)
+        model = steps * seconds
+        admission = model * self.correction
+        begin = math.ceil(own.prompt / chunk) + 1  # its chunks, and the step in flight before them
+        prompt_seconds = self.step_seconds(batch, min(own.prompt, chunk))
+        return WaitForecast(admission, admission + begin * prompt_seconds, model)
+
+    def step_seconds(self, batch: Batch, chunk: float) -> float:
+        """Of a step of this batch with so many prompt tokens."""
+        if self._model <= 0.0:
+            return self._wall
+        tokens = round(chunk)
+        pairs = tokens * (batch.context // max(batch.rows, 1))
+        shape = StepShape(max(batch.rows, 1), batch.rows + tokens, batch.context, pairs)
+        return self._cost.seconds(shape) * self._wall / self._model
