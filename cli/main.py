@@ -11,6 +11,8 @@ from cli.errors import CommandError
 # Each module has `run(arguments) -> exit code` and a first docstring line that says what it does.
 COMMANDS = {
     "serve": ("cli.serve", "serve a model over the OpenAI API"),
+    "simulate": ("cli.simulate", "run a trace through the scheduler in virtual time"),
+    "plan": ("cli.plan", "find how many replicas a load needs"),
     "chat": ("cli.chat", "talk to a server from the terminal"),
     "profile": ("cli.profile", "measure what steps cost on this machine"),
     "version": ("cli.version", "print the version"),

@@ -60,9 +60,7 @@ class Record:
 
     def met(self, targets: Targets) -> bool:
         """Whether it ended by itself and in time."""
-        return (
-            self.reason in NATURAL and self.ttft <= targets.ttft and self.gap <= targets.mtpot
-        )
+        return self.reason in NATURAL and self.ttft <= targets.ttft and self.gap <= targets.mtpot
 
 
 class Timeline:
@@ -141,7 +139,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @dataclass(slots=True)
 class SimulationReport:
-    """The outcome. Rates are over `seconds`, from the first arrival to the last thing that ended."""
+    """The outcome. Rates are over `seconds`, from the first arrival to the last end."""
 
     records: list[Record]
     targets: Targets
@@ -197,4 +195,3 @@ class SimulationReport:
             "recomputed_share": load.recomputed_tokens / max(load.recomputed_tokens + fresh, 1),
         }
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
-

@@ -1,6 +1,6 @@
 """The real scheduler against a trace, in virtual time: hours in minutes, and nothing but decisions.
 
-    trace ──▶ submit ──▶ Scheduler.plan ──▶ seconds of the step's shape ──▶ Scheduler.settle ──▶ records
+    trace ──▶ submit ──▶ plan ──▶ seconds of the step's shape ──▶ settle ──▶ records
 
 It follows `engine/core.py`: plan N + 1 is launched before the result of step N is read, steps run
 back to back, and requests are heard between. What is left out is what takes the scheduler's own
@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from scheduler.outcome import Record, SimulationReport, Targets, Timeline
 from scheduler.plan import RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Output, Request, SamplingParams
 from scheduler.scheduler import ContextTooLong, QueueFull, Scheduler
-from scheduler.outcome import Record, SimulationReport, Targets, Timeline
 from scheduler.trace import TraceRequest
 
 IN_FLIGHT = 2  # steps: one runs while the next waits, as in the engine
@@ -53,14 +53,12 @@ class CountingWorker:
     """
 
     def __init__(self, slots: int) -> None:
-        self._requests: list[TraceRequest] = []
+        self._requests: dict[int, TraceRequest] = {}
         self._length = [0] * (slots + 1)  # by slot: tokens it stands at
         self._end = [0] * (slots + 1)  # by slot: the length at which it stops; 0: it never does
 
-    def expect(self, request: TraceRequest) -> int:
-        """The request's number."""
-        self._requests.append(request)
-        return len(self._requests) - 1
+    def expect(self, number: int, request: TraceRequest) -> None:
+        self._requests[number] = request
 
     def run(self, plan: StepPlan, seconds: float) -> StepResult:
         length, end = self._length, self._end
@@ -147,9 +145,9 @@ class SimulatedEngine:
         self._retry = math.inf
         self._retries = 0
 
-    def submit(self, request: TraceRequest) -> Record:
-        """A request arrives, at an instant up to which the engine was run."""
-        number = self._worker.expect(request)
+    def submit(self, request: TraceRequest, number: int) -> Record:
+        """The request of that number arrives, at an instant up to which the engine was run."""
+        self._worker.expect(number, request)
         record = Record(request)
         self.records.append(record)
         now = request.arrival
@@ -246,6 +244,21 @@ class SimulatedEngine:
                 self.pending -= 1
                 self.missed += not record.met(self._targets)
 
+    def play(
+        self,
+        trace: Iterable[TraceRequest],
+        horizon: float = math.inf,
+        most_misses: float = math.inf,
+    ) -> SimulationReport:
+        """Runs a whole trace, sorted by arrival; the bounds are those of `simulate`."""
+        for number, request in enumerate(trace):
+            if request.arrival >= horizon or self.missed > most_misses:
+                break
+            self.run_until(request.arrival)
+            self.submit(request, number)
+        self.finish(horizon, most_misses)
+        return self.report()
+
     def report(self) -> SimulationReport:
         """What has come of everything so far."""
         return SimulationReport(self.records, self._targets, self.scheduler.load(), self.timeline)
@@ -281,10 +294,4 @@ def simulate(
     engine = SimulatedEngine(
         scheduler, cost, targets, interval=interval, deadline=deadline, on_plan=on_plan
     )
-    for request in trace:
-        if request.arrival >= horizon or engine.missed > most_misses:
-            break
-        engine.run_until(request.arrival)
-        engine.submit(request)
-    engine.finish(horizon, most_misses)
-    return engine.report()
+    return engine.play(trace, horizon, most_misses)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+MOST_TOKENS = 1 << 24  # of one prompt or answer: more is a mistake
+
 
 class TraceError(ValueError):
     """A line that cannot be used. The message is one sentence that begins with its number."""
@@ -138,10 +140,12 @@ def _value(value: Any, name: str) -> Any:
         except OverflowError:
             return math.inf
     if kind == "int":
-        if number and math.isfinite(value) and value == int(value):
+        if number and abs(value) <= MOST_TOKENS and value == int(value):
             return int(value)
+        if number and abs(value) > MOST_TOKENS:
+            raise ValueError(f"{name} is more than {MOST_TOKENS}")
         raise ValueError(f"{name} must be a whole number")
-    if kind == "str | None" and (value is None or isinstance(value, int) and number):
+    if kind == "str | None" and (value is None or (isinstance(value, int) and number)):
         return None if value is None else str(value)
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text")
