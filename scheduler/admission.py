@@ -167,7 +167,8 @@ class Admission:
         self.policy.lengths.update(running)
         shared = [pool.shared(s.pages) for s in running]
         length = np.array([len(s.tokens) for s in running], dtype=np.int64)
-        final = np.array([_final(s) for s in running], dtype=np.int64)
+        final = np.array([s.prompt_len + s.guess + IN_FLIGHT for s in running], dtype=np.int64)
+        final = np.minimum(final, [s.limit for s in running])
         batch = Batch.of(
             length + IN_FLIGHT,
             np.maximum(final - length - IN_FLIGHT, 0),

@@ -262,6 +262,9 @@ class Scheduler:
         sequences = self._in_flight.pop(plan.step)
         self._gate.waits.settled(plan.shape, result.seconds, now, busy=bool(self._in_flight))
         for row, sequence, done in zip(plan.rows, sequences, result.rows, strict=True):
+            if row is sequence.plain_row and (output := self._go_on(sequence, done)):
+                outputs.append(output)  # nearly always; what follows comes to the same
+                continue
             if sequence.epoch != row.epoch:
                 continue  # ended or preempted since
             if done.error:
@@ -280,6 +283,28 @@ class Scheduler:
         if self._memory.lift(plan.step):
             self._blocked = False
         return outputs
+
+    def _go_on(self, sequence: Sequence, done: RowResult) -> Output | None:
+        """Appends the token of a plain row if it is one that ends nothing; else changes nothing.
+
+        Its first token has come before, for a plain row is launched after the last chunk.
+        """
+        new, tokens, request = done.tokens, sequence.tokens, sequence.request
+        computed = len(tokens)
+        if len(new) != 1 or new[0] in request.params.stop_token_ids or done.error:
+            return None
+        if computed + 1 >= sequence.limit:
+            return None
+        tokens.append(new[0])
+        sequence.pending_min -= 1
+        sequence.pending_max -= 1
+        sequence.fed += 1
+        sequence.computed = computed
+        self._counts.generated_tokens += 1
+        sequence.account.served += OUTPUT_WEIGHT
+        if computed - sequence.registered >= self.config.page_size:
+            self._publish(sequence)
+        return Output(request.id, sequence.choice, new, done.logprobs, None, None)
 
     def _learn(self, sequence: Sequence, done: RowResult, now: float) -> Output:
         """Appends what a row committed and, where that ends the sequence, ends it.

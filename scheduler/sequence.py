@@ -52,6 +52,8 @@ class Sequence:
     limit: int  # len(tokens) at which it ends for length
     chain: HashChain
     prompt_logprobs: list[TokenLogprob | None] | None  # gathered over chunks; None: not wanted
+    prompt_len: int = field(init=False)
+    cap: int = field(init=False)  # output tokens it can have at most
 
     phase: Phase = Phase.WAITING
     slot: int = 0  # the null slot while it does not run
@@ -86,18 +88,13 @@ class Sequence:
             return params
         return replace(params, prompt_logprobs=None)
 
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt)
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt)
+        self.cap = self.limit - self.prompt_len
 
     @property
     def output_len(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def cap(self) -> int:
-        """Output tokens it can have at most."""
-        return self.limit - len(self.request.prompt)
+        return len(self.tokens) - self.prompt_len
 
     def enter(self, slot: int, epoch: int, hits: list[int], cached: int) -> None:
         """Starts to run in a slot, with pages whose KV is valid up to `cached`."""
@@ -125,11 +122,6 @@ class Sequence:
         token like any other.
         """
         tokens, params = self.tokens, self.request.params
-        if len(committed) == 1 and committed[0] not in params.stop_token_ids:
-            tokens.append(committed[0])  # nearly always; the loop below comes to the same
-            self.fed += 1
-            self.computed = length = len(tokens) - 1
-            return 1, FinishReason.LENGTH if length + 1 >= self.limit else None, None
         kept = 0
         reason: FinishReason | None = None
         stop_token: int | None = None

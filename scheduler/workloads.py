@@ -88,11 +88,14 @@ def reasoning(rng: Generator, rate: float, count: int, scale: float) -> list[Tra
 
 
 def multi_turn(rng: Generator, rate: float, count: int, scale: float) -> list[TraceRequest]:
-    """Conversations of four turns on average, each prompt holding all that was said before."""
+    """Conversations of four turns on average, each prompt holding all that was said before.
+
+    The trace begins in the middle of some, as a server's day does.
+    """
     turns, think = 4, 20.0  # on average; seconds to read, think and type
     requests: list[TraceRequest] = []
     later: list[float] = []  # a heap of the arrivals after `start`: conversations may come between
-    start, group = 0.0, 0
+    start, group = -4 * turns * think, 0
     while len(requests) - len(later) < count:
         start += float(rng.exponential(turns / rate))
         while later and later[0] <= start:
@@ -100,22 +103,15 @@ def multi_turn(rng: Generator, rate: float, count: int, scale: float) -> list[Tr
         length = int(rng.geometric(1 / turns))
         said = lognormal(rng, length, 120, 1.0, 2048)
         outputs = lognormal(rng, length, 200, 0.8, 2048)
-        arrivals = start + np.cumsum(rng.exponential(think, length)) - think / 2
+        arrivals = start + np.cumsum(rng.exponential(think, length))
         history = 0
         for arrival, words, output in zip(arrivals, said, outputs, strict=True):
             answer = max(1, round(int(output) * scale))
             history += max(1, round(int(words) * scale))
-            requests.append(
-                TraceRequest(
-                    max(float(arrival), start),
-                    prompt_tokens=history,
-                    output_tokens=answer,
-                    max_tokens=max(round(2048 * scale), answer),
-                    prefix_group=f"conversation {group}",
-                    prefix_tokens=history,
-                )
-            )
-            heapq.heappush(later, requests[-1].arrival)
+            if arrival >= 0:
+                name, cap = f"conversation {group}", max(round(2048 * scale), answer)
+                requests.append(TraceRequest(float(arrival), history, answer, cap, name, history))
+                heapq.heappush(later, float(arrival))
             history += answer
             if history > LONGEST_ANSWER * scale:
                 break

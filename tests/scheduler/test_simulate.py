@@ -120,9 +120,9 @@ def test_a_prefix_is_computed_once():
 
 
 def test_an_answer_is_part_of_the_next_turn():
-    """Prompt 8 and answer 9 are 17 tokens, 16 of them in full pages with computed keys: all but
-    the last four of the next turn's 20."""
-    trace = [TraceRequest(0.0, 8, 9, 99, "c", 8), TraceRequest(30.0, 20, 1, 9, "c", 20)]
+    """Prompt 8 and answer 10, an end token included, are 17 tokens; the keys of the first 16, four
+    pages, are known to be computed, so the last four of the next turn's 20 are left."""
+    trace = [TraceRequest(0.0, 8, 10, 99, "c", 8), TraceRequest(30.0, 20, 1, 9, "c", 20)]
     report = run(trace)
     assert report.records[1].ttft == pytest.approx(1.003)
     assert report.load.prefix_hits == 16
@@ -213,7 +213,9 @@ def test_every_request_ends_once_and_decisions_repeat(workload, policy):
     assert [record.request for record in report.records] == trace
     for record in report.records:
         request = record.request
-        assert record.reason == ("length" if request.output_tokens == request.max_tokens else "stop")
+        assert record.reason == (
+            "length" if request.output_tokens == request.max_tokens else "stop"
+        )
         assert record.output_tokens == request.output_tokens
         assert request.arrival <= record.admitted < record.first_token <= record.ended
     load = report.load
