@@ -30,7 +30,9 @@ class _Choice:
     number: int  # within the request
     text: ChoiceText
     finish: Finish | None = None
+    first_output: float | None = None
     last_output: float | None = None
+    gap: float = 0.0  # the largest between two outputs
 
 
 @dataclass(slots=True)
@@ -166,6 +168,9 @@ class Generation:
         if output.finish is not None:
             choice.finish = output.finish
             self.observer.finished(choice.request, choice.number, output.finish)
+            first = choice.first_output
+            since = None if first is None else first - choice.request.arrival
+            self.observer.targets(choice.request, since, choice.gap, output.finish)
             self._observe_longest(choice.request)
             if not choice.text.ended:
                 problem = self._unnatural(output.finish)
@@ -197,8 +202,10 @@ class Generation:
         if self.first_output is None:
             self.first_output = now
         if choice.last_output is None:
+            choice.first_output = now
             self.observer.first_tokens(now - choice.request.arrival, tokens)
         else:
+            choice.gap = max(choice.gap, now - choice.last_output)
             self.observer.more_tokens(now - choice.last_output, tokens)
         choice.last_output = now
 

@@ -39,6 +39,7 @@ TOKEN_SECONDS = (
 TOKENS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5))  # shown up to max_model_len
 CHOICES = (1, 2, 5, 10, 20)
 PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+RATIOS = (0.1, 0.25, 0.5, 0.8, 1.25, 2, 4, 10)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 _KNOWN_PARAMS = frozenset(p.name for p in PARAMETERS)
@@ -96,6 +97,12 @@ _GAUGES: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
     (
         Definition("waiting_tokens", "Prompt tokens not yet computed of those waiting.", False),
         lambda x: x.waiting_tokens,
+    ),
+    (
+        Definition(
+            "predicted_wait_seconds", "Predicted for a usual request that comes now.", False
+        ),
+        lambda x: x.predicted_wait,
     ),
     (
         Definition("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1."),
@@ -162,6 +169,8 @@ class Metrics(Collector):
         self.generation_tokens = Counter()
         self.success = Counter("finished_reason")
         self.rejections = Counter("reason")
+        self.ttft_targets = Counter("outcome")
+        self.mtpot_targets = Counter("outcome")
         self.ignored_params = Counter("param")
         self.http_requests = Counter("status")
         self.first_token = Histogram(FIRST_TOKEN_SECONDS)
@@ -179,6 +188,7 @@ class Metrics(Collector):
         self.params_max_tokens = Histogram(TOKENS)
         self.params_n = Histogram(CHOICES)
         self.preemptions = Histogram(PREEMPTIONS)
+        self.wait_ratio = Histogram(RATIOS)
         self.step_tokens = Histogram(STEP_TOKENS)
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -202,6 +212,22 @@ class Metrics(Collector):
             (
                 Definition("admission_rejections", "Requests refused before any work.", False),
                 self.rejections,
+            ),
+            (
+                Definition(
+                    "ttft_target_requests",
+                    "Choices with a target for the first token, by whether it was met.",
+                    False,
+                ),
+                self.ttft_targets,
+            ),
+            (
+                Definition(
+                    "mtpot_target_requests",
+                    "Choices with a target for the largest gap, by whether it was met.",
+                    False,
+                ),
+                self.mtpot_targets,
             ),
             (
                 Definition("ignored_params", "Request fields that had no effect.", False),
@@ -259,6 +285,14 @@ class Metrics(Collector):
             ),
             (Definition("request_params_n", "Choices asked for."), self.params_n),
             (Definition("request_num_preemptions", "Pauses of a choice.", False), self.preemptions),
+            (
+                Definition(
+                    "first_token_over_predicted",
+                    "Time to the first token over its prediction, of requests that had to wait.",
+                    False,
+                ),
+                self.wait_ratio,
+            ),
             (Definition("iteration_tokens_total", "Tokens of a step."), self.step_tokens),
         )
 

@@ -16,6 +16,8 @@ class Observer:
     """Translates events into observations. All times in seconds."""
 
     metrics: Metrics
+    ttft_target: float | None = None  # of requests without their own
+    mtpot_target: float | None = None  # the stricter counts
 
     def accepted(self, job: Job) -> None:
         for name in job.ignored:
@@ -59,10 +61,26 @@ class Observer:
         if finish.first_token is None:
             return
         m.prefill.add(finish.first_token - finish.admitted)
+        if finish.predicted_first_token is not None:
+            predicted = finish.predicted_first_token - finish.arrival
+            m.wait_ratio.add((finish.first_token - finish.arrival) / predicted)
         m.decode.add(finish.finished - finish.first_token)
         if finish.completion_tokens > 1:
             mean = (finish.finished - finish.first_token) / (finish.completion_tokens - 1)
             m.per_output_token.add(mean)
+
+    def targets(self, request: Request, first: float | None, gap: float, finish: Finish) -> None:
+        """Whether a choice's latency targets were met: `first` is when its first token was out,
+        after its arrival, `gap` its largest gap. Who left before the first token counts for none,
+        who was never served in time has missed it."""
+        late = finish.reason in (FinishReason.TIMEOUT, FinishReason.QUEUE_TIMEOUT)
+        wanted = request.ttft_target or self.ttft_target
+        if wanted is not None and (first is not None or late):
+            met = first is not None and first <= wanted
+            self.metrics.ttft_targets.add(label=_outcome(met))
+        gaps = [g for g in (request.mtpot_target, self.mtpot_target) if g is not None]
+        if gaps and first is not None:
+            self.metrics.mtpot_targets.add(label=_outcome(gap <= min(gaps)))
 
     def abandoned(self, choices: int, reason: FinishReason) -> None:
         """Choices whose end nobody waited for, or whose engine is gone."""
@@ -90,6 +108,10 @@ def timings(
         "mean_itl_ms": _ms(after_first / (longest - 1) if after_first and longest > 1 else None),
         "tokens_per_second": round(tokens / (now - arrival), 3) if now > arrival else None,
     }
+
+
+def _outcome(met: bool) -> str:
+    return "met" if met else "missed"
 
 
 def _ms(seconds: float | None) -> float | None:

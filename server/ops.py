@@ -44,6 +44,7 @@ def ops_router(services: Services, version: str) -> APIRouter:
             "running": now.running,
             "waiting": now.waiting,
             "waiting_tokens": now.waiting_tokens,
+            "predicted_wait": now.predicted_wait,
             "kv_usage": now.pages_held / now.pages_total if now.pages_total else 0.0,
             "kv_cached": now.pages_cached / now.pages_total if now.pages_total else 0.0,
             "kv_forecast": now.pages_forecast / now.pages_total if now.pages_total else 0.0,

@@ -90,7 +90,9 @@ def build_services(engine: Engine, text: TextAssets, config: Config) -> Services
             server.api_keys, Path(server.api_key_file) if server.api_key_file is not None else None
         ),
         metrics=metrics,
-        observer=Observer(metrics),
+        observer=Observer(
+            metrics, config.engine.schedule.ttft_target, config.engine.schedule.mtpot_target
+        ),
         admission=Admission(engine, max_waiting=config.engine.schedule.max_queued_requests),
         draw_seed=lambda: noise.getrandbits(64),
     )

@@ -100,6 +100,36 @@ rows: dict[str, tuple[Panel, ...]] = {
             stacked=True,
         ),
     ),
+    "Overload": (
+        Panel(
+            "Predicted wait",
+            "s",
+            (
+                (
+                    "a usual request that comes now",
+                    f"max(foresight_predicted_wait_seconds{{{where}}})",
+                ),
+            ),
+        ),
+        Panel(
+            "First token over its prediction",
+            "short",
+            quantiles("first_token_over_predicted"),
+            "Of requests that had to wait; 1 is exact.",
+        ),
+        Panel(
+            "Time to first token: targets",
+            "reqps",
+            (("{{outcome}}", rate("ttft_target_requests_total", "outcome")),),
+            stacked=True,
+        ),
+        Panel(
+            "Largest gap: targets",
+            "reqps",
+            (("{{outcome}}", rate("mtpot_target_requests_total", "outcome")),),
+            stacked=True,
+        ),
+    ),
     "Engine": (
         Panel(
             "Sequences",

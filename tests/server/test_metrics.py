@@ -27,6 +27,8 @@ COUNTERS = {
     "prompt_tokens_cached",
     "recomputed_tokens",
     "request_success",
+    "mtpot_target_requests",
+    "ttft_target_requests",
 }
 GAUGES = {
     "cache_config_info",
@@ -38,10 +40,12 @@ GAUGES = {
     "kv_cache_usage_perc",
     "num_requests_running",
     "num_requests_waiting",
+    "predicted_wait_seconds",
     "waiting_tokens",
 }
 HISTOGRAMS = {
     "e2e_request_latency_seconds",
+    "first_token_over_predicted",
     "http_request_duration_seconds",
     "inter_token_latency_seconds",
     "iteration_tokens_total",
@@ -59,6 +63,10 @@ HISTOGRAMS = {
     "time_to_first_token_seconds",
 }
 OURS_ALONE = {
+    "first_token_over_predicted",
+    "mtpot_target_requests",
+    "predicted_wait_seconds",
+    "ttft_target_requests",
     "admission_rejections",
     "engine_steps",
     "http_request_duration_seconds",
