@@ -29,8 +29,18 @@ class Targets:
 class Record:
     """One request's fate. Times are seconds of the trace."""
 
-    __slots__ = ("admitted", "ended", "first_token", "gap", "last", "output_tokens")
-    __slots__ += ("preemptions", "reason", "refused", "request")
+    __slots__ = (
+        "admitted",
+        "ended",
+        "first_token",
+        "gap",
+        "last",
+        "output_tokens",
+        "preemptions",
+        "reason",
+        "refused",
+        "request",
+    )
 
     def __init__(self, request: TraceRequest) -> None:
         self.request = request

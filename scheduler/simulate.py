@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from scheduler.gate import Overloaded
 from scheduler.outcome import Record, SimulationReport, Targets, Timeline
 from scheduler.plan import RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Output, Request, SamplingParams
-from scheduler.scheduler import ContextTooLong, QueueFull, Scheduler
+from scheduler.scheduler import ContextTooLong, Scheduler
 from scheduler.trace import TraceRequest
 
 IN_FLIGHT = 2  # steps: one runs while the next waits, as in the engine
@@ -165,7 +166,7 @@ class SimulatedEngine:
         )
         try:
             self.scheduler.add(submitted, now)
-        except (QueueFull, ContextTooLong) as refusal:
+        except (Overloaded, ContextTooLong) as refusal:
             record.refuse(str(refusal), now)
             self.missed += 1
             return record

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import RejectedError
-from scheduler.request import Load, Refusal
+from scheduler.request import Finish, FinishReason, Load, Refusal, Request, SamplingParams
+from server.metrics import Metrics
+from server.observe import Observer
 from tests.server.helpers import chat, client_of, config, events, reply_engine
 from tests.server.test_metrics import value
 
@@ -87,3 +89,14 @@ async def test_no_client_chooses_its_tenant() -> None:
     async with client_of(engine) as client:
         await client.post(PATH, json=chat(user="a", tenant="a"), headers=named)
     assert engine.requests[0].tenant == ""
+
+
+def test_predictions_are_held_against_what_came() -> None:
+    metrics = Metrics("m", Load, lambda: None)
+    request = Request("r", (1,), SamplingParams(max_tokens=1), 100.0)
+    times = {"arrival": 100.0, "admitted": 103.0, "first_token": 104.0, "finished": 105.0}
+    for predicted in (None, 102.0, 108.0):
+        finish = Finish(FinishReason.STOP, **times, predicted_first_token=predicted)
+        Observer(metrics).finished(request, 0, finish)
+    assert metrics.wait_ratio.total == 2.0 + 0.5
+    assert sum(metrics.wait_ratio.counts) == 2
