@@ -25,7 +25,7 @@ from scheduler.trace import TraceRequest
 
 IN_FLIGHT = 2  # steps: one runs while the next waits, as in the engine
 RETRY_SECONDS = 0.02  # as in the engine: work is there, but nothing can run
-PATIENCE = 100_000  # retries in a row after which the scheduler counts as stuck
+PATIENCE = 10_000  # retries in a row after which the scheduler counts as stuck
 
 STOP, FILLER = 0, 1  # tokens: the end of every answer, and nearly all others
 FIRST_NAME = 2  # tokens from here on begin a group's prefix, or what is a request's own
@@ -227,7 +227,8 @@ class SimulatedEngine:
             if self._on_plan is not None:
                 self._on_plan(plan)
             seconds = self._cost.seconds(plan.shape)
-            self._free = max(self._free, now) + seconds
+            copies = self._cost.copy_seconds(plan.copies) if plan.copies else 0.0
+            self._free = max(self._free, now) + copies + seconds
             self._in_flight.append((plan, self._worker.run(plan, seconds), self._free))
 
     def _collect(self, outputs: Iterable[Output], now: float) -> None:

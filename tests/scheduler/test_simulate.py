@@ -195,7 +195,7 @@ def test_a_scheduler_that_never_runs_anybody_is_an_error(monkeypatch):
 @pytest.mark.parametrize("workload", ["chat", "multi-turn", "bursts"])
 def test_every_request_ends_once_and_decisions_repeat(workload, policy):
     """Under pressure: the pool holds a fraction of what arrives."""
-    trace = WORKLOADS[workload].make(np.random.default_rng(3), 20.0, 150, 0.1)
+    trace = WORKLOADS[workload].make(np.random.default_rng(3), 20.0, 80, 0.1)
 
     def once() -> tuple[SimulationReport, str]:
         seen = hashlib.sha256()
@@ -203,7 +203,7 @@ def test_every_request_ends_once_and_decisions_repeat(workload, policy):
             trace,
             policy=policy,
             cost=Fast(),
-            pages=300,
+            pages=200,
             slots=32,
             on_plan=lambda plan: seen.update(repr(plan).encode()),
         )
