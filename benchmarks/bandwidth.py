@@ -11,7 +11,6 @@ median inter-token time). The untied embedding is read row by row and left out.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import multiprocessing
 import struct
@@ -19,6 +18,8 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
+
+import uvloop
 
 from benchmarks.closed_loop import Load, Server, measure
 from benchmarks.freezing import ProcessTree
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace, repeats: int) -> list[Row]:
         try:
             for repeat in range(-1, repeats):  # -1 warms up
                 product.stop()
-                one = asyncio.run(measure(server, 1, load))
+                one = uvloop.run(measure(server, 1, load))
                 if one.errors:
                     raise SystemExit(f"a request failed: {one.errors[0]}")
                 product.resume()

@@ -11,7 +11,6 @@ busy, and the time to the first token of a lone request, server less engine.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import multiprocessing
 import re
@@ -21,6 +20,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from statistics import median
+
+import uvloop
 
 from benchmarks.closed_loop import Load, Server, measure
 from benchmarks.freezing import ProcessTree
@@ -131,8 +132,8 @@ def compare(
     for repeat in range(-1, args.repeats):  # -1 warms up
         mark = server.prompts.mark()
         engine_tree.stop()
-        whole = asyncio.run(measure(server, args.streams, busy))
-        alone = asyncio.run(measure(server, 1, first))
+        whole = uvloop.run(measure(server, args.streams, busy))
+        alone = uvloop.run(measure(server, 1, first))
         if errors := whole.errors + alone.errors:
             raise SystemExit(f"a request failed: {errors[0]}")
         server.process.stop()

@@ -31,10 +31,11 @@ Ends with one JSON line. Exit status 1 when any request failed.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 import time
 from collections.abc import Sequence
+
+import uvloop
 
 from benchmarks.closed_loop import Load, Results, Server, figures, measure_all, ratio_rows
 from benchmarks.freezing import ProcessTree
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         servers = [
             prepare(name, url, args, trees.get(name), requests) for name, url in urls.items()
         ]
-        results = asyncio.run(measure_all(servers, args.streams, load, args.repeats))
+        results = uvloop.run(measure_all(servers, args.streams, load, args.repeats))
     finally:
         for tree in trees.values():
             tree.resume()

@@ -10,10 +10,11 @@ the background build of the native kernels. The memory is the API process's afte
 from __future__ import annotations
 
 import argparse
-import asyncio
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import uvloop
 
 from benchmarks.closed_loop import Load, Server, measure
 from benchmarks.local_server import LocalServer, local_server, model_flags
@@ -30,7 +31,7 @@ def exercise(server: LocalServer) -> None:
     endpoint = Endpoint.parse(server.url)
     pool = PromptPool(tokenized_text(endpoint, "m", 1000), 64, 0, 0)
     tested = Server("server", endpoint, "m", pool, None)
-    asyncio.run(measure(tested, 8, Load(False, 32, 2, 120)))
+    uvloop.run(measure(tested, 8, Load(False, 32, 2, 120)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import re
 import ssl
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import cast
 from urllib.parse import urlsplit
 
 # An event that carries text: `"text":"` or `"content":"` with something in it.
@@ -199,8 +200,7 @@ class _Exchange(asyncio.Protocol):
         self._problem = bytearray()  # the body of an answer other than 200
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self.transport = transport
+        self.transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one in fact only
 
     def request(self, data: bytes) -> asyncio.Future[Sample]:
         assert self.transport is not None
