@@ -124,6 +124,7 @@ class Admission:
         self._running: list[Sequence] = []
         self._forecast: Forecast | None = None
         self._page_ends: Ints = NO_PAGES  # by page: when the last of its several holders ends
+        self._asked = (Growth(0, 0, 1.0, 0), NO_PAGES)
         self.peak = 0  # pages that the last forecast saw held at once
 
     @property
@@ -147,15 +148,16 @@ class Admission:
                 return True
             forecast = self._forecast = self._make()
             self.peak = forecast.peak
-        growth, ends = self._growth(sequence, hits)
-        return forecast.peak_with(growth, ends) <= self._pool.total - self.reserved
+        growth, ends = self._asked = self._growth(sequence, hits)
+        return forecast.fits(growth, ends, self._pool.total - self.reserved)
 
     def admit(self, sequence: Sequence, hits: list[int]) -> None:
-        """The candidate joins."""
+        """The candidate joins, who was asked about last."""
         forecast = self._forecast
         if forecast is None:
             forecast = self._forecast = self._make()
-        growth, ends = self._growth(sequence, hits)
+            self._asked = self._growth(sequence, hits)
+        growth, ends = self._asked
         forecast.add(growth, ends)
         self.peak = forecast.peak
         if hits:

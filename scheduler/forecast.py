@@ -145,6 +145,20 @@ class Forecast:
         """Pages held at most from now on."""
         return int(self._held.max(initial=0))
 
+    def fits(self, growth: Growth, held_ends: Ints, limit: int) -> bool:
+        """Whether `peak_with` is at most `limit`; most candidates need no closer look."""
+        size = self._page_size
+        final = (growth.length + growth.remaining + size - 1) // size
+        if self.peak + final - growth.shared + len(held_ends) <= limit:
+            return True  # even if it held at the peak all that it ever will
+        if self.peak > limit:
+            return False
+        alive = int(np.searchsorted(self._times, growth.end, side="right"))
+        own = (growth.length + size - 1) // size - growth.shared
+        if alive and int(self._held[:alive].max()) + own > limit:
+            return False  # even if it never grew
+        return self.peak_with(growth, held_ends) <= limit
+
     def peak_with(self, growth: Growth, held_ends: Ints = NO_PAGES) -> int:
         """The peak if this sequence joined now.
 

@@ -7,12 +7,13 @@ it ends. What answers is the policy: `PastFuture` draws from the past, `NothingM
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping
+from operator import neg
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scheduler.request import FinishReason
 from scheduler.sequence import Sequence
@@ -54,45 +55,44 @@ class LengthWindow:
             raise ValueError("the window needs a size of at least 1 and a positive doubt")
         self._doubt = doubt
         self._past: deque[tuple[int, bool]] = deque(maxlen=size)  # length, whether it was cut short
-        self._curve: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
+        self.added = 0  # lengths since the start
+        self._curve: tuple[list[int], list[float]] | None = None
 
     def __len__(self) -> int:
         return len(self._past)
 
     def add(self, length: int, cut_short: bool) -> None:
         self._past.append((length, cut_short))
+        self.added += 1
         self._curve = None
 
-    def curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Lengths at which answers ended, ascending, and the survival just after each."""
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Lengths at which answers ended, ascending, and the share that got longer than each."""
         if self._curve is None:
             past = np.array(self._past, dtype=np.int64).reshape(-1, 2)
             lengths = np.sort(past[:, 0])
             ends, deaths = np.unique(past[past[:, 1] == 0, 0], return_counts=True)
             at_risk = len(lengths) - np.searchsorted(lengths, ends) + self._doubt
-            survival = np.cumprod(1.0 - deaths / at_risk, dtype=np.float64)
-            self._curve = ends, survival
+            self._curve = ends.tolist(), np.cumprod(1.0 - deaths / at_risk).tolist()
         return self._curve
 
-    def survival(self, length: NDArray[np.int64]) -> NDArray[np.float64]:
-        """`P(length > x)` for each x."""
+    def survival(self, length: int) -> float:
+        """The share of answers that get longer than that."""
         ends, survival = self.curve()
-        return np.concatenate(([1.0], survival))[np.searchsorted(ends, length, side="right")]
+        before = bisect_right(ends, length)
+        return survival[before - 1] if before else 1.0
 
-    def quantile(
-        self, level: NDArray[np.float64], above: NDArray[np.int64], cap: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Lengths that a share `level` of all answers longer than `above` outlives; at most `cap`.
+    def quantile(self, level: float, above: int, cap: int) -> int:
+        """The length that a share `level` of all answers longer than `above` outlives; at most `cap`.
 
-        So with levels spread evenly over (0, 1) these are draws of the length, conditional on what
-        was already produced (Past-Future, arXiv 2507.10150). Where the past does not reach, `cap`.
+        With levels spread evenly over (0, 1) these are draws of the length, conditional on what was
+        already produced (Past-Future, arXiv 2507.10150). Where the past does not reach, `cap`.
         """
         ends, survival = self.curve()
         # A hair more than the level, so that rounding never skips the end it names.
         reached = level * self.survival(above) * (1 + 1e-12)
-        where = np.searchsorted(-survival, -reached)
-        known = np.append(ends, np.iinfo(np.int64).max)[where]
-        return np.minimum(known, cap)
+        where = bisect_left(survival, -reached, key=neg)
+        return min(ends[where], cap) if where < len(ends) else cap
 
     def state(self) -> dict[str, Any]:
         """What to keep between two starts; plain JSON."""
@@ -109,6 +109,7 @@ class LengthWindow:
         if any(length < 0 for length, _ in past):
             raise ValueError("a length is negative")
         self._past.extend(past)
+        self.added += len(past)
         self._curve = None
 
 
@@ -138,24 +139,24 @@ class PastFuture:
             return
         sequence.level = self._draw()
         sequence.outlived = max(sequence.output_len, params.min_tokens - 1, 0)
-        self.update([sequence])
+        self._guess(sequence)
 
     def update(self, sequences: list[Sequence]) -> None:
-        drawn = [s for s in sequences if s.level is not None]
-        while drawn:
-            levels = np.array([s.level for s in drawn])
-            outlived = np.array([s.outlived for s in drawn])
-            caps = np.array([s.cap for s in drawn])
-            guesses = self.window.quantile(levels, outlived, caps).tolist()
-            late: list[Sequence] = []
-            for sequence, guess in zip(drawn, guesses, strict=True):
-                sequence.guess = guess
-                produced = len(sequence.tokens) - sequence.prompt_len
-                if guess <= produced < sequence.cap:
-                    sequence.level = self._draw()
-                    sequence.outlived = produced
-                    late.append(sequence)
-            drawn = late
+        """Of whoever outlived its guess, or made it before a twentieth of the window was new."""
+        stale = self.window.added - len(self.window) // 20
+        for s in sequences:
+            if s.level is not None and (
+                s.guessed_at < stale or s.guess <= len(s.tokens) - s.prompt_len
+            ):
+                self._guess(s)
+
+    def _guess(self, sequence: Sequence) -> None:
+        window, cap, produced = self.window, sequence.cap, sequence.output_len
+        sequence.guessed_at = window.added
+        sequence.guess = window.quantile(sequence.level, sequence.outlived, cap)
+        if sequence.guess <= produced < cap:
+            sequence.level, sequence.outlived = self._draw(), produced
+            sequence.guess = window.quantile(sequence.level, produced, cap)
 
     def ended(self, sequence: Sequence, reason: FinishReason) -> None:
         if reason in (FinishReason.STOP, FinishReason.LENGTH):

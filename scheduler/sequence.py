@@ -70,6 +70,7 @@ class Sequence:
     # What the admission test knows of it; `lengths.py` keeps these.
     guess: int = 0  # output tokens it is expected to have when it ends
     level: float | None = None  # its draw: the share of answers longer than `outlived` that outlive
+    guessed_at: int = 0  # lengths the window had seen when it was guessed
     outlived: int = 0  # it, too; None: it was not drawn
     pace: float = 1.0  # tokens it gains per step
 

@@ -81,6 +81,8 @@ def test_asking_and_joining_agree_with_a_new_count(page_size: int) -> None:
             joined = [*members, (length, remaining, pace, held)]
             peak = brute_force(joined, page_size)
             assert forecast.peak_with(growth, ends[held]) == peak
+            for limit in (peak - 5, peak - 1, peak, peak + 3):
+                assert forecast.fits(growth, ends[held], limit) == (peak <= limit)
             if rng.random() < 0.7:
                 forecast.add(growth, ends[held])
                 assert forecast.peak == peak

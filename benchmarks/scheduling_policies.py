@@ -1,0 +1,247 @@
+"""Admission policies side by side on made traces, in simulation.
+
+Each trace is offered at 1.2 times the load that the oracle, who knows all lengths, sustains. All
+policies share the scheduler, its refusals included: they differ in the guess of length and in the
+reserve alone. `aggressive` is swept over its watermark, on each trace separately.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from benchmarks.report import Row
+from scheduler.admission import Policy, make_policy
+from scheduler.outcome import SimulationReport, Targets
+from scheduler.profile import Profile
+from scheduler.request import SchedulerConfig
+from scheduler.scheduler import Scheduler
+from scheduler.simulate import simulate, true_lengths
+from scheduler.step_cost import StepCost
+from scheduler.trace import TraceRequest
+from scheduler.workloads import WORKLOADS
+
+SEED = 20261126
+LOAD = 1.2  # of what the oracle sustains
+TARGETS = Targets(ttft=10.0, mtpot=1.5)
+WATERMARKS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25)
+WARM = 500  # finished requests after which a window counts as warm
+
+# Qwen3-8B in bf16 on an H200: sizes from its config.json; 4.3 TB/s and 790 TFLOP/s were measured on
+# such a card, the step times are modelled from them.
+H200_8B = Profile.roofline(
+    weight_bytes=15.1e9,
+    parameters=7.57e9,
+    kv_bytes_per_token=147_456,
+    bandwidth=4.3e12,
+    flops=790e12,
+    flops_per_pair=4 * 36 * 32 * 128,
+    overhead=1e-3,
+    host_bandwidth=50e9,
+    model="Qwen3-8B",
+    dtype="bfloat16",
+    device="H200",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One machine and one pool, under several traces."""
+
+    profile: Profile
+    kv_tokens: int
+    max_num_seqs: int
+    max_step_tokens: int
+    scale: float  # of all lengths
+
+    def config(self) -> SchedulerConfig:
+        return SchedulerConfig(
+            num_pages=self.kv_tokens // 16 + 1,
+            page_size=16,
+            max_num_seqs=self.max_num_seqs,
+            max_step_tokens=self.max_step_tokens,
+            max_model_len=16_384,
+            ttft_target=TARGETS.ttft,
+            mtpot_target=TARGETS.mtpot,
+        )
+
+
+# A pool that memory, not the number of slots, keeps from taking more.
+SERVED = Scenario(H200_8B, kv_tokens=131_072, max_num_seqs=1024, max_step_tokens=2048, scale=1.0)
+
+# Requests per trace: long enough to be warm for most of it.
+COUNTS = {
+    "chat": 6000,
+    "decode-heavy": 900,
+    "prefill-heavy": 1500,
+    "reasoning": 1800,
+    "multi-turn": 4000,
+    "bursts": 2500,
+    "shift": 4000,
+}
+# By trace, against conservative and against aggressive at its usual 5 %; and against its best.
+LEAST_GAIN = {"decode-heavy": 1.5, "reasoning": 1.5, "chat": 1.1}
+LEAST_OVER_SWEPT = {"bursts": 1.15, "shift": 1.15}
+MOST_EVICTED = {"reasoning": 0.04, "shift": None, "bursts": None}
+
+
+def make_trace(name: str, rate: float, count: int, scale: float) -> list[TraceRequest]:
+    return WORKLOADS[name].make(np.random.default_rng(SEED), rate, count, scale)
+
+
+def play(scenario: Scenario, trace: list[TraceRequest], policy: Policy) -> SimulationReport:
+    cost = StepCost.from_profile(scenario.profile)
+    scheduler = Scheduler(scenario.config(), policy=policy, cost=cost)
+    return simulate(trace, scheduler, StepCost.from_profile(scenario.profile), TARGETS)
+
+
+def policies(trace: list[TraceRequest]) -> dict[str, Callable[[], Policy]]:
+    """By name, oracle first."""
+    made = {
+        "oracle": partial(make_policy, "oracle", truth=true_lengths(trace)),
+        "past-future": partial(make_policy, "past-future"),
+        "conservative": partial(make_policy, "conservative"),
+    }
+    for watermark in WATERMARKS:
+        made[f"aggressive {watermark:.1%}"] = partial(
+            make_policy, "aggressive", watermark=watermark
+        )
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is kept of one run."""
+
+    trace: str
+    policy: str
+    load: float  # requests per second offered
+    goodput: float  # requests per second
+    throughput: float
+    refused: float  # share
+    ttft_p99: float
+    mtpot_p99: float
+    utilisation: float  # while requests arrive
+    warm_utilisation: float  # once WARM requests have finished
+    cold_utilisation: float  # between the last tenth before that and that
+    evicted: float  # share of the accepted
+    late_evicted: float  # of those accepted WARM ends after the middle of the trace
+    recomputed: float  # share of all tokens computed
+    series: Mapping[str, list[float]]
+
+
+def outcome_of(name: str, policy: str, load: float, report: SimulationReport) -> Outcome:
+    summary = report.summary()
+    records = report.records
+    last = records[-1].request.arrival
+    ends = sorted(r.ended for r in records if r.reason and r.ended is not None)
+    warm = ends[min(WARM, len(ends) // 2)]
+    before = ends[int(0.8 * min(WARM, len(ends) // 2))]
+    middle = records[len(records) // 2].request.arrival
+    after = [end for end in ends if end > middle]
+    settled = after[min(WARM, len(after) - 1)]
+    late = [r for r in records if not r.refused and r.request.arrival > settled]
+    used = partial(report.timeline.mean, "used")
+    return Outcome(
+        trace=name,
+        policy=policy,
+        load=load,
+        # Over the time in which requests arrive and are served, the same for all policies.
+        goodput=sum(r.ended <= last for r in report.good if r.ended is not None) / last,
+        throughput=sum(end <= last for end in ends) / last,
+        refused=summary["refused"] / len(records),
+        ttft_p99=summary["ttft_p99"] or 0.0,
+        mtpot_p99=summary["mtpot_p99"] or 0.0,
+        utilisation=used(0.0, last),
+        warm_utilisation=used(warm, last) if warm < last - 2 else used(0.0, last),
+        cold_utilisation=used(before, max(warm, before + 2)),
+        evicted=summary["evicted_share"],
+        late_evicted=sum(r.preemptions > 0 for r in late) / max(len(late), 1),
+        recomputed=summary["recomputed_share"],
+        series=report.timeline.columns(),
+    )
+
+
+def offered_load(scenario: Scenario, name: str, count: int) -> float:
+    """LOAD times what the oracle completes in time when far more than it can take is offered."""
+    rate = 1.0
+    for _ in range(12):
+        trace = make_trace(name, rate, count // 2, scenario.scale)
+        report = play(scenario, trace, policies(trace)["oracle"]())
+        outcome = outcome_of(name, "oracle", rate, report)
+        if outcome.goodput < 0.8 * rate:
+            return LOAD * outcome.goodput
+        rate *= 2.0 if outcome.goodput < 0.95 * rate else 4.0
+    raise RuntimeError(f"{name}: no load is too much")
+
+
+def run_one(scenario: Scenario, name: str, load: float, count: int, policy: str) -> Outcome:
+    settle_collector()
+    trace = make_trace(name, load, count, scenario.scale)
+    return outcome_of(name, policy, load, play(scenario, trace, policies(trace)[policy]()))
+
+
+def settle_collector() -> None:
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
+
+
+def compare(
+    scenario: Scenario, counts: Mapping[str, int], pool: ProcessPoolExecutor
+) -> dict[str, dict[str, Outcome]]:
+    """Every policy on every trace."""
+    loads = {
+        name: pool.submit(offered_load, scenario, name, count) for name, count in counts.items()
+    }
+    runs = {}
+    for name, count in counts.items():
+        load = loads[name].result()
+        print(f"{name}: {load:.2f} requests/s offered", file=sys.stderr)
+        for policy in policies([]):
+            runs[name, policy] = pool.submit(run_one, scenario, name, load, count, policy)
+    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in counts}
+    for (name, policy), run in runs.items():
+        outcomes[name][policy] = run.result()
+        print(f"{name}, {policy}: {outcomes[name][policy].goodput:.2f} in time", file=sys.stderr)
+    return outcomes
+
+
+def rows_of(name: str, outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """What the policies came to on one trace, beside the targets."""
+    ours, oracle = outcomes["past-future"], outcomes["oracle"]
+    swept = max(
+        (o for policy, o in outcomes.items() if policy.startswith("aggressive")),
+        key=lambda o: o.goodput,
+    )
+    least = LEAST_GAIN.get(name)
+
+    def over(other: Outcome) -> float:
+        return ours.goodput / max(other.goodput, 1e-9)
+
+    evicted = MOST_EVICTED.get(name, 0.02)
+    rows = [
+        Row(f"{name}: goodput over conservative", over(outcomes["conservative"]), least),
+        Row(f"{name}: goodput over aggressive 5 %", over(outcomes["aggressive 5.0%"]), least),
+        Row(f"{name}: over {swept.policy}, best", over(swept), LEAST_OVER_SWEPT.get(name, 0.97)),
+        Row(f"{name}: goodput over oracle", over(oracle)),
+        Row(
+            f"{name}: warm utilisation over oracle's",
+            ours.warm_utilisation / max(oracle.warm_utilisation, 1e-9),
+            0.93 if evicted else None,
+        ),
+        Row(f"{name}: requests evicted", ours.evicted, evicted, "at most"),
+        Row(
+            f"{name}: utilisation by {WARM} ends over warm",
+            ours.cold_utilisation / max(ours.warm_utilisation, 1e-9),
+            0.9,
+        ),
+    ]
+    if name == "shift":
+        rows.append(Row("shift: evicted after it", ours.late_evicted, 0.05, "at most"))
+    return rows
