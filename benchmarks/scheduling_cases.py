@@ -72,7 +72,7 @@ def planning_row(running: int = 512, waiting: int = 1000) -> Row:
     config = SchedulerConfig(
         num_pages=running * 20,
         page_size=16,
-        max_num_seqs=2 * running,
+        max_num_seqs=running,
         max_step_tokens=8192,
         max_model_len=4096,
     )
@@ -100,10 +100,10 @@ def planning_row(running: int = 512, waiting: int = 1000) -> Row:
             break
         if len(plan.rows) >= 0.9 * running:
             times.append(seconds)
-        # One answer in a hundred ends each step, so that every step has somebody to survey for.
+        # One answer in 200 ends each step, so that every step has somebody to survey for.
         rows = []
         for k, row in enumerate(plan.rows):
-            ends = row.chunk is None and (k + step) % 100 == 0
+            ends = row.chunk is None and (k + step) % 200 == 0
             rows.append(RowResult(tokens=((0 if ends else 1),) if row.samples else ()))
         for output in scheduler.settle(
             plan, StepResult(plan.step, tuple(rows)), float(count + step)

@@ -167,7 +167,10 @@ class Admission:
         """The forecast for those who run, and the ends of the pages they share."""
         running, pool = self._running, self._pool
         self.policy.lengths.update(running)
-        shared = [pool.shared(s.pages) for s in running]
+        if pool.sharing:
+            shared = np.array([pool.shared(s.pages) for s in running], dtype=np.int64)
+        else:
+            shared = np.zeros(len(running), dtype=np.int64)
         length = np.array([len(s.tokens) for s in running], dtype=np.int64)
         final = np.array([s.prompt_len + s.guess + IN_FLIGHT for s in running], dtype=np.int64)
         final = np.minimum(final, [s.limit for s in running])
@@ -175,12 +178,12 @@ class Admission:
             length + IN_FLIGHT,
             np.maximum(final - length - IN_FLIGHT, 0),
             np.array([s.pace for s in running], dtype=np.float64),
-            np.array(shared, dtype=np.int64),
+            shared,
         )
         self._page_ends = np.full(pool.total + 1, NOBODY)
-        for i in np.argsort(batch.end, kind="stable").tolist():
-            if shared[i]:
-                self._page_ends[running[i].pages[: shared[i]]] = batch.end[i]
+        sharers = np.flatnonzero(shared)
+        for i in sharers[np.argsort(batch.end[sharers])].tolist():  # the last to end has its say
+            self._page_ends[running[i].pages[: shared[i]]] = batch.end[i]
         return Forecast(batch, self._page_size, self._page_ends[self._page_ends > NOBODY])
 
     def _growth(self, sequence: Sequence, hits: list[int]) -> tuple[Growth, Ints]:

@@ -83,7 +83,7 @@ class LengthWindow:
         return survival[before - 1] if before else 1.0
 
     def quantile(self, level: float, above: int, cap: int) -> int:
-        """The length that a share `level` of all answers longer than `above` outlives; at most `cap`.
+        """The length that a share `level` of all that get longer than `above` outlives, or `cap`.
 
         With levels spread evenly over (0, 1) these are draws of the length, conditional on what was
         already produced (Past-Future, arXiv 2507.10150). Where the past does not reach, `cap`.

@@ -27,7 +27,16 @@ class PagePool:
     `evicted` hears of each cached page that is given out, before anything is written to it.
     """
 
-    __slots__ = ("_blank", "_cached", "_evicted", "_fence_of", "_fences", "_index", "_refs")
+    __slots__ = (
+        "_blank",
+        "_cached",
+        "_evicted",
+        "_fence_of",
+        "_fences",
+        "_index",
+        "_refs",
+        "sharing",
+    )
 
     def __init__(
         self,
@@ -38,6 +47,7 @@ class PagePool:
         self._index = index
         self._evicted = evicted
         self._refs = [0] * num_pages
+        self.sharing = 0  # pages with more than one holder
         self._blank = deque(range(1, num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._fences: dict[int, dict[int, None]] = {}  # by step: pages released under it, in order
@@ -97,6 +107,7 @@ class PagePool:
                 fence = self._fence_of.pop(page, None)
                 del (self._cached if fence is None else self._fences[fence])[page]
             self._refs[page] += 1
+            self.sharing += self._refs[page] == 2
 
     def drop(self, pages: Sequence[int], fence: int | None) -> None:
         """One reference less to each page, last page first.
@@ -105,6 +116,7 @@ class PagePool:
         """
         for page in reversed(pages):
             self._refs[page] -= 1
+            self.sharing -= self._refs[page] == 1
             if self._refs[page]:
                 continue
             if fence is None:
@@ -149,6 +161,7 @@ class PagePool:
         """
         places = [*self._blank, *self._cached, *self._fence_of, *held]
         assert sorted(places) == list(range(1, len(self._refs))), "a page is lost or in two places"
+        assert self.sharing == sum(count > 1 for count in held.values()), "shared pages"
         assert self._refs == [held[page] for page in range(len(self._refs))], "references"
         assert all(page in self._index for page in self._cached), "a cached page without a name"
         assert not any(page in self._index for page in self._blank), "a blank page with a name"
