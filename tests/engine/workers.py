@@ -22,7 +22,7 @@ from tests.fakes import ScriptedWorker
 
 VOCAB = 50
 PAGE_SIZE = 4
-NUM_PAGES = 257
+NUM_PAGES = 1025
 BUILDER = "tests.engine.workers:build"
 
 
