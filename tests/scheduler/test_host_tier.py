@@ -328,9 +328,9 @@ def test_both_tiers_account_for_every_page_over_many_operations(shared: bool) ->
         preemptions += load.preemptions
         out += load.pages_swapped_out
         back += load.pages_swapped_in
-    assert preemptions > 1000
-    assert out > 1000
-    assert back > 1000
+    assert preemptions > 500, "or nothing was tried"
+    assert out > 200
+    assert back > 200
 
 
 def test_the_check_sees_a_page_that_nobody_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
