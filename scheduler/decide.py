@@ -170,7 +170,7 @@ class Decider:
             rows, tokens = len(d.rows), self._config.max_step_tokens - d.budget
             live = StepShape(rows, tokens, d.context, 0)
             d.gap = GapBudget(self._cost, target, live, self._config.page_size)
-            d.budget = min(d.budget, d.gap.room(0))
+            d.budget = d.gap.room(0, d.budget)
 
     def _continue_prompts(self, d: Decision, running: list[Sequence]) -> None:
         """Chunks for admitted sequences that have not caught up; they hold their pages already."""
@@ -186,7 +186,7 @@ class Decider:
         """
         known, budget = len(sequence.tokens), d.budget
         if d.gap is not None and fed:
-            budget = min(budget, d.gap.room(fed))
+            budget = d.gap.room(fed, budget)
         long = known - fed > d.lane
         if long:
             budget -= d.lane
@@ -196,7 +196,7 @@ class Decider:
         d.budget -= use
         if d.gap is not None:
             d.gap.add(use, fed)
-            d.budget = min(d.budget, d.gap.room(0))
+            d.budget = d.gap.room(0, d.budget)
         work = Work(use, 0, pages)
         d.rows.append(sequence)
         d.work.append(work)
@@ -210,12 +210,12 @@ class Decider:
             known, budget = len(sequence.tokens), d.budget + work.tokens
             if d.gap is not None:
                 d.gap.remove(work.tokens, fed)
-                budget = min(budget, d.gap.room(fed))
+                budget = d.gap.room(fed, budget)
             use = chunk_size(fed, known, budget, self._config.page_size)
             d.budget = budget - use
             if d.gap is not None:
                 d.gap.add(use, fed)
-                d.budget = min(d.budget, d.gap.room(0))
+                d.budget = d.gap.room(0, d.budget)
             work.tokens = use
 
     def _admit(self, d: Decision, running: list[Sequence], waiting: WaitingQueue) -> None:

@@ -28,9 +28,10 @@ class GapBudget:
         self._shape = live
         self._least = page_size
 
-    def room(self, context: int) -> int:
-        """How many tokens one more chunk may have, after `context` positions."""
-        return max(self._cost.tokens_within(self._seconds, self._shape, context), self._least)
+    def room(self, context: int, most: int) -> int:
+        """How many tokens, up to `most`, one more chunk may have after `context` positions."""
+        within = self._cost.tokens_within(self._seconds, self._shape, context, most)
+        return min(max(within, self._least), most)
 
     def add(self, tokens: int, context: int) -> None:
         """The step holds such a chunk."""

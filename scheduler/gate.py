@@ -13,8 +13,10 @@ from scheduler.wait import Batch, Releases, Waits
 from scheduler.waiting import WaitingQueue
 
 MIN_RETRY_AFTER, MAX_RETRY_AFTER = 1.0, 60.0  # seconds
-_ROWS_PER_STEP = 64  # a batch of so many rows is summed up anew each step, a larger one less often
+# A batch is summed up anew after a step, or a row that came or went, for each so many of its rows.
+_ROWS_PER_CHANGE = 32
 KNOWN_ENDS = 20  # before so many answers nothing is predicted: a cold start refuses nobody
+_USUAL_STEPS = 8  # a gauge looked at by people need not be newer
 _USUAL = 0.05  # smoothing of what a usual newcomer brings, per arrival
 
 
@@ -49,6 +51,8 @@ class Gate:
         self._batch: Batch | None = None
         self._batch_step = 0
         self._usual = Work()
+        self._usual_wait = 0.0
+        self._usual_step = -_USUAL_STEPS
         self._next_turn = 0.0  # when those refused so far should all have been taken
 
     def enter(
@@ -80,11 +84,14 @@ class Gate:
         return self._predict(ahead, own, running, step)
 
     def usual_wait(self, running: list[Sequence], step: int) -> float:
-        """Seconds until a usual request that arrived now would be admitted."""
+        """Seconds until a usual request that arrived now would be admitted; some steps old."""
         if not self._known or not (self._waiting or self._usual.sequences):
             return 0.0
-        forecast = self._predict(self._waiting.backlog.total(), self._usual, running, step)
-        return forecast.admission_s
+        if step >= self._usual_step + _USUAL_STEPS:
+            self._usual_step = step
+            forecast = self._predict(self._waiting.backlog.total(), self._usual, running, step)
+            self._usual_wait = forecast.admission_s
+        return self._usual_wait
 
     @property
     def _known(self) -> bool:
@@ -166,7 +173,8 @@ class Gate:
     def _summed_up(self, running: list[Sequence], step: int) -> Batch:
         """What runs; counted again when it may have changed much."""
         batch, age = self._batch, step - self._batch_step
-        if batch is not None and batch.rows == len(running) and age * _ROWS_PER_STEP < batch.rows:
+        changed = len(running) if batch is None else abs(len(running) - batch.rows)
+        if batch is not None and max(changed, age) * _ROWS_PER_CHANGE <= batch.rows:
             return batch
         # Memory is blocked by what the policy guesses, and given back when answers really end.
         guessed = sorted((max(s.guess - s.output_len, 0) / s.pace, len(s.tokens)) for s in running)
@@ -195,7 +203,7 @@ class Gate:
         if config.mtpot_target is None or not rows:
             return room
         live = StepShape(rows, rows, context)
-        within = self._cost.tokens_within(config.mtpot_target, live, context // rows)
+        within = self._cost.tokens_within(config.mtpot_target, live, context // rows, room)
         return min(room, max(within, config.page_size))
 
 

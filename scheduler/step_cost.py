@@ -70,23 +70,26 @@ class StepCost:
         """Predicted wall time of a step. Never falls when anything in the shape grows."""
         return self._predict(shape.rows, shape.tokens, shape.decode_context, shape.chunk_pairs)
 
-    def tokens_within(self, seconds: float, shape: StepShape, chunk_context: int) -> int:
+    def tokens_within(
+        self, seconds: float, shape: StepShape, chunk_context: int, most: int = UNLIMITED
+    ) -> int:
         """How many tokens a chunk after `chunk_context` positions may add to `shape`, as one more
-        row, so that the step takes no more than `seconds`: the largest such number, 0 where there
-        is none, `UNLIMITED` at most."""
+        row, so that the step takes no more than `seconds`: the largest such number up to `most`, 0
+        where there is none."""
         rows, decode = shape.rows + 1, shape.decode_context
 
         def fits(n: int) -> bool:
             pairs = shape.chunk_pairs + chunk_pairs(n, chunk_context)
             return self._predict(rows, shape.tokens + n, decode, pairs) <= seconds
 
+        if most < 1 or fits(most):
+            return max(most, 0)
         if not fits(1):
             return 0
         low, high = 1, 64
-        while fits(high):
-            if high >= UNLIMITED:
-                return UNLIMITED
+        while high < most and fits(high):
             low, high = high, high * 4
+        high = min(high, most)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)

@@ -14,6 +14,8 @@ from tests.scheduler.driving import request
 
 LONG = 8000
 
+MOST = 10**6  # tokens: no limit but the target
+
 
 def seconds(shape: StepShape) -> float:
     """A machine of about 20,000 prompt tokens a second: 10 ms a step, and attention."""
@@ -112,16 +114,16 @@ def test_short_prompts_pass_the_long_one_within_the_target_too() -> None:
 def test_the_budget_of_a_step_adds_up() -> None:
     cost = profiled()
     budget = GapBudget(cost, 0.05, StepShape(8, 8, 800, 0), page_size=16)
-    first = budget.room(0)
+    first = budget.room(0, MOST)
     assert 0 < first < UNLIMITED
-    assert budget.room(4000) < first, "attention to what is before costs time"
+    assert budget.room(4000, MOST) < first, "attention to what is before costs time"
     budget.add(first // 2, 0)
-    assert first // 2 - 10 <= budget.room(0) < 0.55 * first, "two halves attend to less"
+    assert first // 2 - 10 <= budget.room(0, MOST) < 0.55 * first, "two halves attend to less"
     budget.remove(first // 2, 0)
-    assert budget.room(0) == first
+    assert budget.room(0, MOST) == first
     none = GapBudget(cost, 0.001, StepShape(8, 8, 800, 0), page_size=16)
-    assert none.room(0) == 16
+    assert none.room(0, MOST) == 16
     none.add(10, 0)
-    assert none.room(0) == 6
+    assert none.room(0, MOST) == 6
     none.add(6, 0)
-    assert none.room(0) == 0
+    assert none.room(0, MOST) == 0
