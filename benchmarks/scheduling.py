@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from benchmarks.report import json_line, rows_table, table
 from benchmarks.scheduling_cases import flood, long_prompt, planning_row, speed_row
 from benchmarks.scheduling_policies import (
-    COUNTS,
+    SECONDS,
     SERVED,
     Outcome,
     compare,
@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument("--quick", action="store_true", help="a third of the requests, fewer traces")
-    out.add_argument("--traces", nargs="+", choices=COUNTS, help="only these")
+    out.add_argument("--quick", action="store_true", help="half of the seconds, fewer traces")
+    out.add_argument("--traces", nargs="+", choices=SECONDS, help="only these")
     out.add_argument("--profile", metavar="FILE", help="a measured machine instead of the model")
     out.add_argument("--kv-tokens", type=int, default=SERVED.kv_tokens, help="size of the pool")
     out.add_argument("--scale", type=float, default=SERVED.scale, help="of all lengths")
@@ -58,13 +58,13 @@ def main() -> None:
     if given.profile:
         profile = Profile.parse(Path(given.profile).read_text())
         scenario = replace(scenario, profile=profile, max_step_tokens=256, max_num_seqs=256)
-    counts = {name: COUNTS[name] for name in given.traces or COUNTS}
+    lengths = {name: SECONDS[name] for name in given.traces or SECONDS}
     if given.quick:
-        counts = {name: count // 3 for name, count in counts.items() if name in QUICK}
+        lengths = {name: length / 2 for name, length in lengths.items() if name in QUICK}
     rows = [planning_row(), speed_row(scenario, 60 if given.quick else 200)]
     rows += [*long_prompt(scenario, 0.02), flood(scenario)]
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-        outcomes = compare(scenario, counts, pool)
+        outcomes = compare(scenario, lengths, pool)
     print(f"step times {scenario.profile.label}; pool of {scenario.kv_tokens:,} tokens")
     print(outcomes_table(outcomes), end="\n\n")
     for name, by_policy in outcomes.items():

@@ -122,7 +122,7 @@ def planning_row(running: int = 512, waiting: int = 1000) -> Row:
 def speed_row(scenario: Scenario, seconds: float) -> Row:
     """Simulated seconds of a 50 request/s chat trace per real minute, on one core."""
     settle_collector()
-    trace = make_trace("chat", 50.0, int(50 * seconds), 1.0)
+    trace = make_trace("chat", 50.0, seconds, 1.0)
     larger = replace(scenario, kv_tokens=4 * scenario.kv_tokens)
     start = time.perf_counter()
     report = play(larger, trace, make_policy())

@@ -30,7 +30,7 @@ from scheduler.workloads import WORKLOADS
 SEED = 20261126
 LOAD = 1.2  # of what the oracle sustains
 TARGETS = Targets(ttft=10.0, mtpot=1.5)
-WATERMARKS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25)
+WATERMARKS = (0.0, 0.05, 0.1, 0.15, 0.25)
 WARM = 500  # finished requests after which a window counts as warm
 
 # Qwen3-8B in bf16 on an H200: sizes from its config.json; 4.3 TB/s and 790 TFLOP/s were measured on
@@ -75,15 +75,15 @@ class Scenario:
 # A pool that memory, not the number of slots, keeps from taking more.
 SERVED = Scenario(H200_8B, kv_tokens=131_072, max_num_seqs=1024, max_step_tokens=2048, scale=1.0)
 
-# Requests per trace: long enough to be warm for most of it.
-COUNTS = {
-    "chat": 6000,
-    "decode-heavy": 900,
-    "prefill-heavy": 1500,
-    "reasoning": 1800,
-    "multi-turn": 4000,
-    "bursts": 2500,
-    "shift": 4000,
+# Seconds of each trace: long enough to be warm for most of it.
+SECONDS = {
+    "chat": 60.0,
+    "decode-heavy": 360.0,
+    "prefill-heavy": 120.0,
+    "reasoning": 240.0,
+    "multi-turn": 90.0,
+    "bursts": 150.0,
+    "shift": 150.0,
 }
 # By trace, against conservative and against aggressive at its usual 5 %; and against its best.
 LEAST_GAIN = {"decode-heavy": 1.5, "reasoning": 1.5, "chat": 1.1}
@@ -91,7 +91,8 @@ LEAST_OVER_SWEPT = {"bursts": 1.15, "shift": 1.15}
 MOST_EVICTED = {"reasoning": 0.04, "shift": None, "bursts": None}
 
 
-def make_trace(name: str, rate: float, count: int, scale: float) -> list[TraceRequest]:
+def make_trace(name: str, rate: float, seconds: float, scale: float) -> list[TraceRequest]:
+    count = max(round(rate * seconds), 10)
     return WORKLOADS[name].make(np.random.default_rng(SEED), rate, count, scale)
 
 
@@ -123,6 +124,7 @@ class Outcome:
     policy: str
     load: float  # requests per second offered
     goodput: float  # requests per second
+    steady_goodput: float  # the same, over the second half of the trace
     throughput: float
     refused: float  # share
     ttft_p99: float
@@ -154,6 +156,8 @@ def outcome_of(name: str, policy: str, load: float, report: SimulationReport) ->
         load=load,
         # Over the time in which requests arrive and are served, the same for all policies.
         goodput=sum(r.ended <= last for r in report.good if r.ended is not None) / last,
+        steady_goodput=sum(last / 2 < r.ended <= last for r in report.good if r.ended is not None)
+        / (last / 2),
         throughput=sum(end <= last for end in ends) / last,
         refused=summary["refused"] / len(records),
         ttft_p99=summary["ttft_p99"] or 0.0,
@@ -168,22 +172,21 @@ def outcome_of(name: str, policy: str, load: float, report: SimulationReport) ->
     )
 
 
-def offered_load(scenario: Scenario, name: str, count: int) -> float:
-    """LOAD times what the oracle completes in time when far more than it can take is offered."""
+def offered_load(scenario: Scenario, name: str, seconds: float) -> float:
+    """LOAD times what the oracle completes in time when more than it can take is offered."""
     rate = 1.0
-    for _ in range(12):
-        trace = make_trace(name, rate, count // 2, scenario.scale)
+    while True:
+        trace = make_trace(name, rate, seconds, scenario.scale)
         report = play(scenario, trace, policies(trace)["oracle"]())
-        outcome = outcome_of(name, "oracle", rate, report)
-        if outcome.goodput < 0.8 * rate:
-            return LOAD * outcome.goodput
-        rate *= 2.0 if outcome.goodput < 0.95 * rate else 4.0
-    raise RuntimeError(f"{name}: no load is too much")
+        steady = outcome_of(name, "oracle", rate, report).steady_goodput
+        if steady < 0.8 * rate:
+            return LOAD * steady
+        rate *= 1.5 if steady < 0.95 * rate else 3.0
 
 
-def run_one(scenario: Scenario, name: str, load: float, count: int, policy: str) -> Outcome:
+def run_one(scenario: Scenario, name: str, load: float, seconds: float, policy: str) -> Outcome:
     settle_collector()
-    trace = make_trace(name, load, count, scenario.scale)
+    trace = make_trace(name, load, seconds, scenario.scale)
     return outcome_of(name, policy, load, play(scenario, trace, policies(trace)[policy]()))
 
 
@@ -193,19 +196,20 @@ def settle_collector() -> None:
 
 
 def compare(
-    scenario: Scenario, counts: Mapping[str, int], pool: ProcessPoolExecutor
+    scenario: Scenario, lengths: Mapping[str, float], pool: ProcessPoolExecutor
 ) -> dict[str, dict[str, Outcome]]:
     """Every policy on every trace."""
     loads = {
-        name: pool.submit(offered_load, scenario, name, count) for name, count in counts.items()
+        name: pool.submit(offered_load, scenario, name, seconds)
+        for name, seconds in lengths.items()
     }
     runs = {}
-    for name, count in counts.items():
+    for name, seconds in lengths.items():
         load = loads[name].result()
         print(f"{name}: {load:.2f} requests/s offered", file=sys.stderr)
         for policy in policies([]):
-            runs[name, policy] = pool.submit(run_one, scenario, name, load, count, policy)
-    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in counts}
+            runs[name, policy] = pool.submit(run_one, scenario, name, load, seconds, policy)
+    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in lengths}
     for (name, policy), run in runs.items():
         outcomes[name][policy] = run.result()
         print(f"{name}, {policy}: {outcomes[name][policy].goodput:.2f} in time", file=sys.stderr)

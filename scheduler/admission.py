@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ NOBODY = -1  # in place of an end: no page that others hold
 class Reserve(Protocol):
     """The share of all pages that admission leaves free."""
 
-    @property
-    def share(self) -> float: ...
+    def share(self, running: int) -> float:
+        """While so many sequences run."""
+        ...
 
     def evicted(self) -> None:
         """A sequence was preempted for want of pages."""
@@ -33,11 +35,14 @@ class Reserve(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class Watermark:
     """A fixed share."""
 
-    share: float
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def share(self, running: int) -> float:
+        return self._share
 
     def evicted(self) -> None:
         pass
@@ -50,21 +55,25 @@ class Watermark:
 class AdaptiveReserve:
     """Finds the reserve under which `target` evictions come on one end of a sequence.
 
-    Each eviction widens it by `gain`, each end narrows it by `gain · target`; the two balance where
-    evictions per end equal the target (stochastic approximation, Robbins and Monro 1951).
+    How far the sum of n lengths strays from its forecast, as a share of itself, falls with the root
+    of n; so the reserve is `spread / √n`. Each eviction widens the spread by `gain`, each end
+    narrows it by `gain · target`; the two balance where evictions per end equal the target
+    (stochastic approximation, Robbins and Monro 1951).
     """
 
-    share: float = 0.05
-    least: float = 0.0
-    most: float = 0.25
-    gain: float = 0.002
+    spread: float = 0.4
+    gain: float = 0.015
     target: float = 0.01
+    most: float = 0.3  # share of all pages, however few run
+
+    def share(self, running: int) -> float:
+        return min(self.spread / math.sqrt(max(running, 1)), self.most)
 
     def evicted(self) -> None:
-        self.share = min(self.share + self.gain, self.most)
+        self.spread += self.gain
 
     def finished(self) -> None:
-        self.share = max(self.share - self.gain * self.target, self.least)
+        self.spread = max(self.spread - self.gain * self.target, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,7 @@ class Admission:
     @property
     def reserved(self) -> int:
         """Pages that no candidate's peak may reach into."""
-        return int(self.policy.reserve.share * self._pool.total)
+        return int(self.policy.reserve.share(len(self._running)) * self._pool.total)
 
     def survey(self, running: list[Sequence]) -> None:
         """`running` are those who run already; nothing is kept of an earlier pass."""

@@ -69,7 +69,8 @@ class Answers:
         """
         produced = sequence.output_len
         left: float = sequence.guess - produced
-        usual = min(self.mean, sequence.cap - produced)
+        # What outlived most of the mean tends to go on for a while.
+        usual = min(max(self.mean - produced, self.mean / 3), sequence.cap - produced)
         if left <= 0:  # the policy guesses nothing
             left = usual
         elif sequence.level is not None:

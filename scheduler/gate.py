@@ -125,7 +125,8 @@ class Gate:
 
     def _check_targets(self, request: Request, forecast: WaitForecast, now: float) -> None:
         target = request.ttft_target or self._config.ttft_target
-        first, admission = forecast.first_token_s, forecast.admission_s
+        admission = forecast.admission_s + self.waits.margin
+        first = forecast.first_token_s + self.waits.margin
         late: list[tuple[float, Refusal, str]] = []
         if target is not None:
             late.append((first - target, Refusal.TTFT, "the first token was wanted in"))
@@ -181,7 +182,8 @@ class Gate:
         trust, left_of = self.answers.trust, self.answers.left
         left = sorted((left_of(s, trust) / s.pace, len(s.tokens)) for s in running)
         pool = self._memory.pool
-        capacity = pool.total * self._config.page_size * (1.0 - self._policy.reserve.share)
+        reserve = self._policy.reserve.share(len(running))
+        capacity = pool.total * self._config.page_size * (1.0 - reserve)
         context = sum(known for _, known in left)
         peak = peak_of(guessed, context)
         grown = peak / context if context else 1.0  # what they hold, at their common peak

@@ -91,13 +91,15 @@ class Timeline:
         self._before = (0, 0, 0.0)  # preemptions, steps, their seconds at the interval's start
         self._preemptions = 0
 
-    def note(self, now: float, load: Load, reserve: float) -> None:
+    def note(self, now: float, load: Load) -> None:
         """The gauges as they are from `now` on."""
         while now >= (end := (len(self.rows) + 1) * self.interval):
             self._advance(end)
             self._close()
         self._advance(now)
-        self._gauges = [load.pages_held / load.pages_total, load.running, load.waiting, reserve]
+        shares = (pages / load.pages_total for pages in (load.pages_held, load.pages_reserved))
+        used, reserve = shares
+        self._gauges = [used, load.running, load.waiting, reserve]
         self._preemptions = load.preemptions
 
     def _advance(self, to: float) -> None:

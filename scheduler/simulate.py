@@ -215,7 +215,7 @@ class SimulatedEngine:
             self._retries += 1
             if self._retries > PATIENCE:
                 raise StuckError(f"{self.pending} requests wait, and none ever runs")
-        self.timeline.note(now, self.scheduler.load(), self.scheduler.policy.reserve.share)
+        self.timeline.note(now, self.scheduler.load())
 
     def _launch(self, now: float) -> None:
         scheduler = self.scheduler

@@ -26,8 +26,8 @@ from scheduler.profile import StepShape
 from scheduler.sequence import WaitForecast
 from scheduler.step_cost import StepCost
 
-_RATE = 0.05  # of the logarithm of the correction, per admission that was predicted to wait
-_BOUND = 2.0  # of that logarithm, and of one admission's share in it
+_RATE = 0.05  # smoothing of past waits, per admission that was predicted to wait
+_BOUND = 4.0  # of the correction, either way
 _PACE = 0.05  # smoothing of step times, per settled step
 KNOWN_STEPS = 8  # before so many nothing is predicted
 
@@ -80,7 +80,8 @@ class Waits:
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
-        self._log = 0.0  # logarithm of the correction
+        # Of past waits, smoothed: seconds, the model's seconds, and the error of the prediction.
+        self._waited = self._modelled = self._error = 0.0
         self._wall = 0.0  # seconds from one settled step to the next, smoothed
         self._model = 0.0  # the same as the cost model has it
         self._steps = 0
@@ -88,8 +89,20 @@ class Waits:
 
     @property
     def correction(self) -> float:
-        """Actual over modelled waits, smoothed over the last admissions."""
-        return math.exp(self._log)
+        """Actual over modelled waits of the last admissions, long ones counting most."""
+        if self._modelled <= 0.0:
+            return 1.0
+        return max(1 / _BOUND, min(self._waited / self._modelled, _BOUND))
+
+    @property
+    def margin(self) -> float:
+        """Seconds by which predictions were wrong lately, on average.
+
+        Under lasting overload every request that is let in is predicted to be just in time, and
+        with a prediction that is right on average half of them would be late. So time is kept for
+        its errors, as with TCP's retransmission timeouts (Jacobson 1988).
+        """
+        return self._error
 
     @property
     def known(self) -> bool:
@@ -109,8 +122,9 @@ class Waits:
         """A request got a slot after `waited` seconds."""
         if forecast is None or forecast.model_s < 2 * self._wall:
             return  # too short to learn from
-        error = math.log(max(waited, self._wall) / forecast.model_s)
-        self._log += _RATE * (max(-_BOUND, min(_BOUND, error)) - self._log)
+        self._waited += _RATE * (waited - self._waited)
+        self._modelled += _RATE * (forecast.model_s - self._modelled)
+        self._error += _RATE * (abs(waited - forecast.admission_s) - self._error)
 
     def forecast(self, batch: Batch, ahead: Work, own: Work) -> WaitForecast:
         """For a request whose `own` work comes after the work `ahead`."""

@@ -235,19 +235,26 @@ def test_the_oracle_evicts_nobody():
 
 
 def load(held: int, running: int, preemptions: int = 0) -> Load:
-    return Load(pages_total=10, pages_held=held, running=running, preemptions=preemptions)
+    return Load(
+        pages_total=10,
+        pages_held=held,
+        pages_reserved=1,
+        running=running,
+        preemptions=preemptions,
+    )
 
 
 def test_the_timeline_weighs_by_time():
     timeline = Timeline(2.0)
-    timeline.note(1.0, load(5, 1), 0.1)
-    timeline.note(1.5, load(10, 2, 3), 0.1)
-    timeline.note(5.0, load(0, 0, 4), 0.0)
+    timeline.note(1.0, load(5, 1))
+    timeline.note(1.5, load(10, 2, 3))
+    timeline.note(5.0, load(0, 0, 4))
     columns = timeline.columns()
     assert columns["time"] == [0.0, 2.0]
     assert columns["used"] == pytest.approx([(0.5 * 0.5 + 0.5 * 1.0) / 2, 1.0])
     assert columns["running"] == pytest.approx([(0.5 + 1.0) / 2, 2.0])
     assert columns["evictions"] == [3, 0]
+    assert columns["reserve"] == pytest.approx([0.05, 0.1])
     assert timeline.mean("used") == pytest.approx((0.25 + 3.5) / 5)
     assert timeline.mean("used", 2.0, 4.0) == 1.0
 

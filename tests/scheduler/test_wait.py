@@ -13,7 +13,9 @@ from scheduler.plan import RowResult, StepPlan
 from scheduler.profile import StepShape
 from scheduler.request import Refusal, Request, SamplingParams, SchedulerConfig
 from scheduler.scheduler import Scheduler
-from scheduler.wait import Releases
+from scheduler.sequence import WaitForecast
+from scheduler.step_cost import StepCost
+from scheduler.wait import Releases, Waits
 from tests.scheduler.clocked import NONE, Clocked
 from tests.scheduler.driving import pair, request
 
@@ -286,3 +288,13 @@ def test_sums_of_the_queue_stay_right() -> None:
         both.step()
     both.finish()
     assert len(both.scheduler._waiting.backlog) == 0
+
+
+def test_the_margin_is_how_wrong_predictions_were() -> None:
+    """Who is predicted to be just in time is refused where predictions err by seconds."""
+    waits = Waits(StepCost.learning())
+    assert waits.margin == 0.0
+    for i in range(200):
+        waits.admitted(WaitForecast(10.0, 11.0, 10.0), 14.0 if i % 2 else 6.0)
+    assert waits.margin == pytest.approx(4.0, abs=0.1)
+    assert waits.correction == pytest.approx(1.0, abs=0.05)
