@@ -145,14 +145,14 @@ class PastFuture:
         """Of whoever outlived its guess, or made it before a twentieth of the window was new."""
         stale = self.window.added - len(self.window) // 20
         for s in sequences:
-            if s.level is not None and (
-                s.guessed_at < stale or s.guess <= len(s.tokens) - s.prompt_len
-            ):
+            if s.guessed_at < stale or s.guess <= len(s.tokens) - s.prompt_len:
                 self._guess(s)
 
     def _guess(self, sequence: Sequence) -> None:
         window, cap, produced = self.window, sequence.cap, sequence.output_len
         sequence.guessed_at = window.added
+        if sequence.level is None:
+            return  # it was not drawn
         sequence.guess = window.quantile(sequence.level, sequence.outlived, cap)
         if sequence.guess <= produced < cap:
             sequence.level, sequence.outlived = self._draw(), produced
