@@ -178,10 +178,9 @@ def offered_load(scenario: Scenario, name: str, seconds: float) -> float:
     while True:
         trace = make_trace(name, rate, seconds, scenario.scale)
         report = play(scenario, trace, policies(trace)["oracle"]())
-        steady = outcome_of(name, "oracle", rate, report).steady_goodput
-        if steady < 0.8 * rate:
-            return LOAD * steady
-        rate *= 1.5 if steady < 0.95 * rate else 3.0
+        if report.attainment < 0.85:
+            return LOAD * outcome_of(name, "oracle", rate, report).steady_goodput
+        rate *= 1.5 if report.attainment < 0.99 else 3.0
 
 
 def run_one(scenario: Scenario, name: str, load: float, seconds: float, policy: str) -> Outcome:
