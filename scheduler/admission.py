@@ -133,7 +133,7 @@ class Admission:
         self._running: list[Sequence] = []
         self._forecast: Forecast | None = None
         self._page_ends: Ints = NO_PAGES  # by page: when the last of its several holders ends
-        self._asked = (Growth(0, 0, 1.0, 0), NO_PAGES)
+        self._asked = (Growth(0, 0, 1.0, 0), NO_PAGES)  # `_growth` of the last candidate
         self.peak = 0  # pages that the last forecast saw held at once
 
     @property
@@ -158,7 +158,7 @@ class Admission:
             forecast = self._forecast = self._make()
             self.peak = forecast.peak
         growth, ends = self._asked = self._growth(sequence, hits)
-        return forecast.fits(growth, ends, self._pool.total - self.reserved)
+        return forecast.fits(growth, ends[ends > NOBODY], self._pool.total - self.reserved)
 
     def admit(self, sequence: Sequence, hits: list[int]) -> None:
         """The candidate joins, who was asked about last."""
@@ -167,10 +167,9 @@ class Admission:
             forecast = self._forecast = self._make()
             self._asked = self._growth(sequence, hits)
         growth, ends = self._asked
-        forecast.add(growth, ends)
+        forecast.add(growth, ends[ends > NOBODY])
         self.peak = forecast.peak
-        if hits:
-            self._page_ends[hits] = np.maximum(self._page_ends[hits], growth.end)
+        self._page_ends[hits] = np.maximum(ends, growth.end)
 
     def _make(self) -> Forecast:
         """The forecast for those who run, and the ends of the pages they share."""
@@ -196,17 +195,17 @@ class Admission:
         return Forecast(batch, self._page_size, self._page_ends[self._page_ends > NOBODY])
 
     def _growth(self, sequence: Sequence, hits: list[int]) -> tuple[Growth, Ints]:
-        """How a candidate would grow, and when others let go of the pages it would share."""
+        """How a candidate would grow, and by hit: when others let go of the page, or `NOBODY`."""
         self.policy.lengths.update([sequence])
         ends = NO_PAGES
         if hits:
             ends = self._page_ends[hits]
             if self._pool.held(hits[0]) and ends.min() == NOBODY:
                 self._ask_owners(hits, ends)
-            ends = ends[ends > NOBODY]
         length = len(sequence.tokens) + IN_FLIGHT
         remaining = max(_final(sequence) - length, 0)
-        return Growth(length, remaining, sequence.pace, len(ends)), ends
+        shared = int(np.count_nonzero(ends > NOBODY))
+        return Growth(length, remaining, sequence.pace, shared), ends
 
     def _ask_owners(self, hits: list[int], ends: Ints) -> None:
         """Fills in the ends of pages that have a single holder so far.
