@@ -122,6 +122,8 @@ class Waits:
         """A request got a slot after `waited` seconds."""
         if forecast is None or forecast.model_s < 2 * self._wall:
             return  # too short to learn from
+        if math.isinf(forecast.model_s):
+            return  # it was wrong, but nobody knows by how much
         self._waited += _RATE * (waited - self._waited)
         self._modelled += _RATE * (forecast.model_s - self._modelled)
         self._error += _RATE * (abs(waited - forecast.admission_s) - self._error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 
@@ -298,3 +299,9 @@ def test_the_margin_is_how_wrong_predictions_were() -> None:
         waits.admitted(WaitForecast(10.0, 11.0, 10.0), 14.0 if i % 2 else 6.0)
     assert waits.margin == pytest.approx(4.0, abs=0.1)
     assert waits.correction == pytest.approx(1.0, abs=0.05)
+
+
+def test_an_end_to_a_wait_that_none_was_foreseen_for_teaches_nothing() -> None:
+    waits = Waits(StepCost.learning())
+    waits.admitted(WaitForecast(math.inf, math.inf, math.inf), 3.0)
+    assert (waits.correction, waits.margin) == (1.0, 0.0)
