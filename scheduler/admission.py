@@ -146,8 +146,9 @@ class Admission:
         self._running = running
         self._forecast = None
 
-    def fits(self, sequence: Sequence, hits: list[int]) -> bool:
-        """Whether the peak stays under the reserve if it joins, on these pages of a cached prefix.
+    def fits(self, sequence: Sequence, hits: list[int], spare: int = 0) -> bool:
+        """Whether the peak stays under the reserve if it joins, on these pages of a cached prefix,
+        and leaves `spare` pages more.
 
         Always true for whoever would be alone.
         """
@@ -158,7 +159,8 @@ class Admission:
             forecast = self._forecast = self._make()
             self.peak = forecast.peak
         growth, ends = self._asked = self._growth(sequence, hits)
-        return forecast.fits(growth, ends[ends > NOBODY], self._pool.total - self.reserved)
+        limit = self._pool.total - self.reserved - spare
+        return forecast.fits(growth, ends[ends > NOBODY], limit)
 
     def admit(self, sequence: Sequence, hits: list[int]) -> None:
         """The candidate joins, who was asked about last."""

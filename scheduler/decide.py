@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from scheduler.policy import DraftCap, chunk_size, lane_size
 from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
+from scheduler.spare import Spare
 from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
 
@@ -35,7 +37,9 @@ class Decision:
     budget: int  # tokens left in the step, for chunks also by what `gap` leaves of its time
     free: int  # pages available; negative: a debt to be paid from `promised`
     promised: int  # pages the steps in flight give back when they settle
+    running: list[Sequence]  # in order, but where `_retreat` says
     keep: int  # running[keep:] are preempted
+    tenants: int  # so many share the room
     in_flight: bool  # pages released now are only promised
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
@@ -50,6 +54,7 @@ class Decision:
     loading: set[int] = field(default_factory=set)  # host pages that admissions load
     head: Sequence | None = None  # the first waiting sequence that did not fit
     overtakes: int = 0  # admissions past it
+    prompts: list[Sequence] = field(default_factory=list)  # begun, and not yet in the step
     lane: int = 0  # tokens of the step that long prompts leave to short ones
     # Chunks of long prompts: whose, what they are given, how much of the prompt was fed before.
     long: list[tuple[Sequence, Work, int]] = field(default_factory=list)
@@ -79,13 +84,18 @@ class Decider:
         waiting: WaitingQueue,
         in_flight: bool,
         blocked: bool,
+        now: float,
     ) -> Decision:
         """`running` is sorted by order; `blocked` as found by the last call, if nothing changed."""
+        tenants = waiting.tenants(now)
+        running = running if tenants == 1 else running.copy()
         d = Decision(
             budget=self._config.max_step_tokens,
             free=self._pool.available,
             promised=self._pool.fenced,
+            running=running,
             keep=len(running),
+            tenants=tenants,
             in_flight=in_flight,
             blocked=blocked,
         )
@@ -95,9 +105,14 @@ class Decider:
             self._limit_gap(d)
         d.lane = lane_size(d.budget, self._config.long_prefill_rows)
         if others:
-            self._continue_prompts(d, running)
+            d.prompts = [s for s in running[: d.keep] if s.fed < len(s.tokens)]
+            if tenants > 1:
+                d.prompts.sort(key=_served)
+        if not (admits and tenants > 1):
+            self._continue_prompts(d)
         if admits:
             self._admit(d, running[: d.keep], waiting)
+            self._continue_prompts(d)
         if d.long:
             self._widen(d)
         return d
@@ -151,17 +166,25 @@ class Decider:
     def _retreat(self, d: Decision, running: list[Sequence], first: int, need: int) -> None:
         """Preempts running[first:] from the end until `need` pages are available or promised.
 
+        All choices of a request go together: they share the pages of the prompt, which are freed
+        by the last of them only. With several tenants, those of the one that was served most come
+        last from here on, whatever priority it gave them; `running` is a copy then.
+
         While a step is in flight a victim's pages are fenced. They count as promised, and the row
         in need stalls until the fence lifts; preempting on would empty the batch for nothing.
         """
         d.pressure = True
+        if d.tenants > 1:
+            running[first : d.keep] = sorted(running[first : d.keep], key=_served)
         while need > d.free + d.promised and d.keep > first:
-            d.keep -= 1
-            freed = self._pool.freed_by_dropping(running[d.keep].pages, d.dropped)
-            if d.in_flight:
-                d.promised += freed
-            else:
-                d.free += freed
+            request = running[d.keep - 1].request
+            while d.keep > first and running[d.keep - 1].request is request:
+                d.keep -= 1
+                freed = self._pool.freed_by_dropping(running[d.keep].pages, d.dropped)
+                if d.in_flight:
+                    d.promised += freed
+                else:
+                    d.free += freed
 
     def _limit_gap(self, d: Decision) -> None:
         """Leaves no more of the budget to chunks than the live rows can wait for."""
@@ -172,11 +195,20 @@ class Decider:
             d.gap = GapBudget(self._cost, target, live, self._config.page_size)
             d.budget = d.gap.room(0, d.budget)
 
-    def _continue_prompts(self, d: Decision, running: list[Sequence]) -> None:
-        """Chunks for admitted sequences that have not caught up; they hold their pages already."""
-        for sequence in running[: d.keep]:
-            if sequence.fed < len(sequence.tokens) and d.budget > 0:
-                self._feed(d, sequence, sequence.fed, 0)
+    def _continue_prompts(self, d: Decision, served: float = math.inf) -> None:
+        """Chunks for admitted sequences that have not caught up; they hold their pages already.
+
+        Of tenants that were served no more than `served`: where there are several, those who wait
+        and those whose prompts were begun take turns, or one's long prompts would be in the way of
+        all that others bring.
+        """
+        done = 0
+        for sequence in d.prompts:
+            if d.budget <= 0 or sequence.account.served > served:
+                break
+            self._feed(d, sequence, sequence.fed, 0)
+            done += 1
+        del d.prompts[:done]
 
     def _feed(self, d: Decision, sequence: Sequence, fed: int, pages: int) -> bool:
         """A chunk of the budget for a sequence whose first `fed` tokens are fed, if it can be.
@@ -225,13 +257,22 @@ class Decider:
         never short of pages. Behind a head that does not fit, `lookahead` others are tried, and
         no more than that ever overtake it; nor does a tenant that was served more than the longest
         sequence ahead of the head's, or large heads would make it a stream of small favours.
+
+        With several tenants, those with much leave room to those with little, see `Spare`.
         """
         config, pool = self._config, self._pool
+        spare: Spare | None = None
+        if d.tenants > 1:
+            spare = Spare(running, d.tenants, config.max_num_seqs, pool.total)
+        slots = pages = 0  # to be left
         pinned: set[int] = set()
         self._admission.survey(running)
         tries = 0  # behind the first that was not admitted
-        passed = later = False  # somebody has to wait for the next step only
+        passed = withheld = False
+        later = False  # somebody has to wait for the next step only
         for sequence in waiting:
+            if d.prompts:
+                self._continue_prompts(d, sequence.account.served)
             if d.budget <= 0 or len(d.admits) == self._memory.free_slots:
                 return
             if passed:
@@ -249,8 +290,16 @@ class Decider:
                 continue
             on_device, total = hits.on_device, -(-len(sequence.tokens) // config.page_size)
             cost = total - len(on_device) + pool.cost_of_pinning(on_device, pinned)
-            if cost > d.free or not self._admission.fits(sequence, on_device):
-                d.head = d.head or sequence
+            if spare is not None:
+                slots, pages = spare.beside(sequence.account, total)
+            if slots >= self._memory.free_slots - len(d.admits):
+                passed = withheld = True
+                continue
+            if cost > d.free - pages or not self._admission.fits(sequence, on_device, pages):
+                if pages:
+                    withheld = True
+                else:
+                    d.head = d.head or sequence
                 passed = True
                 continue
             cached = len(hits.pages)
@@ -263,4 +312,10 @@ class Decider:
             d.loading.update(hits.loads)
             d.admits.append((sequence, hits))
             self._admission.admit(sequence, on_device)
-        d.blocked = d.head is not None and not later
+            if spare is not None:
+                spare.admit(sequence.account, total)
+        d.blocked = (d.head is not None or withheld) and not later
+
+
+def _served(sequence: Sequence) -> int:
+    return sequence.account.served

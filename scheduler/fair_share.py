@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 
+LATELY = 300.0  # seconds for which a tenant counts as about after its last request
+
 _SWEEP = 16  # accounts beyond twice those kept by the last sweep
 
 
@@ -35,6 +37,7 @@ class Account:
     tenant: str
     served: int = 0  # weighted tokens
     unfinished: int = 0  # sequences, wherever they are
+    seen: float = 0.0  # when it last brought or ended one
     # Those that wait, sorted by order.
     queue: list[Sequence] = field(default_factory=list, repr=False)
 
@@ -53,14 +56,22 @@ class FairShare:
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def open(self, tenant: str, sequences: int) -> Account:
+    def about(self, now: float) -> int:
+        """How many tenants have something here, or had lately."""
+        if len(self._accounts) == 1:
+            return 1
+        since = now - LATELY
+        return sum(a.unfinished > 0 or a.seen >= since for a in self._accounts.values())
+
+    def open(self, tenant: str, sequences: int, now: float) -> Account:
         """The account of a tenant that brings so many sequences."""
         account = self._accounts.get(tenant)
         if account is None:
             if len(self._accounts) >= self._sweep_at:
-                self._sweep()
+                self._sweep(now)
             account = self._accounts[tenant] = Account(tenant)
         account.unfinished += sequences
+        account.seen = now
         return account
 
     def served(self, tenant: str) -> int:
@@ -69,9 +80,10 @@ class FairShare:
         served = 0 if account is None else account.served
         return served if tenant in self._queued else max(served, self._floor())
 
-    def close(self, account: Account) -> None:
+    def close(self, account: Account, now: float) -> None:
         """One of its sequences has ended. When nobody has any left, all begin anew as equals."""
         account.unfinished -= 1
+        account.seen = now
         if not account.unfinished and not any(a.unfinished for a in self._accounts.values()):
             self._accounts.clear()
             self._last = Account("")
@@ -119,11 +131,14 @@ class FairShare:
             return min(account.served for account in self._queued.values())
         return self._last.served
 
-    def _sweep(self) -> None:
-        """Forgets who would come back as a newcomer does."""
-        floor = self._floor()
-        accounts = self._accounts.values()
-        self._accounts = {a.tenant: a for a in accounts if a.unfinished or a.served > floor}
+    def _sweep(self, now: float) -> None:
+        """Forgets who would come back as a newcomer does, and was not seen lately."""
+        floor, since = self._floor(), now - LATELY
+        self._accounts = {
+            tenant: a
+            for tenant, a in self._accounts.items()
+            if a.unfinished or a.served > floor or a.seen >= since
+        }
         self._sweep_at = 2 * len(self._accounts) + _SWEEP
 
     def check(self) -> None:

@@ -87,7 +87,7 @@ class Scheduler:
         if length > room:
             raise ContextTooLong(f"the prompt has {length} tokens, at most {room} fit")
         forecast = self._gate.enter(request, self._running, self._counts.steps, now)
-        account = self._waiting.open(request.tenant, request.n)
+        account = self._waiting.open(request.tenant, request.n, now)
         self._requests[request.id] = choices = choices_of(
             request, self.config, self._memory.max_len, self._next_serial, account
         )
@@ -153,7 +153,7 @@ class Scheduler:
         if not self._requests:
             return None
         decision = self._decider.decide(
-            self._running, self._waiting, bool(self._in_flight), self._blocked
+            self._running, self._waiting, bool(self._in_flight), self._blocked, now
         )
         return self._commit(decision, now)
 
@@ -173,7 +173,7 @@ class Scheduler:
         """Makes a decision real. All hits are pinned before any page is taken, so that none is
         evicted for another row of the same step."""
         self._blocked = decision.blocked
-        for victim in self._running[decision.keep :]:
+        for victim in decision.running[decision.keep :]:
             self._preempt(victim)
         if decision.head is not None:
             decision.head.overtaken += decision.overtakes
@@ -410,7 +410,7 @@ class Scheduler:
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._gate.answers.add(completion_tokens)
         self.policy.reserve.finished()
-        self._waiting.close(sequence)
+        self._waiting.close(sequence, now)
         choices = self._requests[request.id]
         choices.remove(sequence)
         if not choices:

@@ -35,17 +35,21 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return self._shares.turns()
 
-    def open(self, tenant: str, sequences: int) -> Account:
-        """The account that new sequences of a tenant belong to, before they are pushed."""
-        return self._shares.open(tenant, sequences)
+    def tenants(self, now: float) -> int:
+        """How many are about, see `FairShare.about`."""
+        return self._shares.about(now)
 
     def served(self, tenant: str) -> int:
         """What fair share would count as served to a tenant that joins the queue now."""
         return self._shares.served(tenant)
 
-    def close(self, sequence: Sequence) -> None:
+    def open(self, tenant: str, sequences: int, now: float) -> Account:
+        """The account that new sequences of a tenant belong to, before they are pushed."""
+        return self._shares.open(tenant, sequences, now)
+
+    def close(self, sequence: Sequence, now: float) -> None:
         """It has ended: its account expects no more of it."""
-        self._shares.close(sequence.account)
+        self._shares.close(sequence.account, now)
 
     def push(self, sequence: Sequence) -> None:
         """Puts a sequence in its place in the queue."""

@@ -36,7 +36,7 @@ class Queue:
         item = request(
             f"r{self.serial}", range(length), arrival=self.serial, tenant=tenant, priority=priority
         )
-        account = self.real.open(tenant, 1)
+        account = self.real.open(tenant, 1, 0.0)
         (sequence,) = choices_of(item, CONFIG, 8192, self.serial, account)
         self.serial += 1
         self._wait(sequence)
@@ -81,7 +81,7 @@ class Queue:
             self.running.remove(sequence)
         else:
             self.leave(sequence)
-        self.real.close(sequence)
+        self.real.close(sequence, 0.0)
         if not self.running and not self.waiting:
             self.served.clear()
 
@@ -174,18 +174,18 @@ def test_leaving_the_queue_forgives_no_debt() -> None:
 
 def test_accounts_do_not_pile_up() -> None:
     shares = FairShare()
-    busy = shares.open("busy", 1)
+    busy = shares.open("busy", 1, 0.0)
     shares.queue(busy)
     for i in range(10_000):
-        account = shares.open(f"t{i}", 1)
+        account = shares.open(f"t{i}", 1, 1000.0 * i)
         shares.queue(account)
         shares.unqueue(account)
         busy.served += 5
         account.served += 7  # served ahead of the one that waits, who catches up
-        shares.close(account)
+        shares.close(account, 1000.0 * i)
     assert len(shares) < 50
     shares.unqueue(busy)
-    shares.close(busy)
+    shares.close(busy, 0.0)
     assert len(shares) == 0
 
 
@@ -256,7 +256,7 @@ def test_backlogged_tenants_stay_within_a_constant(
     # Negative control: in one common order one of the two falls behind without end.
     both = pair(slots=4, num_pages=num_pages, lookahead=2, max_len=160, enable_prefix_cache=False)
     together = WaitingQueue.open
-    monkeypatch.setattr(WaitingQueue, "open", lambda self, _, n: together(self, "all", n))
+    monkeypatch.setattr(WaitingQueue, "open", lambda self, _, n, now: together(self, "all", n, now))
     unfair = [abs(served["a"] - served["b"]) for served in backlog(both, kinds, 1500)]
     assert unfair[-1] > 2 * max(leads)
 
@@ -273,7 +273,7 @@ def test_a_flood_never_keeps_another_tenant_waiting() -> None:
         large = request(f"x{i}", range(90), 2, seed=LARGE, arrival=both.now, tenant="small")
         both.scheduler.add(large, both.now)
         (sequence,) = both.scheduler._requests[large.id]
-        other = both.scheduler._waiting.open("flood", 0)
+        other = both.scheduler._waiting.open("flood", 0, 0.0)
         turns = max(0, sequence.account.served - other.served) // (PROMPT_WEIGHT * 8) + 1
         before = len(both.worker.plans)
         while sequence.admitted is None:

@@ -103,3 +103,59 @@ def test_an_urgent_sequence_is_not_the_victim_of_an_ordinary_one() -> None:
     assert answers["urgent", 0].finish.preemptions == 0
     assert both.scheduler.load().preemptions > 0
     assert_exact(answers, [*items[:4], urgent], both.worker.script)
+
+
+def victims_of(both: Pair) -> list[list[str]]:
+    """Whom each decision to come preempts, filled as the pair runs."""
+    decide, found = both.scheduler._decider.decide, []
+
+    def watched(*args):
+        decision = decide(*args)
+        victims = decision.running[decision.keep :]
+        if victims:
+            found.append([f"{s.request.id}/{s.choice}" for s in victims])
+        return decision
+
+    both.scheduler._decider.decide = watched
+    return found
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_choices_of_a_request_are_paused_together(depth: int) -> None:
+    both = pair(num_pages=22, slots=8, policy=greedy(), depth=depth)
+    items = [
+        request("old", [1] * 8, 24, seed=1),
+        request("group", [2] * 8, 24, seed=2, arrival=1.0, n=3),
+        request("new", [3] * 8, 6, seed=3, arrival=2.0),
+    ]
+    victims = victims_of(both)
+    both.add(*items)
+    answers = both.finish()
+    assert_exact(answers, items, both.worker.script)
+    assert ["group/0", "group/1", "group/2"] in victims
+    assert not any("old/0" in group for group in victims)
+
+
+def test_the_first_in_order_goes_on_though_its_own_choices_are_paused() -> None:
+    both = pair(num_pages=14, slots=4, policy=greedy(), depth=1)
+    item = request("group", [2] * 8, 40, seed=2, n=3)
+    victims = victims_of(both)
+    both.add(item)
+    assert_exact(both.finish(), [item], both.worker.script)
+    assert victims
+    assert not any("group/0" in group for group in victims)
+
+
+def test_a_tenant_is_no_victim_of_anothers_priority() -> None:
+    """Those of the most served tenant go first, though it called them all urgent."""
+    both = pair(num_pages=26, slots=8, policy=greedy(), depth=1)
+    loud = [
+        request(f"loud{i}", [i] * 8, 24, seed=i, arrival=i, priority=-100, tenant="loud")
+        for i in range(5)
+    ]
+    quiet = request("quiet", [9] * 8, 24, seed=9, arrival=9.0, tenant="quiet")
+    victims = victims_of(both)
+    both.add(*loud, quiet)
+    assert_exact(both.finish(), [*loud, quiet], both.worker.script)
+    assert victims[0][-1].startswith("loud")
+    assert not any("quiet/0" in group for group in victims)

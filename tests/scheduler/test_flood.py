@@ -1,0 +1,112 @@
+"""A tenant that floods the server, and what another one sees of it. On a simulated clock."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from scheduler.request import Request, SchedulerConfig
+from scheduler.scheduler import Scheduler
+from scheduler.spare import Spare
+from tests.scheduler.clocked import Clocked
+from tests.scheduler.driving import request
+from tests.scheduler.test_gap import profiled, seconds
+
+SECONDS = 40.0
+CASES = {  # pages, slots, and the flood's mean output; its prompts have 300 tokens on average
+    "slots": (6000, 64, 200),
+    "few slots": (2000, 16, 200),
+    "pages": (1200, 64, 200),
+    "pages, long outputs": (2000, 64, 1000),
+}
+
+
+def some(tenant: str, count: int, rate: float, output: int, **fields) -> list[Request]:
+    """Requests at random times; all at once where the rate is 0."""
+    rng, now, requests = random.Random(tenant), 0.0, []
+    for i in range(count):
+        now += rng.expovariate(rate) if rate else 0.0
+        first = (i * 2 + (tenant == "flood")) * 1000
+        prompt = range(first, first + rng.randint(150, 450))
+        tokens = rng.randint(output // 2, output * 3 // 2)
+        requests.append(
+            request(f"{tenant}{i}", prompt, tokens, arrival=now, tenant=tenant, **fields)
+        )
+    return requests
+
+
+def run(case: str, *requests: list[Request]) -> Clocked:
+    pages, slots, _ = CASES[case]
+    config = SchedulerConfig(
+        num_pages=pages, max_num_seqs=slots, max_model_len=9000, max_queued_requests=10**5
+    )
+    clocked = Clocked(Scheduler(config, cost=profiled()), seconds)
+    clocked.run([item for group in requests for item in group], until=SECONDS)
+    clocked.scheduler.check()
+    return clocked
+
+
+def p95(clocked: Clocked, requests: list[Request]) -> float:
+    times = sorted(clocked.ttft(item.id) for item in requests if clocked.times[item.id, 0])
+    assert len(times) > 0.9 * len([item for item in requests if item.arrival < SECONDS - 2])
+    return times[int(0.95 * len(times))]
+
+
+def tokens(clocked: Clocked) -> int:
+    return sum(len(times) for (name, _), times in clocked.times.items() if "flood" in name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_flood_leaves_the_first_token_of_another_tenant_within_twice_the_time(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modest = some("modest", 50, 1.0, 100)
+    flood = some("flood", 2000, 0.0, CASES[case][2], priority=-5)
+    alone = p95(run(case, modest), modest)
+    flooded = run(case, modest, flood)
+    assert p95(flooded, modest) <= 2 * alone
+    # Negative control: with turns alone, the other waits for an end.
+    monkeypatch.setattr(Spare, "beside", lambda self, account, pages: (0, 0))
+    turns = run(case, modest, flood)
+    assert p95(turns, modest) > 2.2 * alone
+    assert tokens(flooded) > 0.85 * tokens(turns), "what is left free costs little"
+
+
+def test_one_tenant_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    flood = some("flood", 300, 0.0, 50)
+    monkeypatch.setattr("scheduler.decide.Spare", None)  # it is never made
+    clocked = run("few slots", flood)
+    assert max(len(plan.rows) for plan, _ in clocked.steps) == 16
+
+
+def test_equals_share_all_slots() -> None:
+    """Nothing is left free between tenants that all have at most their share."""
+    clocked = run("few slots", some("a", 300, 0.0, 50), some("b", 300, 0.0, 50))
+    rows = [len(plan.rows) for plan, _ in clocked.steps[20:-200]]
+    assert sum(rows) / len(rows) > 15
+
+
+def test_room_is_left_by_those_over_their_share_alone() -> None:
+    spare = Spare([], tenants=2, slots=32, pages=320)
+    scheduler = Scheduler(SchedulerConfig(num_pages=321))
+    much, little = (scheduler._waiting.open(name, 1, 0.0) for name in ("much", "little"))
+    assert spare.beside(much, 300) == (0, 0), "who has nothing may take anything"
+    for _ in range(15):
+        spare.admit(much, 1)
+    assert spare.beside(much, 1) == (0, 0)
+    spare.admit(much, 1)
+    assert spare.beside(much, 1) == (2, 20), "more than half of the slots"
+    assert spare.beside(little, 1) == (0, 0)
+    spare.admit(little, 155)
+    assert spare.beside(little, 5) == (0, 0)
+    assert spare.beside(little, 6) == (2, 20), "more than half of the pages"
+
+
+def test_a_tenant_counts_as_about_for_a_while() -> None:
+    waiting = Scheduler(SchedulerConfig(num_pages=10))._waiting
+    waiting.open("stays", 1, 0.0)
+    shares, gone = waiting._shares, waiting.open("goes", 1, 0.0)
+    shares.close(gone, 10.0)
+    assert waiting.tenants(300.0) == 2
+    assert waiting.tenants(311.0) == 1
