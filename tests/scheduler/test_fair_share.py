@@ -251,13 +251,13 @@ def test_backlogged_tenants_stay_within_a_constant(
     kinds: dict, num_pages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = pair(slots=4, num_pages=num_pages, lookahead=2, max_len=160, enable_prefix_cache=False)
-    leads = [abs(served["a"] - served["b"]) for served in backlog(both, kinds, 1500)]
+    leads = [abs(served["a"] - served["b"]) for served in backlog(both, kinds, 800)]
     assert max(leads) <= constant_of(both, kinds)
     # Negative control: in one common order one of the two falls behind without end.
     both = pair(slots=4, num_pages=num_pages, lookahead=2, max_len=160, enable_prefix_cache=False)
     together = WaitingQueue.open
     monkeypatch.setattr(WaitingQueue, "open", lambda self, _, n, now: together(self, "all", n, now))
-    unfair = [abs(served["a"] - served["b"]) for served in backlog(both, kinds, 1500)]
+    unfair = [abs(served["a"] - served["b"]) for served in backlog(both, kinds, 800)]
     assert unfair[-1] > 2 * max(leads)
 
 
