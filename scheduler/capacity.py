@@ -21,7 +21,7 @@ from scheduler.trace import TraceRequest, at_rate, mean_rate
 
 # Of the load a replica sustains: bisection ends when its bounds are nearer than this, as a ratio.
 PRECISION = 1.03
-_STEPS = 40  # doublings or halvings from the rate of the trace, before a search is given up
+_STEPS = 12  # doublings or halvings from the rate of the trace, before a search is given up
 
 Trace = Sequence[TraceRequest]
 
@@ -152,17 +152,20 @@ def sustained_load(
 ) -> float:
     """The most requests per second one replica takes within its targets, to about 3 %.
 
-    The trace is played faster or slower. Raises `Unattainable` where it is never slow enough.
+    The trace is played faster or slower; infinite where it has no rate, or none is too high.
+    Raises `Unattainable` where none is low enough.
     """
     obstacle = idle_obstacle(trace, configuration, targets, attainment)
     if obstacle:
         raise Unattainable(obstacle)
+    rate = mean_rate(trace)
+    if rate == math.inf:
+        return math.inf
 
     def met(load: float) -> bool:
         return meets(at_rate(trace, load), configuration, 1, targets, attainment)
 
-    rate = mean_rate(trace)
-    low = high = rate if rate < math.inf else 1.0
+    low = high = rate
     steps = 0
     if met(low):
         while met(high := high * 2):

@@ -94,7 +94,10 @@ def merge(*traces: Iterable[TraceRequest]) -> list[TraceRequest]:
 
 
 def at_rate(trace: Iterable[TraceRequest], rate: float) -> list[TraceRequest]:
-    """The same requests, arriving faster or slower: so that `rate` of them arrive per second."""
+    """The same requests, arriving faster or slower: so that `rate` of them arrive per second.
+
+    They must not all arrive at once.
+    """
     trace = list(trace)
     factor = mean_rate(trace) / rate
     return [replace(request, arrival=request.arrival * factor) for request in trace]
