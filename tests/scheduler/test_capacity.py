@@ -23,7 +23,7 @@ from scheduler.step_cost import StepCost
 from scheduler.trace import TraceRequest
 
 SECOND = Profile(points=((StepShape(1, 1, 0, 0), 1.0), (StepShape(1, 512, 0, 0), 1.0)))
-PATIENT = Targets(ttft=1.6)
+PATIENT = Targets(ttft=3.6)  # two steps may be launched already, and its own is the third
 
 
 def configuration(slots: int = 1, name: str = "small", **config) -> Configuration:
@@ -36,47 +36,46 @@ def configuration(slots: int = 1, name: str = "small", **config) -> Configuratio
 
 
 def every(seconds: float, count: int = 200, output: int = 1) -> list[TraceRequest]:
-    """Requests of one step each, unless told otherwise, at equal distances."""
-    return [TraceRequest(i * seconds, 10, output, 99) for i in range(count)]
+    """Requests at equal distances. They end for length, which is foreseen: no step is wasted."""
+    return [TraceRequest(i * seconds, 10, output, output) for i in range(count)]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5])
-def test_a_replica_sustains_a_request_per_slot_and_step(slots):
-    """The queue of equal arrivals and equal service is empty up to a load of `slots` per second,
-    and grows without end above."""
-    load = sustained_load(every(1.0), configuration(slots), PATIENT, 1.0)
-    assert load == pytest.approx(slots, rel=0.04)
+@pytest.mark.parametrize(
+    ("slots", "output", "expected"), [(1, 1, 1.0), (1, 4, 0.25), (4, 50, 4 / 51)]
+)
+def test_a_replica_sustains_what_its_slots_can_turn_over(slots, output, expected):
+    """A request of n tokens keeps its slot for n steps, where there are several for one step more:
+    the next was launched without it before its end was settled."""
+    trace = every(1.0, 300, output)
+    load = sustained_load(trace, configuration(slots), PATIENT, 1.0)
+    assert load == pytest.approx(expected, rel=0.05)
 
 
-def test_longer_requests_take_their_steps():
-    """Four steps each, four slots: one a second again, if the time to the first token and the gap
-    of one step are all that is asked."""
-    load = sustained_load(every(1.0, output=4), configuration(4), PATIENT, 1.0)
-    assert load == pytest.approx(1.0, rel=0.05)
-
-
-@pytest.mark.parametrize(("rate", "slots", "replicas"), [(0.9, 1, 1), (3.5, 1, 4), (9.5, 4, 3)])
+@pytest.mark.parametrize(("rate", "slots", "replicas"), [(0.9, 1, 1), (3.5, 1, 4), (9.5, 1, 10)])
 def test_replicas_divide_the_load(rate, slots, replicas):
-    plan = plan_replicas(every(1 / rate), configuration(slots), PATIENT, 1.0)
+    trace = every(1 / rate, 1000)
+    plan = plan_replicas(trace, configuration(slots), PATIENT, 1.0)
     assert plan.replicas == replicas
     assert plan.attainment == 1.0
-    assert not meets(every(1 / rate), configuration(slots), replicas - 1, PATIENT, 1.0) or (
-        replicas == 1
-    )
+    if replicas > 1:
+        assert not meets(trace, configuration(slots), replicas - 1, PATIENT, 1.0)
 
 
 def test_requests_that_arrive_at_once_need_a_slot_each():
-    trace = [TraceRequest(0.0, 10, 1, 9)] * 10
-    assert plan_replicas(trace, configuration(), PATIENT, 1.0).replicas == 10
-    assert plan_replicas(trace, configuration(), PATIENT, 0.7).replicas == 7
-    assert plan_replicas(trace, configuration(5), PATIENT, 1.0).replicas == 2
+    trace = [TraceRequest(0.0, 10, 1, 1)] * 10
+    at_once = Targets(ttft=1.6)
+    assert plan_replicas(trace, configuration(), at_once, 1.0).replicas == 10
+    assert plan_replicas(trace, configuration(), at_once, 0.7).replicas == 7
+    assert plan_replicas(trace, configuration(5), at_once, 1.0).replicas == 2
 
 
 def test_the_least_loaded_replica_is_asked():
     """Long and short in turn: going round, one replica gets all the long ones."""
-    trace = [TraceRequest(0.5 * i, 10, 1 if i % 2 else 3, 99) for i in range(100)]
-    round_robin = run_fleet(trace, configuration(2), 2, PATIENT)
-    least = run_fleet(trace, configuration(2), 2, PATIENT, least_load=True)
+    outputs = [1 if i % 2 else 5 for i in range(100)]
+    trace = [TraceRequest(2.0 * i, 10, n, n) for i, n in enumerate(outputs)]
+    targets = Targets(ttft=8.0)
+    round_robin = run_fleet(trace, configuration(), 2, targets)
+    least = run_fleet(trace, configuration(), 2, targets, least_load=True)
     assert round_robin.requests == least.requests == 100
     assert least.good == 100
     assert round_robin.good < 80
@@ -87,7 +86,7 @@ def test_the_curve_bends_where_capacity_ends():
     assert [point.load for point in points] == [0.5, 1.0, 2.0]
     assert points[0].goodput == pytest.approx(0.5, rel=0.02)
     assert points[1].goodput == pytest.approx(1.0, rel=0.02)
-    assert points[2].attainment < 0.05  # nearly all wait for too long
+    assert points[2].attainment < 0.1  # nearly all wait for too long
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ def test_impossible_targets_are_explained(trace, targets, sentence):
 
 
 def test_what_few_requests_cannot_meet_is_no_obstacle_for_the_rest():
-    trace = [*every(2.0, 99), TraceRequest(200.0, 200, 1, 9)]
+    trace = [*every(2.0, 99), TraceRequest(200.0, 250, 1, 1)]
     assert plan_replicas(trace, configuration(), PATIENT, 0.95).replicas == 1
 
 
