@@ -1,0 +1,324 @@
+"""Simulated against real: the same traces through the server and through the simulator.
+
+1. `foresight profile` measures the idle machine, unless a profile is given.
+2. A burst of chat requests, served and simulated: the time from its first arrival to its last end,
+   real over simulated, is how much slower steps are while HTTP, the engine's loop and this client
+   share the machine with them. The measured profile times this one number is what is simulated;
+   results with the profile as it is stand beside.
+3. Each trace is played at 1.2 times the load that the simulator says an oracle sustains, so that
+   the targets bind; no result of a real run has a part in that choice.
+4. What came of it, arrivals and lengths, is simulated with the server's limits, policy and targets,
+   and with no past lengths known, as in the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.local_server import LocalServer, local_server, model_flags, root
+from benchmarks.replay import (
+    POLL,
+    Played,
+    Scripted,
+    learn,
+    observed,
+    simulated,
+    watched,
+    with_prompts,
+    without,
+)
+from benchmarks.report import Row, table
+from benchmarks.streaming import Endpoint
+from benchmarks.workload import tokenized_text
+from scheduler.admission import make_policy
+from scheduler.capacity import Configuration, sustained_load
+from scheduler.outcome import SimulationReport, Targets
+from scheduler.profile import Profile
+from scheduler.request import SchedulerConfig
+from scheduler.scheduler import Scheduler
+from scheduler.simulate import simulate
+from scheduler.step_cost import StepCost
+from scheduler.trace import TraceRequest, at_rate
+from scheduler.workloads import WORKLOADS
+
+# A fifth and a third of the usual 10 s and 1.5 s: a run lasts half a minute, and targets that a
+# queue cannot reach in that time would not bind.
+TARGETS = Targets(ttft=2.0, mtpot=0.5)
+OVERLOAD = 1.2  # times the load that the oracle sustains
+ATTAINMENT = 0.9  # of requests within targets: what counts as sustained
+TOLERANCE = 0.1
+SAMPLE = 150  # requests of a trace to find that load
+BURST = 64  # requests
+WARM_UP = [TraceRequest(0.0, 32, 16, 64)] * 4
+WARM_SECONDS = 2.0  # before the first request that counts
+NATIVE_PATIENCE = 120.0  # seconds for the native kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The server's limits, all of them given as flags; the pool is small enough to bind."""
+
+    model: Path = Path("assets/demo/target")
+    num_pages: int = 161
+    page_size: int = 16
+    max_num_seqs: int = 32
+    max_step_tokens: int = 256
+    max_model_len: int = 2048
+    seconds: float = 30.0  # of arrivals of each trace
+    profile_seconds: float = 45.0
+
+    def config(self, targets: Targets) -> SchedulerConfig:
+        def finite(seconds: float) -> float | None:
+            return seconds if seconds < math.inf else None
+
+        return SchedulerConfig(
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            max_num_seqs=self.max_num_seqs,
+            max_step_tokens=self.max_step_tokens,
+            max_model_len=self.max_model_len,
+            ttft_target=finite(targets.ttft),
+            mtpot_target=finite(targets.mtpot),
+        )
+
+    def flags(self, targets: Targets, profile: Path, history: Path) -> list[str]:
+        """The same for `foresight serve`; `history` is a file that is not there."""
+        config = self.config(targets)
+        out = model_flags(self.model, ["--profile", str(profile), "--length-history", str(history)])
+        for name in ("num_pages", "page_size", "max_num_seqs", "max_step_tokens", "max_model_len"):
+            out += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+        for name in ("ttft_target", "mtpot_target"):
+            value = getattr(config, name)
+            out += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A trace: a maker, a scale that makes a hundred requests and more fit the time, and how many
+    of the maker's seconds are one of ours (bursts come every 50 of its seconds)."""
+
+    workload: str
+    scale: float
+    hurry: float = 1.0
+
+    def make(self, rate: float, count: int, longest: int) -> list[TraceRequest]:
+        rng = np.random.default_rng(0)
+        made = WORKLOADS[self.workload].make(rng, rate / self.hurry, count, self.scale)
+        # As clients see to it, prompt and output fit the context.
+        made = [
+            replace(r, max_tokens=min(r.max_tokens, longest - r.prompt_tokens))
+            for r in made
+            if r.prompt_tokens + r.output_tokens < longest
+        ]
+        return at_rate(made, rate)
+
+
+TRACES = {
+    "chat": Shape("chat", 0.4),
+    "bursts": Shape("bursts", 0.2, hurry=5.0),
+    "decode-heavy": Shape("decode-heavy", 0.06),
+}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure_profile(setting: Setting, file: Path) -> None:
+    """`foresight profile` with the server's rows and steps and a pool of its default size."""
+    flags = model_flags(setting.model, ["--output", str(file)])
+    flags += ["--seconds", str(setting.profile_seconds)]
+    flags += ["--max-num-seqs", str(setting.max_num_seqs)]
+    flags += ["--max-step-tokens", str(setting.max_step_tokens)]
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "profile", *flags], cwd=root, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"foresight profile failed:\n{done.stdout[-500:]}{done.stderr[-1500:]}")
+    say("\n".join(line for line in done.stdout.splitlines() if "relative error" in line))
+
+
+def scaled(profile: Profile, factor: float) -> Profile:
+    """All steps slower by that factor."""
+    points = tuple((shape, seconds * factor) for shape, seconds in profile.points)
+    return replace(profile, points=points)
+
+
+def simulate_trace(
+    trace: Sequence[TraceRequest],
+    setting: Setting,
+    targets: Targets,
+    profile: Profile,
+    factor: float,
+) -> SimulationReport:
+    """The scheduler is given the profile as the server was, and learns that steps are slower."""
+    scheduler = Scheduler(
+        setting.config(targets), policy=make_policy(), cost=StepCost.from_profile(profile)
+    )
+    machine = StepCost.from_profile(scaled(profile, factor))
+    return simulate(trace, scheduler, machine, targets, interval=POLL)
+
+
+def oracle_load(
+    shape: Shape, setting: Setting, targets: Targets, profile: Profile, factor: float
+) -> float:
+    """Requests per second that an oracle sustains in simulation."""
+    cost = scaled(profile, factor)
+    configuration = Configuration(
+        shape.workload,
+        setting.config(targets),
+        lambda: StepCost.from_profile(cost),
+        lambda truth: make_policy("oracle", truth=truth),
+    )
+    trace = shape.make(1.0, SAMPLE, setting.max_model_len)
+    return sustained_load(trace, configuration, targets, ATTAINMENT)
+
+
+class Laboratory:
+    """A server that texts are learnt from, asleep while others are measured."""
+
+    def __init__(self, learner: LocalServer, setting: Setting, profile: Path, folder: Path) -> None:
+        self._learner = learner
+        self._tree = learner.tree
+        self._setting = setting
+        self._profile = profile
+        self._folder = folder
+        endpoint = Endpoint.parse(learner.url)
+        self._vocabulary = sorted(set(tokenized_text(endpoint, "m", 4000)))
+        self._runs = 0
+
+    def play(
+        self, trace: Sequence[TraceRequest], targets: Targets
+    ) -> tuple[list[TraceRequest], Played]:
+        """A new server plays the trace after some requests that warm it up. What was sent, with
+        these, and what came of the others."""
+        self._runs += 1
+        later = [replace(r, arrival=r.arrival + WARM_SECONDS) for r in trace]
+        script = with_prompts([*WARM_UP, *later], self._vocabulary, self._runs)
+        script = learn(Endpoint.parse(self._learner.url), "m", script)
+        self._tree.stop()
+        try:
+            played = self._timed(script, targets)
+        finally:
+            self._tree.resume()
+        sent = observed(script, played)
+        ended_late = sum(
+            fate.tokens != item.request.output_tokens
+            for item, fate in zip(script, played.fates, strict=True)
+            if not fate.refused
+        )
+        lag = [
+            fate.arrival - item.request.arrival
+            for item, fate in zip(script, played.fates, strict=True)
+        ]
+        played = without(played, len(WARM_UP))
+        failures = [fate.failed for fate in played.fates if fate.failed]
+        say(
+            f"  {len(trace)} requests; sent late by at most {max(lag) * 1e3:.0f} ms; "
+            f"{ended_late} ended elsewhere than when learnt; {len(failures)} failed"
+            + (f": {failures[0]}" if failures else "")
+        )
+        return sent, played
+
+    def _timed(self, script: Sequence[Scripted], targets: Targets) -> Played:
+        history = self._folder / f"lengths-{self._runs}.json"
+        flags = self._setting.flags(targets, self._profile, history)
+        with local_server(*flags) as server:
+            server.native_seconds(NATIVE_PATIENCE)
+            endpoint = Endpoint.parse(server.url)
+            bodies = [endpoint.post("/v1/completions", item.body("m")) for item in script]
+            arrivals = [item.request.arrival for item in script]
+            return asyncio.run(watched(endpoint, bodies, arrivals, WARM_SECONDS))
+
+
+@contextmanager
+def laboratory(setting: Setting, profile: Path) -> Iterator[Laboratory]:
+    flags = model_flags(setting.model, ["--max-model-len", str(setting.max_model_len)])
+    with tempfile.TemporaryDirectory() as folder, local_server(*flags) as learner:
+        learner.native_seconds(NATIVE_PATIENCE)
+        yield Laboratory(learner, setting, profile, Path(folder))
+
+
+def simulated_figures(
+    sent: Sequence[TraceRequest],
+    setting: Setting,
+    targets: Targets,
+    profile: Profile,
+    factor: float,
+) -> dict[str, float]:
+    """Of the requests that count."""
+    report = simulate_trace(sent, setting, targets, profile, factor)
+    return without(simulated(report, WARM_SECONDS, sent[-1].arrival), len(WARM_UP)).figures(targets)
+
+
+def calibrate(lab: Laboratory, setting: Setting, profile: Profile) -> float:
+    """How much slower steps are in a loaded server than in the profile."""
+    burst = TRACES["chat"].make(1.0, BURST, setting.max_model_len)
+    sent, played = lab.play([replace(r, arrival=0.0) for r in burst], Targets())
+    real = played.figures(Targets())
+    virtual = simulated_figures(sent, setting, Targets(), profile, 1.0)
+    factor = real["seconds"] / virtual["seconds"]
+    say(
+        f"burst: {real['seconds']:.2f} s served, {virtual['seconds']:.2f} s simulated, "
+        f"factor {factor:.3f}; {real['output tok/s']:.0f} tok/s"
+    )
+    return factor
+
+
+def fidelity(setting: Setting, profile_file: Path, names: Sequence[str]) -> list[Row]:
+    """Prints a table for each trace; rows with the ratios."""
+    profile = Profile.parse(profile_file.read_text())
+    targets = TARGETS
+    rows: list[Row] = []
+    with laboratory(setting, profile_file) as lab:
+        factor = calibrate(lab, setting, profile)
+        rows.append(Row("step time in the server / in the profile", factor))
+        for name in names:
+            load = oracle_load(TRACES[name], setting, targets, profile, factor)
+            rate = OVERLOAD * load
+            count = math.ceil(rate * setting.seconds)
+            say(f"{name}: an oracle sustains {load:.2f} requests/s")
+            trace = TRACES[name].make(rate, count, setting.max_model_len)
+            sent, played = lab.play(trace, targets)
+            real = played.figures(targets)
+            virtual = simulated_figures(sent, setting, targets, profile, factor)
+            plain = simulated_figures(sent, setting, targets, profile, 1.0)
+            rows += compare(name, real, virtual, plain)
+    return rows
+
+
+def compare(
+    name: str, real: dict[str, float], virtual: dict[str, float], plain: dict[str, float]
+) -> list[Row]:
+    """`virtual` with corrected step times, `plain` with the profile as it is."""
+    lines = [
+        (what, *(f"{figures[what]:.3g}" for figures in (real, virtual, plain))) for what in real
+    ]
+    header = (name, "server", "simulated", "profile as it is")
+    print(table(header, lines) + "\n", flush=True)
+    goodput, output = "goodput requests/s", "output tok/s"
+    ratio = virtual[goodput] / real[goodput] if real[goodput] else math.nan
+    return [
+        Row(f"{name}: goodput simulated / real, away from 1", abs(ratio - 1), TOLERANCE, "at most"),
+        Row(f"{name}: goodput simulated / real", ratio),
+        Row(
+            f"{name}: goodput simulated / real, profile as it is",
+            plain[goodput] / real[goodput] if real[goodput] else math.nan,
+        ),
+        Row(f"{name}: output tok/s simulated / real", virtual[output] / real[output]),
+        Row(f"{name}: requests within targets, real", real["within targets"]),
+        Row(f"{name}: requests within targets, simulated", virtual["within targets"]),
+        Row(f"{name}: pages in use, real", real["pages in use"]),
+        Row(f"{name}: pages in use, simulated", virtual["pages in use"]),
+    ]

@@ -1,0 +1,359 @@
+"""The scheduler in the real server: does it do what the simulator says, and keep its promises?
+
+    python -m benchmarks.scheduling_server
+
+Three parts, each with servers of its own on free loopback ports (the bundled model on a CPU):
+
+    traces       three open-loop traces, served and simulated: goodput within 10 % of each other
+                 (see benchmarks/fidelity.py for how)
+    long-prompt  8 running streams, and prompts of nearly the whole context arriving among them:
+                 their largest gap, with a gap target and without
+    tenants      a modest tenant's time to first token, alone and while another one floods
+
+Step times come from `--profile FILE`, made by `foresight profile`; without it they are measured
+first, and kept where `--keep-profile FILE` says. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from benchmarks.fidelity import NATIVE_PATIENCE, TRACES, Setting, fidelity, measure_profile, say
+from benchmarks.local_server import LocalServer, local_server, model_flags
+from benchmarks.replay import replay
+from benchmarks.report import Row, json_line, percentile, rows_table
+from benchmarks.streaming import Connection, Endpoint, Sample
+from benchmarks.workload import tokenized_text
+from scheduler.profile import Profile, StepShape, chunk_pairs
+from scheduler.step_cost import StepCost
+from scheduler.trace import TraceRequest
+
+PARTS = ("traces", "long-prompt", "tenants")
+
+
+@dataclass(frozen=True, slots=True)
+class LongPrompt:
+    """The second part's sizes. Seconds, tokens."""
+
+    streams: int = 8
+    stream_prompt: int = 64
+    tokens: int = 7900  # of each long prompt; the context has 8,192
+    prompts: int = 2  # one after the other
+    settle: float = 2.0  # before anything counts
+    calm: float = 3.0  # without a long prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Flood:
+    """The third part's sizes."""
+
+    streams: int = 64  # of the flooding tenant, in a closed loop
+    seconds: float = 20.0  # of the modest tenant's trace, each time
+    share: float = 0.25  # of the requests a second that the server does: half of a fair share
+    warm: float = 5.0  # seconds of flood to find that out
+
+
+# --- a long prompt among running streams --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Of all streams together, in seconds."""
+
+    calm: list[float]
+    during: list[float]  # touched by a long prompt, from its arrival to its first token
+    ttft: list[float]  # of the long prompts
+
+
+def gaps_between(sample: Sample, start: float, end: float) -> Iterator[float]:
+    """The gaps of a stream that overlap with the time from `start` to `end`."""
+    if sample.first is None:
+        return
+    now = sample.first
+    for gap in sample.gaps:
+        if now < end and now + gap > start:
+            yield gap
+        now += gap
+
+
+def completion(tokens: Sequence[int], count: int) -> dict[str, object]:
+    """A greedy answer of exactly so many tokens."""
+    return {
+        "model": "m",
+        "prompt": list(tokens),
+        "max_tokens": count,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def among_streams(endpoint: Endpoint, text: Sequence[int], sizes: LongPrompt) -> Gaps:
+    """Streams run from before the first long prompt until after the last."""
+    longest = sizes.tokens + sizes.stream_prompt
+    bodies = [
+        completion(text[i * sizes.stream_prompt : (i + 1) * sizes.stream_prompt], longest)
+        for i in range(sizes.streams)
+    ]
+    connections = [Connection(endpoint) for _ in bodies]
+    running = [
+        asyncio.create_task(connection.send(endpoint.post("/v1/completions", body), 600))
+        for connection, body in zip(connections, bodies, strict=True)
+    ]
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(sizes.settle)
+    calm = (loop.time(), loop.time() + sizes.calm)
+    await asyncio.sleep(sizes.calm)
+    long_ones: list[Sample] = []
+    for number in range(sizes.prompts):
+        prompt = text[sizes.streams * sizes.stream_prompt + number :][: sizes.tokens]
+        data = endpoint.post("/v1/completions", completion(prompt, 1))
+        connection = Connection(endpoint)
+        long_ones.append(await connection.send(data, 120))
+        connection.close()
+        await asyncio.sleep(0.5)
+    for connection in connections:
+        connection.close()
+    samples = await asyncio.gather(*running)
+    if any(long.error for long in long_ones) or any(sample.events < 2 for sample in samples):
+        problems = [s.error for s in (*long_ones, *samples) if s.error]
+        raise RuntimeError(f"a request failed: {problems[:1]}")
+    spans = [(long.started, long.finished) for long in long_ones]
+    return Gaps(
+        calm=[gap for sample in samples for gap in gaps_between(sample, *calm)],
+        during=[g for sample in samples for span in spans for g in gaps_between(sample, *span)],
+        ttft=[long.finished - long.started for long in long_ones],
+    )
+
+
+def least_target(profile: Profile, sizes: LongPrompt, page_size: int) -> float:
+    """The gap that a step of all streams and a page of the long prompt's end takes, with the tenth
+    of the target that the scheduler leaves free: no target below it could be kept."""
+    live = sizes.streams
+    shape = StepShape(
+        live + 1,
+        live + page_size,
+        live * 4 * sizes.stream_prompt,
+        chunk_pairs(page_size, sizes.tokens - page_size),
+    )
+    return StepCost.from_profile(profile).seconds(shape) / 0.9
+
+
+def long_prompt(setting: Setting, profile_file: Path, sizes: LongPrompt) -> list[Row]:
+    """Without a target first: its calm steps say what the target of the second server is."""
+    profile = Profile.parse(profile_file.read_text())
+    base = model_flags(setting.model, ["--profile", str(profile_file)])
+
+    def one(*flags: str) -> Gaps:
+        with tempfile.TemporaryDirectory() as folder:
+            history = ["--length-history", str(Path(folder) / "lengths.json")]
+            with local_server(*base, *history, *flags) as server:
+                server.native_seconds(NATIVE_PATIENCE)
+                endpoint = Endpoint.parse(server.url)
+                needed = sizes.streams * sizes.stream_prompt + sizes.tokens + sizes.prompts
+                text = tokenized_text(endpoint, "m", needed)
+                return asyncio.run(among_streams(endpoint, text, sizes))
+
+    without = one()
+    plain = median(without.calm)
+    target = round(max(2 * plain, least_target(profile, sizes, setting.page_size)), 3)
+    say(f"8 streams: {plain * 1e3:.1f} ms a step; target {target * 1e3:.0f} ms")
+    kept = one("--mtpot-target", str(target))
+    name = f"{sizes.streams} streams, prompts of {sizes.tokens:,} tokens arrive"
+    late = sum(gap > target for gap in kept.during)
+    return [
+        Row(f"{name}: largest gap, s", max(kept.during), target, "at most"),
+        Row(f"{name}: gaps within the target", 1 - late / len(kept.during)),
+        Row(f"{name}: gap p99, s", percentile(kept.during, 0.99)),
+        Row(f"{name}: largest gap before, s", max(kept.calm)),
+        Row(f"{name}: median gap before, s", median(kept.calm)),
+        Row(f"{name}: TTFT of the long prompt, s", median(kept.ttft)),
+        Row(f"{name}, no target: largest gap, s", max(without.during)),
+        Row(f"{name}, no target: largest gap before, s", max(without.calm)),
+        Row(f"{name}, no target: TTFT of the long prompt, s", median(without.ttft)),
+    ]
+
+
+# --- one tenant floods, another does not --------------------------------------------------------
+
+
+class Prompts:
+    """Chat requests of one tenant: lengths of the trace maker, text of their own, fixed lengths of
+    answers. The same seed gives the same lengths; texts are never used twice."""
+
+    def __init__(self, vocabulary: Sequence[int], setting: Setting) -> None:
+        self._vocabulary = vocabulary
+        self._setting = setting
+        self._random = random.Random(0)
+
+    def requests(self, rate: float, count: int) -> list[TraceRequest]:
+        return TRACES["chat"].make(rate, count, self._setting.max_model_len)
+
+    def bytes(self, endpoint: Endpoint, request: TraceRequest) -> bytes:
+        prompt = self._random.choices(self._vocabulary, k=request.prompt_tokens)
+        body = completion(prompt, request.output_tokens)
+        return endpoint.post("/v1/completions", body)
+
+
+async def flood(
+    endpoint: Endpoint, prompts: Prompts, streams: int, stop: asyncio.Event
+) -> list[Sample]:
+    """A closed loop until told to stop. The samples of what was finished."""
+    wanted = prompts.requests(1.0, 500)
+    samples: list[Sample] = []
+    turn = 0
+
+    async def stream(connection: Connection) -> None:
+        nonlocal turn
+        while not stop.is_set():
+            turn += 1
+            data = prompts.bytes(endpoint, wanted[turn % len(wanted)])
+            sample = await connection.send(data, 120)
+            if sample.error and not stop.is_set():
+                raise RuntimeError(f"a request of the flood failed: {sample.error}")
+            if not sample.error:
+                samples.append(sample)
+
+    connections = [Connection(endpoint) for _ in range(streams)]
+    tasks = [asyncio.create_task(stream(connection)) for connection in connections]
+    await asyncio.wait([asyncio.create_task(stop.wait()), *tasks], return_when="FIRST_COMPLETED")
+    for connection in connections:
+        connection.close()
+    await asyncio.gather(*tasks)
+    return samples
+
+
+async def pace(endpoint: Endpoint, prompts: Prompts, sizes: Flood) -> float:
+    """Requests per second that a flood gets done."""
+    stop = asyncio.Event()
+    running = asyncio.create_task(flood(endpoint, prompts, sizes.streams, stop))
+    await asyncio.sleep(sizes.warm)
+    stop.set()
+    samples = await running
+    return len(samples) / sizes.warm
+
+
+async def modest(
+    endpoint: Endpoint,
+    prompts: Prompts,
+    trace: Sequence[TraceRequest],
+    flooder: Endpoint | None,
+    sizes: Flood,
+) -> list[float]:
+    """Times to first token of the trace, while a flood runs or not."""
+    stop = asyncio.Event()
+    running: asyncio.Task[list[Sample]] | None = None
+    if flooder is not None:
+        running = asyncio.create_task(flood(flooder, prompts, sizes.streams, stop))
+        await asyncio.sleep(sizes.warm)
+    bodies = [prompts.bytes(endpoint, request) for request in trace]
+    _, samples = await replay(endpoint, bodies, [request.arrival for request in trace])
+    stop.set()
+    if running is not None:
+        await running
+    await asyncio.sleep(1.0)  # what was cut off has ended
+    if errors := [sample.error for sample in samples if sample.error]:
+        raise RuntimeError(f"{len(errors)} requests failed: {errors[0]}")
+    return [s.first - s.started for s in samples if s.first is not None]
+
+
+def tenants(setting: Setting, profile_file: Path, sizes: Flood) -> list[Row]:
+    """Alone, flooded, and flooded under the flooder's key, which is first come, first served."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder) / "keys"
+        keys.write_text("loud:key-of-loud\nmodest:key-of-modest\n")
+        flags = ["--profile", str(profile_file), "--api-key-file", str(keys)]
+        flags += ["--length-history", str(Path(folder) / "lengths.json")]
+        flags += ["--max-num-seqs", str(setting.max_num_seqs)]
+        with local_server(*model_flags(setting.model, flags)) as server:
+            server.native_seconds(NATIVE_PATIENCE)
+            return _tenants(server, setting, sizes)
+
+
+def _tenants(server: LocalServer, setting: Setting, sizes: Flood) -> list[Row]:
+    own = Endpoint.parse(server.url, "key-of-modest")
+    loud = Endpoint.parse(server.url, "key-of-loud")
+    prompts = Prompts(sorted(set(tokenized_text(own, "m", 4000))), setting)
+    done = asyncio.run(pace(loud, prompts, sizes))
+    rate = sizes.share * done
+    count = max(math.ceil(rate * sizes.seconds), 20)
+    trace = [replace(r, tenant="modest") for r in prompts.requests(rate, count)]
+    say(f"a flood gets {done:.1f} requests/s done; the other tenant sends {rate:.2f}")
+    alone = asyncio.run(modest(own, prompts, trace, None, sizes))
+    flooded = asyncio.run(modest(own, prompts, trace, loud, sizes))
+    mixed = asyncio.run(modest(loud, prompts, trace, loud, sizes))
+    p95 = {
+        name: percentile(times, 0.95)
+        for name, times in (("alone", alone), ("flooded", flooded), ("mixed", mixed))
+    }
+    name = "a modest tenant while another floods"
+    return [
+        Row(f"{name}: TTFT p95 / alone", p95["flooded"] / p95["alone"], 2.0, "at most"),
+        Row(f"{name}: TTFT p95, s", p95["flooded"]),
+        Row(f"{name}: TTFT p50, s", median(flooded)),
+        Row(f"{name}: TTFT p95 alone, s", p95["alone"]),
+        Row(f"{name}: TTFT p50 alone, s", median(alone)),
+        Row(f"{name}, both under one key: TTFT p95, s", p95["mixed"]),
+        Row(f"{name}: its requests", float(len(trace))),
+    ]
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def rows(
+    setting: Setting,
+    profile: Path,
+    parts: Sequence[str] = PARTS,
+    traces: Sequence[str] = tuple(TRACES),
+    long_sizes: LongPrompt | None = None,
+    flood_sizes: Flood | None = None,
+) -> list[Row]:
+    """What the parts bring; tables of single traces are printed on the way."""
+    out: list[Row] = []
+    if "traces" in parts:
+        out += fidelity(setting, profile, traces)
+    if "long-prompt" in parts:
+        out += long_prompt(setting, profile, long_sizes or LongPrompt())
+    if "tenants" in parts:
+        out += tenants(setting, profile, flood_sizes or Flood())
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scheduling_server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=Path("assets/demo/target"))
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--traces", nargs="+", choices=TRACES, default=list(TRACES))
+    add("--seconds", type=float, default=30.0, help="of arrivals of a trace (30)")
+    add("--profile", type=Path, metavar="FILE", help="measured step times of this machine")
+    add("--keep-profile", type=Path, metavar="FILE", help="where to keep those measured now")
+    args = parser.parse_args(argv)
+    setting = Setting(model=args.model, seconds=args.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        profile = args.profile
+        if profile is None:
+            profile = args.keep_profile or Path(folder) / "profile.json"
+            measure_profile(setting, profile)
+        found = rows(setting, profile.resolve(), args.parts, args.traces)
+    print(rows_table(found))
+    print(json_line("scheduling_server", found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
