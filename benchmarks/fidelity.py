@@ -196,40 +196,37 @@ class Laboratory:
         self._folder = folder
         endpoint = Endpoint.parse(learner.url)
         self._vocabulary = sorted(set(tokenized_text(endpoint, "m", 4000)))
-        self._runs = 0
+        self._runs = self._scripts = 0
+
+    def learnt(self, trace: Sequence[TraceRequest]) -> list[Scripted]:
+        """What is to be sent: some requests that warm a server up, then the trace. Untimed."""
+        self._scripts += 1
+        later = [replace(r, arrival=r.arrival + WARM_SECONDS) for r in trace]
+        script = with_prompts([*WARM_UP, *later], self._vocabulary, self._scripts)
+        return learn(Endpoint.parse(self._learner.url), "m", script)
 
     def play(
-        self, trace: Sequence[TraceRequest], targets: Targets
+        self, script: Sequence[Scripted], targets: Targets
     ) -> tuple[list[TraceRequest], Played]:
-        """A new server plays the trace after some requests that warm it up. What was sent, with
-        these, and what came of the others."""
+        """A new server plays it. What was sent, all of it, and what came of all but the warm-up."""
         self._runs += 1
-        later = [replace(r, arrival=r.arrival + WARM_SECONDS) for r in trace]
-        script = with_prompts([*WARM_UP, *later], self._vocabulary, self._runs)
-        script = learn(Endpoint.parse(self._learner.url), "m", script)
         self._tree.stop()
         try:
             played = self._timed(script, targets)
         finally:
             self._tree.resume()
-        sent = observed(script, played)
-        ended_late = sum(
-            fate.tokens != item.request.output_tokens
-            for item, fate in zip(script, played.fates, strict=True)
-            if not fate.refused
+        pairs = list(zip(script, played.fates, strict=True))
+        elsewhere = sum(
+            fate.tokens != item.request.output_tokens for item, fate in pairs if not fate.refused
         )
-        lag = [
-            fate.arrival - item.request.arrival
-            for item, fate in zip(script, played.fates, strict=True)
-        ]
-        played = without(played, len(WARM_UP))
+        lag = max(fate.arrival - item.request.arrival for item, fate in pairs)
         failures = [fate.failed for fate in played.fates if fate.failed]
         say(
-            f"  {len(trace)} requests; sent late by at most {max(lag) * 1e3:.0f} ms; "
-            f"{ended_late} ended elsewhere than when learnt; {len(failures)} failed"
+            f"  {len(script)} requests; sent late by at most {lag * 1e3:.0f} ms; "
+            f"{elsewhere} ended elsewhere than when learnt; {len(failures)} failed"
             + (f": {failures[0]}" if failures else "")
         )
-        return sent, played
+        return observed(script, played), without(played, len(WARM_UP))
 
     def _timed(self, script: Sequence[Scripted], targets: Targets) -> Played:
         history = self._folder / f"lengths-{self._runs}.json"
@@ -262,10 +259,11 @@ def simulated_figures(
     return without(simulated(report, WARM_SECONDS, sent[-1].arrival), len(WARM_UP)).figures(targets)
 
 
-def calibrate(lab: Laboratory, setting: Setting, profile: Profile) -> float:
+def calibrate(
+    lab: Laboratory, script: Sequence[Scripted], setting: Setting, profile: Profile
+) -> float:
     """How much slower steps are in a loaded server than in the profile."""
-    burst = TRACES["chat"].make(1.0, BURST, setting.max_model_len)
-    sent, played = lab.play([replace(r, arrival=0.0) for r in burst], Targets())
+    sent, played = lab.play(script, Targets())
     real = played.figures(Targets())
     virtual = simulated_figures(sent, setting, Targets(), profile, 1.0)
     factor = real["seconds"] / virtual["seconds"]
@@ -276,26 +274,47 @@ def calibrate(lab: Laboratory, setting: Setting, profile: Profile) -> float:
     return factor
 
 
+def burst(setting: Setting) -> list[TraceRequest]:
+    """Chat requests that all come at once."""
+    made = TRACES["chat"].make(1.0, BURST, setting.max_model_len)
+    return [replace(request, arrival=0.0) for request in made]
+
+
+def overload(
+    name: str, setting: Setting, targets: Targets, profile: Profile, factor: float
+) -> list[TraceRequest]:
+    """The trace at more than an oracle sustains."""
+    load = oracle_load(TRACES[name], setting, targets, profile, factor)
+    say(f"{name}: an oracle sustains {load:.2f} requests/s")
+    rate = OVERLOAD * load
+    return TRACES[name].make(rate, math.ceil(rate * setting.seconds), setting.max_model_len)
+
+
 def fidelity(setting: Setting, profile_file: Path, names: Sequence[str]) -> list[Row]:
     """Prints a table for each trace; rows with the ratios."""
     profile = Profile.parse(profile_file.read_text())
-    targets = TARGETS
-    rows: list[Row] = []
     with laboratory(setting, profile_file) as lab:
-        factor = calibrate(lab, setting, profile)
-        rows.append(Row("step time in the server / in the profile", factor))
+        factor = calibrate(lab, lab.learnt(burst(setting)), setting, profile)
+        out = [Row("step time in the server / in the profile", factor)]
         for name in names:
-            load = oracle_load(TRACES[name], setting, targets, profile, factor)
-            rate = OVERLOAD * load
-            count = math.ceil(rate * setting.seconds)
-            say(f"{name}: an oracle sustains {load:.2f} requests/s")
-            trace = TRACES[name].make(rate, count, setting.max_model_len)
-            sent, played = lab.play(trace, targets)
-            real = played.figures(targets)
-            virtual = simulated_figures(sent, setting, targets, profile, factor)
-            plain = simulated_figures(sent, setting, targets, profile, 1.0)
-            rows += compare(name, real, virtual, plain)
-    return rows
+            script = lab.learnt(overload(name, setting, TARGETS, profile, factor))
+            sent, played = lab.play(script, TARGETS)
+            out += judge(name, setting, sent, played, profile, factor)
+    return out
+
+
+def judge(
+    name: str,
+    setting: Setting,
+    sent: Sequence[TraceRequest],
+    played: Played,
+    profile: Profile,
+    factor: float,
+) -> list[Row]:
+    real = played.figures(TARGETS)
+    virtual = simulated_figures(sent, setting, TARGETS, profile, factor)
+    plain = simulated_figures(sent, setting, TARGETS, profile, 1.0)
+    return compare(name, real, virtual, plain)
 
 
 def compare(

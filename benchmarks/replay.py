@@ -24,7 +24,7 @@ from benchmarks.workload import call
 from scheduler.outcome import SimulationReport, Targets
 from scheduler.trace import TraceRequest
 
-TIMEOUT = 120.0  # seconds a request
+TIMEOUT = 300.0  # seconds a request
 POLL = 0.25  # seconds between two looks at /load
 LEARNERS = 32  # requests at once while texts are learnt
 

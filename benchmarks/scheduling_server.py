@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 from benchmarks.fidelity import NATIVE_PATIENCE, TRACES, Setting, fidelity, measure_profile, say
 from benchmarks.local_server import LocalServer, local_server, model_flags
@@ -46,7 +47,7 @@ class LongPrompt:
     streams: int = 8
     stream_prompt: int = 64
     tokens: int = 7900  # of each long prompt; the context has 8,192
-    prompts: int = 2  # one after the other
+    prompts: int = 1  # one after the other
     settle: float = 2.0  # before anything counts
     calm: float = 3.0  # without a long prompt
 
@@ -58,7 +59,7 @@ class Flood:
     streams: int = 64  # of the flooding tenant, in a closed loop
     seconds: float = 20.0  # of the modest tenant's trace, each time
     share: float = 0.25  # of the requests a second that the server does: half of a fair share
-    warm: float = 5.0  # seconds of flood to find that out
+    warm: float = 10.0  # seconds of flood before anything counts
 
 
 # --- a long prompt among running streams --------------------------------------------------------
@@ -233,13 +234,15 @@ async def flood(
 
 
 async def pace(endpoint: Endpoint, prompts: Prompts, sizes: Flood) -> float:
-    """Requests per second that a flood gets done."""
+    """Requests per second that a flood gets done, in its second half: slots fill up first."""
     stop = asyncio.Event()
     running = asyncio.create_task(flood(endpoint, prompts, sizes.streams, stop))
-    await asyncio.sleep(sizes.warm)
+    await asyncio.sleep(sizes.warm / 2)
+    half = perf_counter()
+    await asyncio.sleep(sizes.warm / 2)
     stop.set()
     samples = await running
-    return len(samples) / sizes.warm
+    return sum(sample.finished > half for sample in samples) / (sizes.warm / 2)
 
 
 async def modest(
