@@ -77,10 +77,15 @@ INLINE void transpose_keys(const uint32_t* const* keys, int units, uint32_t* out
 // The lanes of kPanel columns of values at keys[0], as floats.
 template <class T>
 INLINE void value_lanes(const T* const* keys, int64_t column, int count, Lanes (&b)[2], float) {
-    for (int h = 0; h < 2; h++, count -= kLanes) {
-        const Floats v = count > 0 ? load_upto(keys[0] + column + h * kLanes, count) : Floats{};
-        b[h] = bit_cast<Lanes>(v);
+    const T* from = keys[0] + column;
+    T padded[kPanel];
+    if (count < kPanel) {
+        std::memset(padded, 0, sizeof(padded));
+        std::memcpy(padded, from, count * sizeof(T));
+        from = padded;
     }
+    b[0] = bit_cast<Lanes>(load(from));
+    b[1] = bit_cast<Lanes>(load(from + kLanes));
 }
 
 #if defined(__AVX512BF16__)

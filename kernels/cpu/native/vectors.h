@@ -86,7 +86,11 @@ INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 INLINE Floats load(const float* p) { return load_as<Floats>(p); }
 
 INLINE Floats load(const bf16* p) {
+#if NATIVE_AVX2
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
+#else
     return bit_cast<Floats>(__builtin_convertvector(load_as<Halves>(p), Lanes) << 16);
+#endif
 }
 
 INLINE void store(float* p, Floats v) { store_as(p, v); }
@@ -99,7 +103,13 @@ INLINE void store(bf16* p, Floats v) {
     const Lanes bits = bit_cast<Lanes>(v);
     const Lanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Lanes quiet = (bits >> 16) | 0x40;
-    store_as(p, __builtin_convertvector(v == v ? rounded : quiet, Halves));
+    const Lanes halves = v == v ? rounded : quiet;
+#if NATIVE_AVX2
+    const __m256i pairs = _mm256_packus_epi32((__m256i)halves, (__m256i)halves);  // in each half
+    store_as(p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+#else
+    store_as(p, __builtin_convertvector(halves, Halves));
+#endif
 #endif
 }
 
