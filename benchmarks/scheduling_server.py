@@ -314,21 +314,32 @@ def _tenants(server: LocalServer, setting: Setting, sizes: Flood) -> list[Row]:
 
 
 def rows(
-    setting: Setting,
-    profile: Path,
+    setting: Setting | None = None,
+    profile: Path | None = None,
     parts: Sequence[str] = PARTS,
     traces: Sequence[str] = tuple(TRACES),
+    *,
+    keep_profile: Path | None = None,
     long_sizes: LongPrompt | None = None,
     flood_sizes: Flood | None = None,
 ) -> list[Row]:
-    """What the parts bring; tables of single traces are printed on the way."""
+    """What the parts bring; tables of single traces are printed on the way.
+
+    Without a profile the machine is measured first, into `keep_profile` if that is given.
+    """
+    setting = setting or Setting()
     out: list[Row] = []
-    if "traces" in parts:
-        out += fidelity(setting, profile, traces)
-    if "long-prompt" in parts:
-        out += long_prompt(setting, profile, long_sizes or LongPrompt())
-    if "tenants" in parts:
-        out += tenants(setting, profile, flood_sizes or Flood())
+    with tempfile.TemporaryDirectory() as folder:
+        if profile is None:
+            profile = keep_profile or Path(folder) / "profile.json"
+            measure_profile(setting, profile.resolve())
+        profile = profile.resolve()
+        if "traces" in parts:
+            out += fidelity(setting, profile, traces)
+        if "long-prompt" in parts:
+            out += long_prompt(setting, profile, long_sizes or LongPrompt())
+        if "tenants" in parts:
+            out += tenants(setting, profile, flood_sizes or Flood())
     return out
 
 
@@ -347,12 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--keep-profile", type=Path, metavar="FILE", help="where to keep those measured now")
     args = parser.parse_args(argv)
     setting = Setting(model=args.model, seconds=args.seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        profile = args.profile
-        if profile is None:
-            profile = args.keep_profile or Path(folder) / "profile.json"
-            measure_profile(setting, profile)
-        found = rows(setting, profile.resolve(), args.parts, args.traces)
+    found = rows(setting, args.profile, args.parts, args.traces, keep_profile=args.keep_profile)
     print(rows_table(found))
     print(json_line("scheduling_server", found))
     return 0
