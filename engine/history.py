@@ -34,7 +34,7 @@ def restore(window: LengthWindow, file: Path) -> None:
     except (OSError, ValueError, TypeError) as error:
         log.warning("past output lengths in %s are ignored: %s", file, error)
     else:
-        log.info("%d past output lengths from %s", len(window), file)
+        log.debug("%d past output lengths from %s", len(window), file)
 
 
 def keep(window: LengthWindow, file: Path) -> None:

@@ -20,7 +20,7 @@ def build_scheduler(config: EngineConfig, limits: SchedulerConfig) -> Scheduler:
     """Raises `StartupError`, one sentence for a person, for whatever the user can mend."""
     schedule = config.schedule
     cost = step_cost(schedule.profile)
-    log.info("step times: %s", cost.label)
+    log.debug("step times: %s", cost.label)
     policy = make_policy(
         schedule.policy, watermark=schedule.watermark, window=schedule.length_window
     )

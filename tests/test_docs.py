@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import serving
-from cli import document
+from benchmarks import scheduling, serving
+from cli import document, plan, simulate
 from cli import profile as profiling
 from cli.options import options
 from docs import tables
@@ -79,7 +79,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_options_exist(page: Path) -> None:
     ours = {flag for option in options() for flag in option.flags}
     ours |= {flag.replace("--", "--no-", 1) for flag in ours} | {"--config", "--help"}
-    for made in (serving.parser(), loadtest.parser(), profiling.parser()):
+    for made in (
+        serving.parser(),
+        loadtest.parser(),
+        profiling.parser(),
+        simulate.parser(),
+        plan.parser(),
+        scheduling.parser(),
+    ):
         ours |= set(chain.from_iterable(action.option_strings for action in made._actions))
     for maker in (root / "makers").glob("*.py"):
         ours |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', maker.read_text()))

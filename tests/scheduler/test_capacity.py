@@ -46,19 +46,19 @@ def every(seconds: float, count: int = 200, output: int = 1) -> list[TraceReques
 def test_a_replica_sustains_what_its_slots_can_turn_over(slots, output, expected):
     """A request of n tokens keeps its slot for n steps, where there are several for one step more:
     the next was launched without it before its end was settled."""
-    trace = every(1.0, 300, output)
+    trace = every(1.0, 150, output)
     load = sustained_load(trace, configuration(slots), PATIENT, 1.0)
     assert load == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(("rate", "slots", "replicas"), [(0.9, 1, 1), (3.5, 1, 4), (9.5, 1, 10)])
 def test_replicas_divide_the_load(rate, slots, replicas):
-    trace = every(1 / rate, 1000)
-    plan = plan_replicas(trace, configuration(slots), PATIENT, 1.0)
+    trace, targets = every(1 / rate, 400), Targets(ttft=1.6)
+    plan = plan_replicas(trace, configuration(slots), targets, 1.0)
     assert plan.replicas == replicas
     assert plan.attainment == 1.0
     if replicas > 1:
-        assert not meets(trace, configuration(slots), replicas - 1, PATIENT, 1.0)
+        assert not meets(trace, configuration(slots), replicas - 1, targets, 1.0)
 
 
 def test_requests_that_arrive_at_once_need_a_slot_each():
