@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.admission import make_policy
 from scheduler.plan import StepPlan
 from scheduler.policy import chunk_size, order_of
 from scheduler.request import SchedulerConfig
@@ -99,7 +100,15 @@ def test_the_order_is_total_and_fixed() -> None:
 
 def blocked(lookahead: int, **config) -> Pair:
     """Ten of fifteen pages are held by a long-running request, and a ten-page head waits."""
-    both = pair(num_pages=16, slots=4, lookahead=lookahead, depth=0, budget=80, **config)
+    both = pair(
+        policy=make_policy("conservative"),
+        num_pages=16,
+        slots=4,
+        lookahead=lookahead,
+        depth=0,
+        budget=80,
+        **config,
+    )
     both.add(request("holder", range(37), 3, seed=1000, arrival=0.0))
     both.step()
     both.add(request("head", range(100, 138), 2, seed=1001, arrival=1.0))
@@ -171,7 +180,7 @@ def test_who_waits_for_the_budget_is_tried_again_though_the_head_is_blocked() ->
 
 
 def test_admission_leaves_running_sequences_the_pages_they_will_need() -> None:
-    both = pair(num_pages=11, slots=8, depth=0, budget=80)
+    both = pair(num_pages=11, slots=8, depth=0, budget=80, policy=make_policy("conservative"))
     both.add(*(request(f"r{i}", [i] * 8, 4, seed=i, arrival=i) for i in range(4)))
     both.step()
     # Three that will have three pages each; a fourth would fit now, but not to its end.
