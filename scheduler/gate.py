@@ -53,6 +53,7 @@ class Gate:
         self._usual = Work()
         self._usual_wait = 0.0
         self._usual_step = -_USUAL_STEPS
+        self._usual_waiting = 0  # at that step
         self._next_turn = 0.0  # when those refused so far should all have been taken
 
     def enter(
@@ -87,8 +88,10 @@ class Gate:
         """Seconds until a usual request that arrived now would be admitted; some steps old."""
         if not self._known or not (self._waiting or self._usual.sequences):
             return 0.0
-        if step >= self._usual_step + _USUAL_STEPS:
-            self._usual_step = step
+        waiting = len(self._waiting)
+        changed = abs(waiting - self._usual_waiting) * _USUAL_STEPS > waiting
+        if changed or step >= self._usual_step + _USUAL_STEPS:
+            self._usual_step, self._usual_waiting = step, waiting
             forecast = self._predict(self._waiting.backlog.total(), self._usual, running, step)
             self._usual_wait = forecast.admission_s
         return self._usual_wait

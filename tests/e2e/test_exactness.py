@@ -187,7 +187,8 @@ def test_prefix_hits(sampler: str) -> None:
 @pytest.mark.parametrize("prefix", [True, False])
 def test_preemption(sampler: str, prefix: bool) -> None:
     config = replace(CONFIG, num_pages=34, max_step_tokens=64, enable_prefix_cache=prefix)
-    found, scheduler = run(config, requests(sampler))
+    crowded = make_policy("aggressive", watermark=0.0)
+    found, scheduler = run(config, requests(sampler), policy=crowded)
     assert scheduler.load().preemptions > 0
     same(found, sampler)
 

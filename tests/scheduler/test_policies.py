@@ -131,7 +131,7 @@ def test_a_warm_window_fills_the_pool_that_doubt_leaves_empty() -> None:
         running.append(both.scheduler.load().running)
     cold, warm = running
     assert cold == 1  # of the 59 pages, 26 each, and a reserve
-    assert warm >= 12  # 4 pages each, but for the few that doubt lets grow
+    assert warm >= 10  # 4 pages each, but for the few that doubt lets grow, and a reserve
 
 
 def test_a_policy_that_does_not_exist_is_refused() -> None:

@@ -180,7 +180,7 @@ class Never:
     def survey(self, running) -> None:
         pass
 
-    def fits(self, sequence, hits) -> bool:
+    def fits(self, sequence, hits, spare=0) -> bool:
         return False
 
 
