@@ -104,7 +104,7 @@ def play(scenario: Scenario, trace: list[TraceRequest], policy: Policy) -> Simul
 
 def policies(trace: list[TraceRequest]) -> dict[str, Callable[[], Policy]]:
     """By name, oracle first."""
-    made = {
+    made: dict[str, Callable[[], Policy]] = {
         "oracle": partial(make_policy, "oracle", truth=true_lengths(trace)),
         "past-future": partial(make_policy, "past-future"),
         "conservative": partial(make_policy, "conservative"),
