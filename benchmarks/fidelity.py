@@ -57,8 +57,9 @@ TARGETS = Targets(ttft=2.0, mtpot=0.5)
 OVERLOAD = 1.2  # times the load that the oracle sustains
 ATTAINMENT = 0.9  # of requests within targets: what counts as sustained
 TOLERANCE = 0.1
-SAMPLE = 150  # requests of a trace to find that load
-BURST = 64  # requests
+SAMPLE = 150  # requests of a trace to find that load, if they last as long as the run,
+MOST_SAMPLED = 6000  # else more
+BURST = 400  # requests: some seconds, so that starts and ends hardly count
 WARM_UP = [TraceRequest(0.0, 32, 16, 64)] * 4
 WARM_SECONDS = 2.0  # before the first request that counts
 NATIVE_PATIENCE = 120.0  # seconds for the native kernels
@@ -181,8 +182,14 @@ def oracle_load(
         lambda: StepCost.from_profile(cost),
         lambda truth: make_policy("oracle", truth=truth),
     )
-    trace = shape.make(1.0, SAMPLE, setting.max_model_len)
-    return sustained_load(trace, configuration, targets, ATTAINMENT)
+    count = SAMPLE
+    while True:
+        trace = shape.make(1.0, count, setting.max_model_len)
+        load = sustained_load(trace, configuration, targets, ATTAINMENT)
+        needed = min(math.ceil(load * setting.seconds), MOST_SAMPLED)
+        if needed <= count:
+            return load
+        count = max(needed, 2 * count)  # a few arrivals at once would not wait for long at all
 
 
 class Laboratory:

@@ -45,6 +45,7 @@ class Decision:
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
     context: int = 0  # positions that live rows read, summed, at most
     gap: GapBudget | None = None  # what the live rows' targets leave to chunks; None: no target
+    spare: Spare | None = None  # what tenants leave each other; None: there is one only
     blocked: bool = False  # nobody can be admitted until pages, slots, hits or candidates come
     # Who gets a row, decodes first, and what each needs. None, by far the most common: it goes on
     # as it is, with no drafts and no new pages.
@@ -103,6 +104,14 @@ class Decider:
         admits = bool(waiting and self._memory.free_slots and not d.blocked and not d.pressure)
         if d.rows and (others or admits):
             self._limit_gap(d)
+        if tenants > 1 and (others or admits):
+            d.spare = Spare(
+                running[: d.keep],
+                tenants,
+                self._config.max_num_seqs,
+                self._pool.total,
+                self._config.max_step_tokens,
+            )
         d.lane = lane_size(d.budget, self._config.long_prefill_rows)
         if others:
             d.prompts = [s for s in running[: d.keep] if s.fed < len(s.tokens)]
@@ -216,20 +225,14 @@ class Decider:
         Long prompts leave the lane to short ones, so a short prompt never waits for a long one to
         end; what stays unused of the lane is theirs after all, see `_widen`.
         """
-        known, budget = len(sequence.tokens), d.budget
-        if d.gap is not None and fed:
-            budget = d.gap.room(fed, budget)
+        known = len(sequence.tokens)
         long = known - fed > d.lane
-        if long:
-            budget -= d.lane
+        budget = self._room(d, sequence, fed, d.budget - d.lane if long else d.budget)
         if budget <= 0:
             return False
         use = chunk_size(fed, known, budget, self._config.page_size)
-        d.budget -= use
-        if d.gap is not None:
-            d.gap.add(use, fed)
-            d.budget = d.gap.room(0, d.budget)
-        work = Work(use, 0, pages)
+        work = Work(0, 0, pages)
+        self._use(d, sequence, work, fed, use)
         d.rows.append(sequence)
         d.work.append(work)
         if long:
@@ -239,16 +242,33 @@ class Decider:
     def _widen(self, d: Decision) -> None:
         """Gives what is left of the budget to the long prompts, the first in order first."""
         for sequence, work, fed in d.long:
-            known, budget = len(sequence.tokens), d.budget + work.tokens
+            known = len(sequence.tokens)
+            d.budget += work.tokens
             if d.gap is not None:
                 d.gap.remove(work.tokens, fed)
-                budget = d.gap.room(fed, budget)
+            if d.spare is not None:
+                d.spare.feed(sequence.account, -work.tokens)
+            budget = self._room(d, sequence, fed, d.budget)
             use = chunk_size(fed, known, budget, self._config.page_size)
-            d.budget = budget - use
-            if d.gap is not None:
-                d.gap.add(use, fed)
-                d.budget = d.gap.room(0, d.budget)
-            work.tokens = use
+            self._use(d, sequence, work, fed, use)
+
+    def _room(self, d: Decision, sequence: Sequence, fed: int, budget: int) -> int:
+        """How much of the budget a chunk after `fed` tokens may have."""
+        if d.gap is not None and fed:
+            budget = d.gap.room(fed, budget)
+        if d.spare is not None:
+            budget = d.spare.room(sequence.account, budget)
+        return budget
+
+    def _use(self, d: Decision, sequence: Sequence, work: Work, fed: int, tokens: int) -> None:
+        """The chunk gets so many tokens."""
+        work.tokens = tokens
+        d.budget -= tokens
+        if d.gap is not None:
+            d.gap.add(tokens, fed)
+            d.budget = d.gap.room(0, d.budget)
+        if d.spare is not None:
+            d.spare.feed(sequence.account, tokens)
 
     def _admit(self, d: Decision, running: list[Sequence], waiting: WaitingQueue) -> None:
         """Waiting sequences, in order, while slots, pages, budget and the forecast allow.
@@ -261,9 +281,7 @@ class Decider:
         With several tenants, those with much leave room to those with little, see `Spare`.
         """
         config, pool = self._config, self._pool
-        spare: Spare | None = None
-        if d.tenants > 1:
-            spare = Spare(running, d.tenants, config.max_num_seqs, pool.total)
+        spare = d.spare
         slots = pages = 0  # to be left
         pinned: set[int] = set()
         self._admission.survey(running)

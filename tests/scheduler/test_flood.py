@@ -8,7 +8,7 @@ import pytest
 
 from scheduler.request import Request, SchedulerConfig
 from scheduler.scheduler import Scheduler
-from scheduler.spare import Spare
+from scheduler.spare import STEP_PART, Spare
 from tests.scheduler.clocked import Clocked
 from tests.scheduler.driving import request
 from tests.scheduler.test_gap import profiled, seconds
@@ -88,7 +88,7 @@ def test_equals_share_all_slots() -> None:
 
 
 def test_room_is_left_by_those_over_their_share_alone() -> None:
-    spare = Spare([], tenants=2, slots=32, pages=320)
+    spare = Spare([], tenants=2, slots=32, pages=320, tokens=256)
     scheduler = Scheduler(SchedulerConfig(num_pages=321))
     much, little = (scheduler._waiting.open(name, 1, 0.0) for name in ("much", "little"))
     assert spare.beside(much, 300) == (0, 0), "who has nothing may take anything"
@@ -101,6 +101,22 @@ def test_room_is_left_by_those_over_their_share_alone() -> None:
     spare.admit(little, 155)
     assert spare.beside(little, 5) == (0, 0)
     assert spare.beside(little, 6) == (2, 20), "more than half of the pages"
+
+
+def test_a_part_of_a_step_is_for_the_prompts_of_one_tenant() -> None:
+    flood, modest = some("flood", 100, 0.0, 50), some("modest", 1, 0.0, 2000)
+    clocked = run("slots", modest, flood)
+    prompts = [sum(len(row.chunk) for row in plan.rows if row.chunk) for plan, _ in clocked.steps]
+    limit = clocked.scheduler.config.max_step_tokens // STEP_PART
+    assert max(prompts[2:]) == limit  # before that, the modest tenant's prompt is there as well
+    assert prompts.count(limit) > 20
+    both = Spare([], tenants=2, slots=32, pages=320, tokens=256)
+    scheduler = Scheduler(SchedulerConfig(num_pages=321))
+    one, other = (scheduler._waiting.open(name, 1, 0.0) for name in ("one", "other"))
+    both.feed(one, 50)
+    assert (both.room(one, 200), both.room(one, 5), both.room(other, 200)) == (14, 5, 64)
+    both.feed(one, 14)
+    assert both.room(one, 200) == 0
 
 
 def test_a_tenant_counts_as_about_for_a_while() -> None:
