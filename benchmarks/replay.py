@@ -76,6 +76,7 @@ class Played:
 
     fates: list[Fate]
     used: float  # share of KV pages, mean from the first to the last arrival
+    slowdown: float  # time between steps over that of the profile, in the same time
 
     def figures(self, targets: Targets) -> dict[str, float]:
         """Rates are over the time from the first arrival to the last end."""
@@ -168,23 +169,31 @@ async def replay(
 async def watched(
     endpoint: Endpoint, bodies: Sequence[bytes], arrivals: Sequence[float], since: float
 ) -> Played:
-    """Replays, and looks at the server's pages between `since` and the last arrival."""
-    seen: list[float] = []
+    """Replays, and looks at the server's pages and steps between `since` and the last arrival."""
+    seen: list[Any] = []
 
     async def look(start: float) -> None:
         while True:
             await asyncio.sleep(POLL)
             load: Any = await asyncio.to_thread(call, endpoint, "/load")
             if since <= perf_counter() - start <= arrivals[-1]:
-                seen.append(load["kv_usage"])
+                seen.append(load)
 
     looking = asyncio.create_task(look(perf_counter()))
     try:
         start, samples = await replay(endpoint, bodies, arrivals)
     finally:
         looking.cancel()
-    used = sum(seen) / len(seen) if seen else math.nan
-    return Played([fate_of(sample, start) for sample in samples], used)
+    fates = [fate_of(sample, start) for sample in samples]
+    if not seen:
+        return Played(fates, math.nan, math.nan)
+
+    def during(name: str) -> float:
+        return seen[-1][name] - seen[0][name]
+
+    used = sum(load["kv_usage"] for load in seen) / len(seen)
+    steps = during("step_seconds_profiled")
+    return Played(fates, used, during("step_seconds") / steps if steps else math.nan)
 
 
 def fate_of(sample: Sample, start: float) -> Fate:
@@ -215,7 +224,7 @@ def simulated(report: SimulationReport, start: float, end: float) -> Played:
         )
         for record in report.records
     ]
-    return Played(fates, report.timeline.mean("used", start, end))
+    return Played(fates, report.timeline.mean("used", start, end), math.nan)
 
 
 def observed(script: Sequence[Scripted], played: Played) -> list[TraceRequest]:
@@ -232,4 +241,4 @@ def observed(script: Sequence[Scripted], played: Played) -> list[TraceRequest]:
 
 def without(played: Played, first: int) -> Played:
     """Less the first requests, which warmed up."""
-    return Played(played.fates[first:], played.used)
+    return replace(played, fates=played.fates[first:])

@@ -8,6 +8,7 @@ from scheduler.admission import Admission
 from scheduler.memory import Memory
 from scheduler.request import Load
 from scheduler.sequence import Sequence
+from scheduler.wait import Waits
 from scheduler.waiting import WaitingQueue
 
 
@@ -44,6 +45,7 @@ class Counts:
         memory: Memory,
         admission: Admission,
         predicted_wait: float,
+        waits: Waits,
     ) -> Load:
         pool, host = memory.pool, memory.host
         return Load(
@@ -59,6 +61,8 @@ class Counts:
             host_pages_total=host.total if host else 0,
             host_pages_held=host.held if host else 0,
             steps=self.steps,
+            step_seconds=waits.seconds,
+            step_seconds_profiled=waits.uncorrected,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             prefix_queries=self.prefix_queries,

@@ -186,6 +186,8 @@ class Load:
     host_pages_held: int = 0  # kept for a paused sequence, or read by a step in flight
     # Counters since start.
     steps: int = 0
+    step_seconds: float = 0.0  # from one settled step to the next, while there is another
+    step_seconds_profiled: float = 0.0  # the same by the profile, without correction
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefix_queries: int = 0  # tokens looked up

@@ -427,6 +427,7 @@ class Scheduler:
             self._memory,
             self._admission,
             self._gate.usual_wait(self._running, self._counts.steps),
+            self._gate.waits,
         )
 
     def predicted_wait(self, request: Request, now: float) -> WaitForecast | None:

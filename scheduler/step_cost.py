@@ -70,6 +70,10 @@ class StepCost:
         """Predicted wall time of a step. Never falls when anything in the shape grows."""
         return self._predict(shape.rows, shape.tokens, shape.decode_context, shape.chunk_pairs)
 
+    def uncorrected(self, shape: StepShape) -> float:
+        """The same, as the profile has it."""
+        return self.seconds(shape) / self._factor
+
     def tokens_within(
         self, seconds: float, shape: StepShape, chunk_context: int, most: int = UNLIMITED
     ) -> int:

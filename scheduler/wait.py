@@ -86,6 +86,8 @@ class Waits:
         self._model = 0.0  # the same as the cost model has it
         self._steps = 0
         self._settled_at: float | None = None  # None: the pipeline ran dry
+        # Since the start: seconds from one settled step to the next, and those of the profile.
+        self.seconds = self.uncorrected = 0.0
 
     @property
     def correction(self) -> float:
@@ -113,6 +115,8 @@ class Waits:
         """A step of `seconds` has settled; `busy` if another was in flight already."""
         wall = seconds if self._settled_at is None else now - self._settled_at
         self._steps += 1
+        self.seconds += wall
+        self.uncorrected += self._cost.uncorrected(shape)
         rate = max(_PACE, 1.0 / self._steps)
         self._wall += rate * (wall - self._wall)
         self._model += rate * (self._cost.seconds(shape) - self._model)

@@ -146,6 +146,14 @@ _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
         lambda x: x.pages_swapped_in,
     ),
     (Definition("engine_steps", "Settled steps.", False), lambda x: x.steps),
+    (
+        Definition("step_seconds", "Time from one settled step to the next.", False),
+        lambda x: x.step_seconds,
+    ),
+    (
+        Definition("step_seconds_profiled", "The same by the profile of step times.", False),
+        lambda x: x.step_seconds_profiled,
+    ),
 )
 
 

@@ -70,7 +70,7 @@ def test_429_is_a_refusal_and_anything_else_a_failure() -> None:
     assert not failed.refused
     assert failed.failed.startswith("HTTP 500")
     assert not any(fate.met(Targets()) for fate in (refused, failed))
-    assert observed(script_of(0.0), Played([refused], 0.0))[0].output_tokens == 3
+    assert observed(script_of(0.0), Played([refused], 0.0, 1.0))[0].output_tokens == 3
 
 
 def test_prompts_differ_and_are_the_same_again() -> None:
@@ -100,7 +100,7 @@ def test_figures() -> None:
         Fate(3.0, math.inf, 0.0, 3.0, 0, refused=True),
     ]
     warm = Fate(0.0, 9.0, 9.0, 20.0, 99)
-    figures = without(Played([warm, *fates], 0.5), 1).figures(Targets(1.0, 0.5))
+    figures = without(Played([warm, *fates], 0.5, 1.0), 1).figures(Targets(1.0, 0.5))
     assert figures["seconds"] == 6.0
     assert figures["refused"] == 1
     assert figures["within targets"] == 0.25
@@ -127,7 +127,7 @@ def test_a_slower_machine_takes_longer_in_simulation() -> None:
 
 def test_a_server_that_is_simulated_wrongly_misses(capsys: pytest.CaptureFixture[str]) -> None:
     fates = [Fate(float(i), 0.1, 0.1, i + 1.0, 5) for i in range(10)]
-    real = Played(fates, 0.5).figures(Targets())
+    real = Played(fates, 0.5, 1.0).figures(Targets())
     wrong = real | {"goodput requests/s": 0.85 * real["goodput requests/s"]}
     same, off = compare("x", real, real, real)[0], compare("x", real, wrong, real)[0]
     assert same.met

@@ -27,6 +27,8 @@ COUNTERS = {
     "prompt_tokens_cached",
     "recomputed_tokens",
     "request_success",
+    "step_seconds",
+    "step_seconds_profiled",
     "mtpot_target_requests",
     "ttft_target_requests",
 }
@@ -81,6 +83,8 @@ OURS_ALONE = {
     "pages_swapped_out",
     "recomputed_tokens",
     "request_num_preemptions",
+    "step_seconds",
+    "step_seconds_profiled",
     "waiting_tokens",
 }
 
