@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scheduler.admission import Admission
 from scheduler.memory import Memory
@@ -23,6 +23,21 @@ class Counts:
     prefix_hits: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_by_position: list[int] = field(default_factory=list)
+    draft_seconds: float = 0.0
+
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """A row verified drafts."""
+        self.drafts += 1
+        self.draft_tokens += proposed
+        self.accepted_tokens += accepted
+        counts = self.accepted_by_position
+        counts += [0] * (accepted - len(counts))
+        for position in range(accepted):
+            counts[position] += 1
 
     def admitted(self, sequence: Sequence, cached: int, *, again: bool) -> None:
         """A sequence got a slot with `cached` positions from the prefix cache.
@@ -71,4 +86,9 @@ class Counts:
             recomputed_tokens=self.recomputed_tokens,
             pages_swapped_out=host.swapped_out if host else 0,
             pages_swapped_in=host.swapped_in if host else 0,
+            drafts=self.drafts,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            accepted_by_position=tuple(self.accepted_by_position),
+            draft_seconds=self.draft_seconds,
         )

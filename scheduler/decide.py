@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from scheduler.admission import Admission
 from scheduler.gap import GapBudget, gap_target
 from scheduler.memory import Hits, Memory
-from scheduler.policy import DraftCap, chunk_size, lane_size
+from scheduler.policy import chunk_size, lane_size
 from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
 from scheduler.spare import Spare
+from scheduler.speculation import DraftPolicy
 from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
 
@@ -43,6 +44,7 @@ class Decision:
     in_flight: bool  # pages released now are only promised
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
+    least: float = 0.0  # see StepPlan
     context: int = 0  # positions that live rows read, summed, at most
     gap: GapBudget | None = None  # what the live rows' targets leave to chunks; None: no target
     spare: Spare | None = None  # what tenants leave each other; None: there is one only
@@ -68,7 +70,7 @@ class Decider:
         self,
         config: SchedulerConfig,
         memory: Memory,
-        drafts: DraftCap,
+        drafts: DraftPolicy,
         admission: Admission,
         cost: StepCost,
     ) -> None:
@@ -100,6 +102,7 @@ class Decider:
             in_flight=in_flight,
             blocked=blocked,
         )
+        d.least = self._drafts.plan(running)
         others = self._continue_live(d, running)
         admits = bool(waiting and self._memory.free_slots and not d.blocked and not d.pressure)
         if d.rows and (others or admits):
@@ -128,7 +131,7 @@ class Decider:
 
     def _continue_live(self, d: Decision, running: list[Sequence]) -> bool:
         """Rows for live sequences, in order, preempting from the end. True if others remain."""
-        size, drafts, max_len = self._config.page_size, self._drafts, self._memory.max_len
+        size, max_len = self._config.page_size, self._memory.max_len
         rows, work = d.rows, d.work
         spare = d.budget - len(running)  # drafts leave a token to every running sequence
         others = False
@@ -143,7 +146,7 @@ class Decider:
             reach = length + sequence.pending_max  # it stands at this length at most
             if length + sequence.pending_min >= sequence.limit or reach > max_len:
                 continue  # ends by what is in flight; or may, and has no position to go on
-            k = drafts(sequence)
+            k = sequence.drafts
             if k:
                 k = max(0, min(k, spare, sequence.limit - reach - 1))
             need = -(-(reach + k) // size) - len(sequence.pages)

@@ -30,6 +30,7 @@ class Admit:
     pages: tuple[int, ...]  # pages of the cached prefix
     cached: tuple[int, ...]  # the tokens whose KV those pages hold, len = pages * page_size
     loads: tuple[PageCopy, ...] = ()  # host page -> device page, one of `pages`
+    group: bytes = b""  # drafters may learn from one sequence for another of the same group
 
 
 # Rows, their results and `Output`s are values like the rest, and nobody changes one. They are made
@@ -48,6 +49,7 @@ class Row:
     chunk: tuple[int, ...] | None
     samples: bool  # False for a chunk that does not reach the end of the known tokens
     drafts: int = 0  # a cap
+    drafters: tuple[int, ...] = ()  # by number, in the order to be asked: the first that knows
     next_token: int | None = None  # the known token after the chunk; only prompt logprobs need it
     new_pages: tuple[int, ...] = ()  # appended to the slot's page table before the row runs
 
@@ -60,12 +62,25 @@ class StepPlan:
     admits: tuple[Admit, ...]
     rows: tuple[Row, ...]
     shape: StepShape = NO_SHAPE  # what its cost depends on; contexts at their upper bounds
+    # A row drafts on only while all of its drafts are right with at least this probability.
+    least: float = 0.0
     saves: tuple[PageCopy, ...] = ()  # device page -> host page; the rows may overwrite the former
 
     @property
     def copies(self) -> int:
         """Pages copied between device and host memory, which `shape` does not tell."""
         return len(self.saves) + sum(len(admit.loads) for admit in self.admits)
+
+
+class DraftTime(NamedTuple):
+    """What drafting took of a step, beside verification."""
+
+    seconds: float = 0.0
+    depth: int = 0  # forwards of a draft model, one after the other
+    tokens: int = 0  # computed by them, the prompt's included
+
+
+NO_DRAFTING = DraftTime()
 
 
 @dataclass(slots=True)  # not frozen, see Row
@@ -78,6 +93,9 @@ class RowResult:
     # chunk's token i; the last token of the prompt has no entry.
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     proposed: int = 0  # drafts verified
+    drafter: int = -1  # that was heard; -1: none had anything to say, or was asked
+    # Of each draft verified, how probable its drafter took it to be if all before it were right.
+    confidence: tuple[float, ...] = ()
     error: str = ""  # the row failed (its logits were not finite); nothing was committed
 
 
@@ -87,4 +105,6 @@ class StepResult:
 
     step: int
     rows: tuple[RowResult, ...]
-    seconds: float = 0.0  # of the step on the worker, from its start to its last result
+    # On the worker, from its start to its last result, without those of drafting.
+    seconds: float = 0.0
+    drafting: DraftTime = NO_DRAFTING

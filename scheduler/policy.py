@@ -1,22 +1,11 @@
-"""The scheduler's judgement calls, each a small pure function: order, chunks, drafts."""
+"""The scheduler's judgement calls, each a small pure function: order, chunks, swapping."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Request
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
-
-# Draft slots a live sequence may use in its next step. `k = 0` takes the same path as any other k.
-DraftCap = Callable[[Sequence], int]
-
-
-def no_drafts(sequence: Sequence) -> int:
-    """Plain decoding."""
-    return 0
-
 
 def order_of(request: Request, serial: int, ageing: float) -> tuple[float, int]:
     """Rank in every queue; lower is served sooner, and nothing ranked lower is its victim.

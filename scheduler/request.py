@@ -85,6 +85,19 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """What one request asks of speculative decoding, which never changes its text."""
+
+    enabled: bool = True
+    max_draft_tokens: int | None = None  # a step; the server's limit counts as well
+    drafter: str | None = None  # the only one that may draft; None: whichever does best
+
+    def __post_init__(self) -> None:
+        if self.max_draft_tokens is not None and self.max_draft_tokens < 0:
+            raise ValueError("max_draft_tokens must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request as submitted; crosses the process boundary unchanged.
 
@@ -108,6 +121,7 @@ class Request:
     ttft_target: float | None = None  # from arrival to the first token; else the server's counts
     # The largest gap between two outputs of one choice; the stricter of this and the server's.
     mtpot_target: float | None = None
+    speculation: Speculation = Speculation()
     produced: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -148,6 +162,8 @@ class Finish:
     completion_tokens: int = 0  # a stop token counts, as it was generated
     cached_tokens: int = 0  # prompt positions whose KV came from the prefix cache
     preemptions: int = 0
+    drafted: int = 0  # tokens that were guessed ahead and verified
+    accepted: int = 0  # of these, the right ones
     arrival: float = 0.0
     predicted_first_token: float | None = None  # at arrival; None: it was not to wait, or unknown
     admitted: float | None = None
@@ -196,6 +212,11 @@ class Load:
     recomputed_tokens: int = 0
     pages_swapped_out: int = 0
     pages_swapped_in: int = 0
+    drafts: int = 0  # rows that verified drafts
+    draft_tokens: int = 0  # verified
+    accepted_tokens: int = 0  # of these
+    accepted_by_position: tuple[int, ...] = ()  # at the first draft of a row, the second, ...
+    draft_seconds: float = 0.0  # spent on drafting while the target waited
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from dataclasses import replace
 from operator import attrgetter
 
 from scheduler.admission import Admission, Policy, make_policy
@@ -27,10 +28,11 @@ from scheduler.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from scheduler.gate import Gate
 from scheduler.memory import Hits, Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
-from scheduler.policy import DraftCap, no_drafts, swap_pays
+from scheduler.policy import swap_pays
 from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
 from scheduler.sequence import Phase, Sequence, WaitForecast
+from scheduler.speculation import DraftPolicy, FixedDrafts
 from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
 
@@ -42,7 +44,7 @@ class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
 class Scheduler:
     """Admission by forecast, mixed chunked prefill, preemption.
 
-    `drafts` caps each live row's draft slots; `policy` says how long answers are taken to get and
+    `drafts` says how far each live row drafts ahead; `policy` says how long answers are taken to get and
     how much memory is spared for being wrong; `cost` predicts step times and learns from every
     settled step.
     """
@@ -50,7 +52,7 @@ class Scheduler:
     def __init__(
         self,
         config: SchedulerConfig,
-        drafts: DraftCap = no_drafts,
+        drafts: DraftPolicy | None = None,
         policy: Policy | None = None,
         cost: StepCost | None = None,
     ) -> None:
@@ -59,7 +61,8 @@ class Scheduler:
         self.cost = StepCost.learning() if cost is None else cost
         self._memory = Memory(config)
         self._admission = Admission(self.policy, self._memory.pool, config.page_size)
-        self._decider = Decider(config, self._memory, drafts, self._admission, self.cost)
+        self._drafts = drafts or FixedDrafts()
+        self._decider = Decider(config, self._memory, self._drafts, self._admission, self.cost)
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
         self._waiting = WaitingQueue()
         self._gate = Gate(config, self._memory, self._waiting, self.cost, self.policy)
@@ -101,6 +104,7 @@ class Scheduler:
         leader: Sequence | None = None
         for sequence in list(choices):
             self.policy.lengths.begin(sequence)
+            self._drafts.begin(sequence)
             sequence.forecast = forecast
             if leader is not None and shares:
                 self._waiting.park(sequence)
@@ -201,7 +205,8 @@ class Scheduler:
                 row = self._chunk(sequence, work.tokens, new)
             else:
                 more += drafts
-                row = Row(sequence.slot, sequence.epoch, None, True, drafts, None, new)
+                drafters = sequence.drafters if drafts else ()
+                row = Row(sequence.slot, sequence.epoch, None, True, drafts, drafters, None, new)
             if row.samples:
                 sequence.pending_min += 1
                 sequence.pending_max += 1 + drafts
@@ -209,7 +214,8 @@ class Scheduler:
         shape = StepShape(len(rows), len(rows) + more, decision.context, pairs)
         if decision.loading:
             self._blocked = False  # the loaded pages may be hit
-        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape, self._memory.saves())
+        saves = self._memory.saves()
+        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape, decision.least, saves)
         self._counts.steps += 1
         self._in_flight[plan.step] = decision.rows
         return plan
@@ -220,7 +226,7 @@ class Scheduler:
         reaches = end == len(tokens)
         following = None if reaches or sequence.prompt_logprobs is None else tokens[end]
         chunk = tuple(tokens[start:end])
-        return Row(sequence.slot, sequence.epoch, chunk, reaches, 0, following, new)
+        return Row(sequence.slot, sequence.epoch, chunk, reaches, 0, (), following, new)
 
     def _seat(self, sequence: Sequence, hits: Hits, now: float) -> Admit:
         """Gives a waiting sequence a slot; its prefix hits are pinned already."""
@@ -245,6 +251,7 @@ class Scheduler:
             pages=tuple(sequence.pages),
             cached=tuple(sequence.tokens[:cached]),
             loads=loads,
+            group=sequence.chain.root,
         )
 
     # --- settling -------------------------------------------------------------------------------
@@ -256,11 +263,12 @@ class Scheduler:
         if len(result.rows) != len(plan.rows):
             raise ValueError(f"{len(result.rows)} results for {len(plan.rows)} rows")
         outputs = self.take_outputs()
+        shape = _as_run(plan, result)
         if not plan.copies:
-            self.cost.observe(plan.shape, result.seconds)
+            self.cost.observe(shape, result.seconds)
         size = self.config.page_size
         sequences = self._in_flight.pop(plan.step)
-        self._gate.waits.settled(plan.shape, result.seconds, now, busy=bool(self._in_flight))
+        self._gate.waits.settled(shape, result.seconds, now, busy=bool(self._in_flight))
         for row, sequence, done in zip(plan.rows, sequences, result.rows, strict=True):
             if row is sequence.plain_row and (output := self._go_on(sequence, done)):
                 outputs.append(output)  # nearly always; what follows comes to the same
@@ -277,12 +285,25 @@ class Scheduler:
             if row.samples:
                 sequence.pending_min -= 1
                 sequence.pending_max -= 1 + row.drafts
+                if row.drafts:
+                    self._judge(sequence, row, done)
                 outputs.append(self._learn(sequence, done, now))
             elif sequence.computed - sequence.registered >= size:
                 self._publish(sequence)
+        self._drafts.settled(plan, result)
+        self._counts.draft_seconds += result.drafting.seconds
         if self._memory.lift(plan.step):
             self._blocked = False
         return outputs
+
+    def _judge(self, sequence: Sequence, row: Row, done: RowResult) -> None:
+        """What became of a row's drafts."""
+        self._drafts.learn(sequence, row, done)
+        if done.proposed:
+            accepted = len(done.tokens) - 1
+            sequence.drafted += done.proposed
+            sequence.accepted += accepted
+            self._counts.drafted(done.proposed, accepted)
 
     def _go_on(self, sequence: Sequence, done: RowResult) -> Output | None:
         """Appends the token of a plain row if it is one that ends nothing; else changes nothing.
@@ -442,3 +463,13 @@ class Scheduler:
             sequence.check(self.config.page_size)
         unfinished = sum(map(len, self._requests.values()))
         assert unfinished == len(self._running) + len(self._waiting), "a sequence is lost"
+
+
+def _as_run(plan: StepPlan, result: StepResult) -> StepShape:
+    """The shape of a step in which rows may have drafted less than they were allowed to."""
+    unused = sum(
+        row.drafts - done.proposed
+        for row, done in zip(plan.rows, result.rows, strict=True)
+        if row.drafts
+    )
+    return replace(plan.shape, tokens=plan.shape.tokens - unused) if unused else plan.shape

@@ -10,6 +10,7 @@ from scheduler.plan import Row
 from scheduler.prefix import HashChain
 from scheduler.request import Finish, FinishReason, Request, SamplingParams, TokenLogprob
 
+_ANY_DRAFTS = 1 << 16
 NO_ROW = Row(slot=0, epoch=0, chunk=None, samples=False)
 
 
@@ -74,6 +75,12 @@ class Sequence:
     outlived: int = 0  # it, too; None: it was not drawn
     pace: float = 1.0  # tokens it gains per step
 
+    # What may be drafted for it in its next step; `speculation.py` keeps these.
+    drafts: int = 0
+    drafters: tuple[int, ...] = ()
+    drafted: int = 0  # since it arrived
+    accepted: int = 0
+
     overtaken: int = 0  # sequences admitted past it while it was the blocked head of the queue
     preemptions: int = 0
     cached_tokens: int = 0  # of the prompt, at the first admission
@@ -92,6 +99,14 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt)
         self.cap = self.limit - self.prompt_len
+
+    @property
+    def most_drafts(self) -> int:
+        """Drafts a step that its request allows; the server has a limit of its own."""
+        asked = self.request.speculation
+        if not asked.enabled or asked.max_draft_tokens == 0:
+            return 0
+        return asked.max_draft_tokens or _ANY_DRAFTS
 
     @property
     def output_len(self) -> int:
@@ -168,6 +183,8 @@ class Sequence:
             completion_tokens=completion_tokens,
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
+            drafted=self.drafted,
+            accepted=self.accepted,
             arrival=self.request.arrival,
             predicted_first_token=predicted,
             admitted=self.admitted,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels.sampling.accept import accepted_counts
-from scheduler.plan import Row, RowResult, StepPlan, StepResult
+from scheduler.plan import NO_DRAFTING, Row, RowResult, StepPlan, StepResult
 from scheduler.request import SamplingParams, TokenLogprob
 from worker.batch import StepBatch, build_batch
+from worker.drafting import Drafting
 from worker.executor import PendingStep, ThreadExecutor
 from worker.kv_pool import copy_pages
 from worker.runner import Runner
@@ -52,6 +53,8 @@ class Worker:
         executor: ThreadExecutor,
         facts: WorkerFacts,
         host: Sequence[Tensor] = (),  # pages in host memory, laid out as in `kv`
+        # None: rows verify what stands in the token table.
+        drafting: Drafting | None = None,
     ) -> None:
         self.facts = facts
         self._kv = kv
@@ -59,6 +62,7 @@ class Worker:
         self._slots = slots
         self._sampler = sampler
         self._executor = executor
+        self._drafting = drafting
         self._runner = runner  # for sequences admitted from now on
         self._runners: list[Runner] = [runner] * len(slots.epoch)  # by slot
         self._params: list[SamplingParams | None] = [None] * len(slots.epoch)
@@ -98,18 +102,24 @@ class Worker:
                 self._runners[admit.slot] = self._runner
                 self._params[admit.slot] = admit.params
                 self._prompt_len[admit.slot] = admit.prompt_len
+                if self._drafting is not None:
+                    self._drafting.admit(admit)
             for row in plan.rows:
                 self._slots.add_pages(row.slot, row.new_pages)
+            rows, drafting = plan.rows, NO_DRAFTING
+            if self._drafting is not None:
+                rows, drafting = self._drafting.draft(plan)
             results: dict[int, RowResult] = {}
-            for runner, indices in self._by_runner(plan.rows):
-                rows = [plan.rows[i] for i in indices]
-                results.update(zip(indices, self._forward(runner, rows), strict=True))
-            if not any(row.samples for row in plan.rows):
+            for runner, indices in self._by_runner(rows):
+                some = [rows[i] for i in indices]
+                results.update(zip(indices, self._forward(runner, some), strict=True))
+            if not any(row.samples for row in rows):
                 self._finish()  # nothing was read back, so nothing was waited for
         return StepResult(
             step=plan.step,
-            rows=tuple(results[i] for i in range(len(plan.rows))),
-            seconds=time.perf_counter() - started,
+            rows=tuple(results[i] for i in range(len(rows))),
+            seconds=time.perf_counter() - started - drafting.seconds,
+            drafting=drafting,
         )
 
     def _finish(self) -> None:
@@ -179,12 +189,17 @@ class Worker:
             if not all(finite[committed]):
                 results[i] = RowResult(error=NOT_FINITE)
                 continue
-            results[i] = RowResult(
+            results[i] = result = RowResult(
                 tokens=tuple(tokens[committed]),
                 logprobs=sampled.logprobs_of(committed),
                 prompt_logprobs=prompt_logprobs.get(i, ()),
                 proposed=end - start - 1,
             )
+            if self._drafting is not None:
+                drafted = self._drafting.committed(row.slot, tokens[start:end], matched)
+                if drafted is not None:
+                    result.drafter = drafted.drafter
+                    result.confidence = tuple(drafted.guess.confidence)
         return results
 
     def _wants_prompt_logprobs(self, row: Row) -> bool:

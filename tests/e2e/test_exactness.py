@@ -18,9 +18,9 @@ from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.spec import ModelSpec
 from scheduler.admission import Policy, make_policy
-from scheduler.policy import DraftCap, no_drafts
 from scheduler.request import Request, SamplingParams, SchedulerConfig
 from scheduler.scheduler import Scheduler
+from scheduler.speculation import FixedDrafts
 from tests.e2e.driving import Result, drive
 from worker.executor import ThreadExecutor
 from worker.kv_pool import allocate_host_pool, allocate_pool
@@ -123,11 +123,11 @@ def run(
     batch: tuple[Request, ...],
     *,
     depth: int = 1,
-    drafts: DraftCap = no_drafts,
+    drafts: int = 0,
     arrivals_per_step: int = 1000,
     policy: Policy | None = None,
 ) -> tuple[dict[tuple[str, int], Result], Scheduler]:
-    scheduler, device = Scheduler(config, drafts, policy), worker(config)
+    scheduler, device = Scheduler(config, FixedDrafts(drafts), policy), worker(config)
     try:
         found = drive(scheduler, device, batch, depth=depth, arrivals_per_step=arrivals_per_step)
     finally:
@@ -199,7 +199,7 @@ def test_swapping(sampler: str, prefix: bool, depth: int, k: int) -> None:
     config = replace(CONFIG, num_pages=34, enable_prefix_cache=prefix, host_pages=60)
     crowded = make_policy("aggressive", watermark=0.0)
     found, scheduler = run(
-        config, requests(sampler), depth=depth, drafts=lambda sequence: k, policy=crowded
+        config, requests(sampler), depth=depth, drafts=k, policy=crowded
     )
     assert scheduler.load().pages_swapped_out > 0
     assert scheduler.load().pages_swapped_in > 0
@@ -213,7 +213,7 @@ def test_drafts_of_any_quality_change_nothing(sampler: str, k: int, pages: int) 
     """Without a drafter the drafts are whatever stands in the token table: leftovers of former
     owners and of rejected rows. Verification must see through all of them."""
     config = replace(CONFIG, num_pages=pages)
-    found, _ = run(config, requests(sampler), drafts=lambda sequence: k, arrivals_per_step=3)
+    found, _ = run(config, requests(sampler), drafts=k, arrivals_per_step=3)
     same(found, sampler)
 
 
@@ -223,7 +223,7 @@ def test_right_drafts_are_accepted(sampler: str) -> None:
     answers = alone(sampler)
     batch = tuple(replace(r, n=1) for r in requests(sampler)[:4])
     device = worker(CONFIG)
-    scheduler = Scheduler(CONFIG, lambda sequence: 3)
+    scheduler = Scheduler(CONFIG, FixedDrafts(3))
     tokens = device._slots.tokens
     launch = device.launch
 

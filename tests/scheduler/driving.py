@@ -18,6 +18,7 @@ from scheduler.request import (
     TokenLogprob,
 )
 from scheduler.scheduler import Scheduler
+from scheduler.speculation import FixedDrafts
 from tests.fakes import Script, ScriptedStep, ScriptedWorker, extend, history_of
 
 EOS = 7
@@ -123,7 +124,7 @@ def pair(
             max_model_len=max_len,
             **config,
         ),
-        drafts=lambda sequence: drafts,
+        drafts=FixedDrafts(drafts),
         policy=policy,
     )
     worker = ScriptedWorker(num_pages, page_size, scheduler.config.host_pages, script or Script())

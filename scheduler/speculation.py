@@ -1,0 +1,53 @@
+"""How many tokens ahead of each sequence are guessed in a step, and by which drafter."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from scheduler.plan import Row, RowResult, StepPlan, StepResult
+from scheduler.sequence import Sequence
+
+
+class DraftPolicy(Protocol):
+    """Keeps `Sequence.drafts` and `Sequence.drafters`, within `Sequence.most_drafts`.
+
+    Drafts never change the text, and a sequence that ends up with fewer, for want of memory or of
+    room in the step, loses nothing but time.
+    """
+
+    def begin(self, sequence: Sequence) -> None:
+        """It arrives."""
+        ...
+
+    def plan(self, running: list[Sequence]) -> float:
+        """Decides before a step. Returns `StepPlan.least`."""
+        ...
+
+    def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
+        """What became of the drafts of a row that was allowed some, before the sequence learns."""
+        ...
+
+    def settled(self, plan: StepPlan, result: StepResult) -> None:
+        """A step has settled; its rows were learnt."""
+        ...
+
+
+class FixedDrafts:
+    """The same number for everybody, always; 0 is plain decoding."""
+
+    def __init__(self, drafts: int = 0, drafters: tuple[int, ...] = (0,)) -> None:
+        self._drafts = drafts
+        self._drafters = drafters
+
+    def begin(self, sequence: Sequence) -> None:
+        sequence.drafts = min(self._drafts, sequence.most_drafts)
+        sequence.drafters = self._drafters
+
+    def plan(self, running: list[Sequence]) -> float:
+        return 0.0
+
+    def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
+        pass
+
+    def settled(self, plan: StepPlan, result: StepResult) -> None:
+        pass

@@ -1,0 +1,108 @@
+"""`Drafting`: fills the rows of a plan with drafts before they are verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from scheduler.plan import NO_DRAFTING, Admit, DraftTime, Row, StepPlan
+from worker.drafters.base import Ask, Drafter, Guess
+from worker.slots import SlotTable
+
+
+@dataclass(slots=True)
+class Drafted:
+    """What was drafted for one row."""
+
+    drafter: int
+    guess: Guess
+
+
+class Drafting:
+    """The drafters of one worker, and what is known of each slot's tokens on the host.
+
+    Drafts are written into the token table, in which verification finds them. Rows end up with as
+    many as there are, which may be fewer than their plan allows.
+    """
+
+    def __init__(
+        self, slots: SlotTable, drafters: Sequence[Drafter], forwards: Callable[[], tuple[int, int]]
+    ) -> None:
+        """`forwards`: depth and tokens of what a draft model computed since the last call."""
+        self._slots = slots
+        self._drafters = drafters
+        self._forwards = forwards
+        self._tokens: list[list[int]] = [[] for _ in slots.epoch]  # by slot, those known
+        self._of_slot: dict[int, Drafted] = {}  # of the step being run
+
+    def admit(self, admit: Admit) -> None:
+        self._tokens[admit.slot] = list(admit.cached)
+        for drafter in self._drafters:
+            drafter.admit(admit.slot, admit.group)
+
+    def draft(self, plan: StepPlan) -> tuple[Sequence[Row], DraftTime]:
+        """The plan's rows with the drafts they have."""
+        self._of_slot.clear()
+        asking = [row for row in plan.rows if row.drafts]
+        for row in plan.rows:
+            if row.chunk is not None:
+                self._tokens[row.slot] += row.chunk
+        if not asking:
+            return plan.rows, NO_DRAFTING
+        started = time.perf_counter()
+        round_ = 0
+        while asking:
+            asking = self._ask(asking, round_, plan.least)
+            round_ += 1
+        self._write()
+        rows = [self._with_drafts(row) if row.drafts else row for row in plan.rows]
+        return rows, DraftTime(time.perf_counter() - started, *self._forwards())
+
+    def _ask(self, rows: list[Row], choice: int, least: float) -> list[Row]:
+        """Asks each row's drafter of that choice; those it had nothing for, and have another."""
+        by_drafter: dict[int, list[Row]] = {}
+        for row in rows:
+            if choice < len(row.drafters):
+                by_drafter.setdefault(row.drafters[choice], []).append(row)
+        left: list[Row] = []
+        for number, group in by_drafter.items():
+            asks = [Ask(row.slot, self._tokens[row.slot], row.drafts) for row in group]
+            guesses = self._drafters[number].propose(asks, least)
+            for row, guess in zip(group, guesses, strict=True):
+                if guess.tokens:
+                    self._of_slot[row.slot] = Drafted(number, guess)
+                else:
+                    left.append(row)
+        return left
+
+    def _write(self) -> None:
+        slots: list[int] = []
+        positions: list[int] = []
+        values: list[int] = []
+        for slot, drafted in self._of_slot.items():
+            tokens, first = drafted.guess.tokens, len(self._tokens[slot])
+            slots += [slot] * len(tokens)
+            positions += range(first, first + len(tokens))
+            values += tokens
+        if values:
+            table = self._slots.tokens
+            at = torch.tensor([slots, positions], device=table.device)
+            table[at[0], at[1]] = torch.tensor(values, dtype=torch.int32, device=table.device)
+
+    def _with_drafts(self, row: Row) -> Row:
+        drafted = self._of_slot.get(row.slot)
+        return replace(row, drafts=0 if drafted is None else len(drafted.guess.tokens))
+
+    def committed(self, slot: int, chosen: Sequence[int], accepted: int) -> Drafted | None:
+        """What the target chose after the row's token and each of its drafts, and how many of
+        those it confirmed. Returns what was drafted."""
+        tokens = self._tokens[slot]
+        drafted = self._of_slot.get(slot)
+        if drafted is not None:
+            fed = [tokens[-1], *drafted.guess.tokens]
+            self._drafters[drafted.drafter].verified(slot, fed, chosen)
+        tokens += chosen[: accepted + 1]
+        return drafted
