@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.config import DeviceConfig, EngineConfig
+from engine.drafters import build_drafting, load_draft
 from engine.errors import StartupError
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
@@ -81,18 +82,26 @@ def _build(
         load_format=config.model.load_format,
         progress=log.debug,
     )
+    load_small = load_draft(config, folder, dtype, device, max_model_len)
     before = device.available_memory()
     model = load()
+    draft = None if load_small is None else load_small()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    draft_spec = None if draft is None else draft.spec
     # The eager model and the native one live side by side until the last stream of the former has
     # ended; where there is no room for both, and where text must not depend on when a build was
     # done, the build is waited for.
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
     runner = _native_runner(model, native, patience) or _torch_runner(model, config, device)
+    draft_runner: Runner | None = None
+    if draft is not None:
+        draft_runner = _native_runner(draft, native, patience) or _torch_runner(
+            draft, config, device
+        )
     progress(f"weights, {runner.name} arithmetic")
 
-    budget = _budget(config, device, spec, dtype, max_model_len, before)
+    budget = _budget(config, device, spec, draft_spec, dtype, max_model_len, before)
     log.info("%s", budget)
     num_slots = config.schedule.max_num_seqs + 1
     slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
@@ -100,11 +109,20 @@ def _build(
     kv = allocate_pool(spec, budget.num_pages, budget.page_size, dtype, device.torch_device)
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
+    sampler = Sampler(sampling, slots.tokens)
+    drafting = build_drafting(
+        config.speculation,
+        slots,
+        sampler,
+        None if draft_runner is None or draft_spec is None else (draft_runner, draft_spec, dtype),
+        budget.num_pages,
+        _step_tokens(config, device),
+    )
     worker = Worker(
         runner,
         kv,
         slots,
-        Sampler(sampling, slots.tokens),
+        sampler,
         ThreadExecutor(threads),
         WorkerFacts(
             vocab_size=spec.vocab_size,
@@ -115,10 +133,15 @@ def _build(
             dtype=str(dtype).removeprefix("torch."),
         ),
         host,
+        drafting,
     )
     if native is not None:
         if isinstance(model, Decoder) and runner.name != NativeOps.name:
-            _swap_when_built(native, worker, load)
+            _swap_when_built(native, load, worker.use)
+        small = None if drafting is None else drafting.model
+        if small is not None and load_small is not None and small.runner.name != NativeOps.name:
+            use = small.use
+            _swap_when_built(native, load_small, lambda r: worker.call(lambda: use(r)))
         # Every form of the draw gives the same tokens, so this one needs no care about streams.
         native.add_done_callback(lambda built: _use_native_draw(worker, built))
     progress("KV pool")
@@ -160,11 +183,15 @@ def _budget(
     config: EngineConfig,
     device: Device,
     spec: ModelSpec,
+    draft: ModelSpec | None,
     dtype: torch.dtype,
     max_model_len: int,
     before: int,
 ) -> Budget:
     cache = config.cache
+    page = page_bytes(spec, cache.page_size, dtype)
+    if draft is not None:  # a page of the target's has one of the draft model's beside it
+        page += page_bytes(draft, cache.page_size, dtype)
     available = device.available_memory()
     return plan_budget(
         total=device.total_memory,
@@ -173,14 +200,17 @@ def _budget(
         weights=max(before - available, 0),
         activations=activation_bytes(
             max_step_tokens=_step_tokens(config, device),
-            max_sample_rows=config.schedule.max_num_seqs,
+            max_sample_rows=min(
+                _step_tokens(config, device),
+                config.schedule.max_num_seqs * (1 + config.speculation.max_draft_tokens),
+            ),
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
             attention_size=(spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
             vocab_size=spec.vocab_size,
             dtype_bytes=dtype.itemsize,
         ),
-        page_bytes=page_bytes(spec, cache.page_size, dtype),
+        page_bytes=page,
         page_size=cache.page_size,
         max_model_len=max_model_len,
         max_num_seqs=config.schedule.max_num_seqs,
@@ -240,9 +270,9 @@ def _use_native_draw(worker: Worker, built: Future[NativeOps]) -> None:
 
 
 def _swap_when_built(
-    native: Future[NativeOps], worker: Worker, load: Callable[[], LanguageModel]
+    native: Future[NativeOps], load: Callable[[], LanguageModel], use: Callable[[Runner], None]
 ) -> None:
-    """Gives new sequences the native kernels as soon as these are built."""
+    """Has a model computed by the native kernels as soon as these are built."""
     started = time.monotonic()
 
     def swap(built: Future[NativeOps]) -> None:
@@ -250,7 +280,7 @@ def _swap_when_built(
             ops = built.result()
             model = load()
             assert isinstance(model, Decoder)
-            worker.use(native_runner(model, ops))
+            use(native_runner(model, ops))
         except (BuildError, ValueError, CheckpointError) as error:
             log.warning("serving with plain torch operations, which are slower: %s", error)
         else:

@@ -178,6 +178,32 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Tokens guessed ahead of their verification. The text is the same with any of it."""
+
+    drafters: tuple[str, ...] = option(
+        ("suffix", "model"),
+        "Who may guess, each row's first choice first: `suffix`, what followed the same words"
+        " before, in this text or another of the tenant; `lookup`, in this text alone;"
+        " `recycling`, what followed the last token or two lately; `model`, the draft model,"
+        " where there is one. Empty: nobody.",
+    )
+    draft_model: str | None = option(
+        None,
+        "A small model of the same vocabulary that guesses: a folder or a hub id.",
+        aliases=("speculative-model",),
+    )
+    max_draft_tokens: int = option(
+        8,
+        "Guesses for one sequence in one step, at most; how many pay is measured.",
+        aliases=("num-speculative-tokens",),
+    )
+    fixed_draft_tokens: int | None = option(
+        None, "Always so many, instead of what pays: for comparisons."
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything the engine process needs."""
 
@@ -185,6 +211,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     @classmethod
     def of(cls, **values: Any) -> EngineConfig:
@@ -202,6 +229,7 @@ class EngineConfig:
             cache=take(CacheConfig),
             schedule=take(ScheduleConfig),
             device=take(DeviceConfig),
+            speculation=take(SpeculationConfig),
         )
         if values:
             raise TypeError(f"not an option of the engine: {', '.join(values)}")

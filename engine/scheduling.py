@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculationConfig
 from engine.errors import StartupError
 from engine.history import history_file, keep, restore
 from scheduler.admission import make_policy
+from scheduler.controller import Controller, Option
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
+from scheduler.speculation import DraftPolicy, FixedDrafts
 from scheduler.step_cost import Profile, ProfileError, StepCost
+from worker.drafters.registry import MODEL, NAMES
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,39 @@ def build_scheduler(config: EngineConfig, limits: SchedulerConfig) -> Scheduler:
     file = history_file(config)
     if policy.window is not None and file is not None:
         restore(policy.window, file)
-    return Scheduler(limits, policy=policy, cost=cost)
+    return Scheduler(limits, draft_policy(config.speculation, cost), policy, cost)
+
+
+def drafter_names(config: SpeculationConfig) -> tuple[str, ...]:
+    """The drafters that will be there, in order; the draft model only where there is one.
+
+    Raises `StartupError`.
+    """
+    for name in config.drafters:
+        if name not in NAMES:
+            raise StartupError(f"there is no drafter {name!r}; there are {', '.join(NAMES)}.")
+    if config.draft_model is not None and MODEL not in config.drafters and config.drafters:
+        raise StartupError("a draft_model is given, but `model` is not among the drafters.")
+    return tuple(n for n in config.drafters if n != MODEL or config.draft_model is not None)
+
+
+def draft_policy(config: SpeculationConfig, cost: StepCost) -> DraftPolicy:
+    """How many tokens are guessed ahead. Raises `StartupError`."""
+    names = drafter_names(config)
+    if not names or not config.max_draft_tokens:
+        return FixedDrafts()
+    if config.fixed_draft_tokens is not None:
+        return FixedDrafts(config.fixed_draft_tokens, tuple(range(len(names))))
+    return Controller(options_of(names), config.max_draft_tokens, cost)
+
+
+def options_of(names: Sequence[str]) -> list[Option]:
+    """The orders in which drafters may be asked: everyone's beginnings of the configured order,
+    so that each may be the last one who is asked, and each alone."""
+    orders = [tuple(range(i + 1)) for i in range(len(names))]
+    orders += [(i,) for i in range(1, len(names))]
+    computes = [name == MODEL for name in names]
+    return [Option(order, any(computes[i] for i in order)) for order in orders]
 
 
 def keep_history(config: EngineConfig, scheduler: Scheduler) -> None:

@@ -10,13 +10,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from scheduler.admission import Admission
+from scheduler.fair_share import Account
 from scheduler.gap import GapBudget, gap_target
 from scheduler.memory import Hits, Memory
 from scheduler.policy import chunk_size, lane_size
 from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
-from scheduler.spare import Spare
+from scheduler.spare import Room, Spare
 from scheduler.speculation import DraftPolicy
 from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
@@ -40,7 +41,7 @@ class Decision:
     promised: int  # pages the steps in flight give back when they settle
     running: list[Sequence]  # in order, but where `_retreat` says
     keep: int  # running[keep:] are preempted
-    tenants: int  # so many share the room
+    several: bool  # tenants share the room
     in_flight: bool  # pages released now are only promised
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
@@ -91,14 +92,15 @@ class Decider:
     ) -> Decision:
         """`running` is sorted by order; `blocked` as found by the last call, if nothing changed."""
         tenants = waiting.tenants(now)
-        running = running if tenants == 1 else running.copy()
+        several = len(tenants) > 1
+        running = running.copy() if several else running
         d = Decision(
             budget=self._config.max_step_tokens,
             free=self._pool.available,
             promised=self._pool.fenced,
             running=running,
             keep=len(running),
-            tenants=tenants,
+            several=several,
             in_flight=in_flight,
             blocked=blocked,
         )
@@ -107,20 +109,20 @@ class Decider:
         admits = bool(waiting and self._memory.free_slots and not d.blocked and not d.pressure)
         if d.rows and (others or admits):
             self._limit_gap(d)
-        if tenants > 1 and (others or admits):
-            d.spare = Spare(
-                running[: d.keep],
-                tenants,
+        if several and (others or admits):
+            room = Room(
                 self._config.max_num_seqs,
                 self._pool.total,
                 self._config.max_step_tokens,
+                self._memory.max_len,
             )
+            d.spare = Spare(room, tenants, running[: d.keep])
         d.lane = lane_size(d.budget, self._config.long_prefill_rows)
         if others:
             d.prompts = [s for s in running[: d.keep] if s.fed < len(s.tokens)]
-            if tenants > 1:
+            if several:
                 d.prompts.sort(key=_served)
-        if not (admits and tenants > 1):
+        if not (admits and several):
             self._continue_prompts(d)
         if admits:
             self._admit(d, running[: d.keep], waiting)
@@ -186,7 +188,7 @@ class Decider:
         in need stalls until the fence lifts; preempting on would empty the batch for nothing.
         """
         d.pressure = True
-        if d.tenants > 1:
+        if d.several:
             running[first : d.keep] = sorted(running[first : d.keep], key=_served)
         while need > d.free + d.promised and d.keep > first:
             request = running[d.keep - 1].request
@@ -289,9 +291,12 @@ class Decider:
         pinned: set[int] = set()
         self._admission.survey(running)
         tries = 0  # behind the first that was not admitted
-        passed = withheld = False
+        passed = False
+        withheld: set[Account] = set()  # those that have to leave room to others
         later = False  # somebody has to wait for the next step only
-        for sequence in waiting:
+        for sequence in waiting.turns(withheld):
+            if sequence.account in withheld:
+                break  # it is the only one that waits
             if d.prompts:
                 self._continue_prompts(d, sequence.account.served)
             if d.budget <= 0 or len(d.admits) == self._memory.free_slots:
@@ -314,14 +319,14 @@ class Decider:
             if spare is not None:
                 slots, pages = spare.beside(sequence.account, total)
             if slots >= self._memory.free_slots - len(d.admits):
-                passed = withheld = True
+                withheld.add(sequence.account)
                 continue
             if cost > d.free - pages or not self._admission.fits(sequence, on_device, pages):
                 if pages:
-                    withheld = True
+                    withheld.add(sequence.account)
                 else:
                     d.head = d.head or sequence
-                passed = True
+                    passed = True
                 continue
             cached = len(hits.pages)
             if not self._feed(d, sequence, cached * config.page_size, total - cached):
@@ -335,7 +340,7 @@ class Decider:
             self._admission.admit(sequence, on_device)
             if spare is not None:
                 spare.admit(sequence.account, total)
-        d.blocked = (d.head is not None or withheld) and not later
+        d.blocked = (d.head is not None or bool(withheld)) and not later
 
 
 def _served(sequence: Sequence) -> int:

@@ -12,7 +12,7 @@ requests urgent must not be served more for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from typing import TYPE_CHECKING
@@ -56,12 +56,10 @@ class FairShare:
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def about(self, now: float) -> int:
-        """How many tenants have something here, or had lately."""
-        if len(self._accounts) == 1:
-            return 1
+    def about(self, now: float) -> list[Account]:
+        """Tenants that have something here, or had lately."""
         since = now - LATELY
-        return sum(a.unfinished > 0 or a.seen >= since for a in self._accounts.values())
+        return [a for a in self._accounts.values() if a.unfinished or a.seen >= since]
 
     def open(self, tenant: str, sequences: int, now: float) -> Account:
         """The account of a tenant that brings so many sequences."""
@@ -98,18 +96,19 @@ class FairShare:
         del self._queued[account.tenant]
         self._last = account
 
-    def turns(self) -> Iterator[Sequence]:
+    def turns(self, passed: Container[Account] = ()) -> Iterator[Sequence]:
         """All sequences that wait, as if each were admitted when the next is asked for.
 
         It is charged its whole prompt then, in a ledger of this pass alone. Equal counters go by
-        age. With one tenant, that is the tenant's own order.
+        age. With one tenant, that is the tenant's own order; tenants that are put into `passed`
+        have no more turns.
         """
         if len(self._queued) == 1:
             for account in self._queued.values():
                 return iter(account.queue)
-        return self._interleaved()
+        return self._interleaved(passed)
 
-    def _interleaved(self) -> Iterator[Sequence]:
+    def _interleaved(self, passed: Container[Account]) -> Iterator[Sequence]:
         # Serials are unique, so accounts are never compared.
         turns = [(a.served, a.queue[0].order[1], a, 0) for a in self._queued.values()]
         heapify(turns)
@@ -118,7 +117,7 @@ class FairShare:
             sequence = account.queue[i]
             yield sequence
             i += 1
-            if i == len(account.queue):
+            if i == len(account.queue) or account in passed:
                 heappop(turns)
                 continue
             if sequence.admitted is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Request
-from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
+
 
 def order_of(request: Request, serial: int, ageing: float) -> tuple[float, int]:
     """Rank in every queue; lower is served sooner, and nothing ranked lower is its victim.

@@ -44,9 +44,9 @@ class ContextTooLong(ValueError):  # noqa: N818, a fact about the prompt
 class Scheduler:
     """Admission by forecast, mixed chunked prefill, preemption.
 
-    `drafts` says how far each live row drafts ahead; `policy` says how long answers are taken to get and
-    how much memory is spared for being wrong; `cost` predicts step times and learns from every
-    settled step.
+    `drafts` says how far each live row drafts ahead; `policy` how long answers are taken to get
+    and how much memory is spared for being wrong; `cost` predicts step times and learns from
+    every settled step.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class Scheduler:
                 outputs.append(self._learn(sequence, done, now))
             elif sequence.computed - sequence.registered >= size:
                 self._publish(sequence)
-        self._drafts.settled(plan, result)
+        self._drafts.settled(plan, result, now)
         self._counts.draft_seconds += result.drafting.seconds
         if self._memory.lift(plan.step):
             self._blocked = False

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from scheduler.fair_share import Account
 from scheduler.plan import Row
 from scheduler.prefix import HashChain
 from scheduler.request import Finish, FinishReason, Request, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from scheduler.acceptance import Own
 
 _ANY_DRAFTS = 1 << 16
 NO_ROW = Row(slot=0, epoch=0, chunk=None, samples=False)
@@ -73,11 +77,13 @@ class Sequence:
     level: float | None = None  # its draw: the share of answers longer than `outlived` that outlive
     guessed_at: int = 0  # lengths the window had seen when it was guessed
     outlived: int = 0  # it, too; None: it was not drawn
-    pace: float = 1.0  # tokens it gains per step
+    pace: float = 1.0  # tokens it gains per step, rounded
 
     # What may be drafted for it in its next step; `speculation.py` keeps these.
     drafts: int = 0
     drafters: tuple[int, ...] = ()
+    exact_pace: float = 1.0
+    shown: dict[int, Own] = field(default_factory=dict)  # see acceptance.py
     drafted: int = 0  # since it arrived
     accepted: int = 0
 

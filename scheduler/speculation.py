@@ -27,7 +27,7 @@ class DraftPolicy(Protocol):
         """What became of the drafts of a row that was allowed some, before the sequence learns."""
         ...
 
-    def settled(self, plan: StepPlan, result: StepResult) -> None:
+    def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """A step has settled; its rows were learnt."""
         ...
 
@@ -49,5 +49,5 @@ class FixedDrafts:
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
         pass
 
-    def settled(self, plan: StepPlan, result: StepResult) -> None:
+    def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
         pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from operator import attrgetter
 
 from scheduler.backlog import Backlog
@@ -35,8 +35,12 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return self._shares.turns()
 
-    def tenants(self, now: float) -> int:
-        """How many are about, see `FairShare.about`."""
+    def turns(self, passed: Container[Account]) -> Iterator[Sequence]:
+        """The same, without further sequences of accounts that are put into `passed`."""
+        return self._shares.turns(passed)
+
+    def tenants(self, now: float) -> list[Account]:
+        """Those that are about, see `FairShare.about`."""
         return self._shares.about(now)
 
     def served(self, tenant: str) -> int:

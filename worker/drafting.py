@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from scheduler.plan import NO_DRAFTING, Admit, DraftTime, Row, StepPlan
 from worker.drafters.base import Ask, Drafter, Guess
+from worker.drafters.model import ModelDrafter
 from worker.slots import SlotTable
 
 
@@ -29,12 +30,15 @@ class Drafting:
     """
 
     def __init__(
-        self, slots: SlotTable, drafters: Sequence[Drafter], forwards: Callable[[], tuple[int, int]]
+        self,
+        slots: SlotTable,
+        drafters: Sequence[Drafter],
+        model: ModelDrafter | None = None,
     ) -> None:
-        """`forwards`: depth and tokens of what a draft model computed since the last call."""
+        """`model`: the one among them that computes, if any does."""
         self._slots = slots
         self._drafters = drafters
-        self._forwards = forwards
+        self.model = model
         self._tokens: list[list[int]] = [[] for _ in slots.epoch]  # by slot, those known
         self._of_slot: dict[int, Drafted] = {}  # of the step being run
 
@@ -59,7 +63,8 @@ class Drafting:
             round_ += 1
         self._write()
         rows = [self._with_drafts(row) if row.drafts else row for row in plan.rows]
-        return rows, DraftTime(time.perf_counter() - started, *self._forwards())
+        work = (0, 0) if self.model is None else self.model.take_work()
+        return rows, DraftTime(time.perf_counter() - started, *work)
 
     def _ask(self, rows: list[Row], choice: int, least: float) -> list[Row]:
         """Asks each row's drafter of that choice; those it had nothing for, and have another."""

@@ -106,6 +106,14 @@ class Sampler:
         asked = self._logprobs(logits, tokens, rows) if rows.union & Need.LOGPROBS else None
         return Sampled(tokens, finite, asked)
 
+    def draw(self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor) -> Tensor:
+        """`Sampled.tokens` alone, where nobody has to know whether the logits were finite."""
+        rows = SampleRows.of(self.slots, slots_of_rows, positions)
+        if rows.union & Need.PROCESSING:
+            logits = logits.clone()
+            process(logits, rows, self.slots, self._tokens)
+        return self._choose(logits, rows)
+
     def prompt_logprobs(
         self, logits: Tensor, targets: Sequence[int], top: int
     ) -> list[TokenLogprob]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -30,28 +31,37 @@ class SlotTable:
         self.tokens = torch.zeros(num_slots, max_len + 1, dtype=torch.int32, device=device)
         self.computed = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32, device=device)
-        # Host mirrors: exact page counts and owners, and an upper bound of `computed`.
-        self.num_pages = [0] * num_slots
+        # Host mirrors: exact pages and owners, and an upper bound of `computed`.
+        self.pages: list[list[int]] = [[] for _ in range(num_slots)]
         self.bound = [0] * num_slots
         self.epoch = [-1] * num_slots
+        self.writer: defaultdict[int, int] = defaultdict(int)  # by page: another for each new owner
 
     def admit(self, admit: Admit) -> None:
         """Gives the slot to a new owner whose cached prefix is already in the pool."""
         slot, cached = admit.slot, len(admit.cached)
         self.epoch[slot] = admit.epoch
-        self.num_pages[slot] = 0
+        self.pages[slot] = []
         self.bound[slot] = cached
         self.computed[slot] = cached
         if cached:
             self.tokens[slot, :cached] = torch.tensor(admit.cached, dtype=torch.int32)
-        self.add_pages(slot, admit.pages)
+        self._append(slot, admit.pages)
+        for copy in admit.loads:
+            self.writer[copy.target] += 1
 
     def add_pages(self, slot: int, pages: Sequence[int]) -> None:
-        """Appends to the slot's page table; tables only grow between admissions."""
+        """Appends new pages to the slot's table; tables only grow between admissions."""
+        for page in pages:
+            self.writer[page] += 1
+        self._append(slot, pages)
+
+    def _append(self, slot: int, pages: Sequence[int]) -> None:
         if not pages:
             return
-        start = self.num_pages[slot]
-        self.num_pages[slot] = end = start + len(pages)
+        start = len(self.pages[slot])
+        self.pages[slot] += pages
+        end = start + len(pages)
         if len(pages) == 1:
             self.page_table[slot, start] = pages[0]
         else:

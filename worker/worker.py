@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -82,11 +82,15 @@ class Worker:
 
         Running ones keep theirs to their end, so that no stream changes arithmetic midway.
         """
-        self._executor.call(lambda: setattr(self, "_runner", runner))
+        self.call(lambda: setattr(self, "_runner", runner))
 
     def draw_by(self, form: Form) -> None:
         """Draws by another form of the sampler from now on."""
-        self._executor.call(lambda: self._sampler.use(form))
+        self.call(lambda: self._sampler.use(form))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs it on the worker's thread, after the steps launched so far."""
+        self._executor.call(function)
 
     def close(self) -> None:
         self._executor.close()
@@ -106,7 +110,8 @@ class Worker:
                     self._drafting.admit(admit)
             for row in plan.rows:
                 self._slots.add_pages(row.slot, row.new_pages)
-            rows, drafting = plan.rows, NO_DRAFTING
+            rows: Sequence[Row] = plan.rows
+            drafting = NO_DRAFTING
             if self._drafting is not None:
                 rows, drafting = self._drafting.draft(plan)
             results: dict[int, RowResult] = {}

@@ -198,9 +198,7 @@ def test_preemption(sampler: str, prefix: bool) -> None:
 def test_swapping(sampler: str, prefix: bool, depth: int, k: int) -> None:
     config = replace(CONFIG, num_pages=34, enable_prefix_cache=prefix, host_pages=60)
     crowded = make_policy("aggressive", watermark=0.0)
-    found, scheduler = run(
-        config, requests(sampler), depth=depth, drafts=k, policy=crowded
-    )
+    found, scheduler = run(config, requests(sampler), depth=depth, drafts=k, policy=crowded)
     assert scheduler.load().pages_swapped_out > 0
     assert scheduler.load().pages_swapped_in > 0
     same(found, sampler)

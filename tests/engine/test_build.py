@@ -136,7 +136,7 @@ def test_kernels_that_cannot_be_built_leave_the_worker_as_it_is(
     worker, _ = build(folder)
     before = worker._runner
     failed: Future[NativeOps] = Future()
-    _swap_when_built(failed, worker, load=lambda: pytest.fail("loaded for nothing"))
+    _swap_when_built(failed, lambda: pytest.fail("loaded for nothing"), worker.use)
     failed.set_exception(BuildError("no C++ compiler among g++"))
     worker.close()
     assert worker._runner is before

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from scheduler.fair_share import Account
 from scheduler.request import Request, SchedulerConfig
 from scheduler.scheduler import Scheduler
-from scheduler.spare import STEP_PART, Spare
+from scheduler.spare import STEP_PART, Room, Spare
 from tests.scheduler.clocked import Clocked
 from tests.scheduler.driving import request
 from tests.scheduler.test_gap import profiled, seconds
@@ -87,10 +88,17 @@ def test_equals_share_all_slots() -> None:
     assert sum(rows) / len(rows) > 15
 
 
+def accounts(**served: int) -> list[Account]:
+    waiting = Scheduler(SchedulerConfig(num_pages=321))._waiting
+    made = [waiting.open(name, 1, 0.0) for name in served]
+    for account, tokens in zip(made, served.values(), strict=True):
+        account.served = tokens
+    return made
+
+
 def test_room_is_left_by_those_over_their_share_alone() -> None:
-    spare = Spare([], tenants=2, slots=32, pages=320, tokens=256)
-    scheduler = Scheduler(SchedulerConfig(num_pages=321))
-    much, little = (scheduler._waiting.open(name, 1, 0.0) for name in ("much", "little"))
+    much, little = both = accounts(much=5, little=5)
+    spare = Spare(Room(slots=32, pages=320, tokens=256, much=100), both, [])
     assert spare.beside(much, 300) == (0, 0), "who has nothing may take anything"
     for _ in range(15):
         spare.admit(much, 1)
@@ -103,6 +111,17 @@ def test_room_is_left_by_those_over_their_share_alone() -> None:
     assert spare.beside(little, 6) == (2, 20), "more than half of the pages"
 
 
+def test_no_room_is_left_to_somebody_far_ahead() -> None:
+    behind, ahead = both = accounts(behind=5, ahead=106)
+    spare = Spare(Room(slots=2, pages=320, tokens=256, much=100), both, [])
+    spare.admit(behind, 1)
+    assert spare.beside(behind, 1) == (0, 0)
+    behind.served += 1
+    assert spare.beside(behind, 1) == (2, 20)
+    spare.admit(ahead, 1)
+    assert spare.beside(ahead, 1) == (2, 20)
+
+
 def test_a_part_of_a_step_is_for_the_prompts_of_one_tenant() -> None:
     flood, modest = some("flood", 100, 0.0, 50), some("modest", 1, 0.0, 2000)
     clocked = run("slots", modest, flood)
@@ -110,13 +129,12 @@ def test_a_part_of_a_step_is_for_the_prompts_of_one_tenant() -> None:
     limit = clocked.scheduler.config.max_step_tokens // STEP_PART
     assert max(prompts[2:]) == limit  # before that, the modest tenant's prompt is there as well
     assert prompts.count(limit) > 20
-    both = Spare([], tenants=2, slots=32, pages=320, tokens=256)
-    scheduler = Scheduler(SchedulerConfig(num_pages=321))
-    one, other = (scheduler._waiting.open(name, 1, 0.0) for name in ("one", "other"))
-    both.feed(one, 50)
-    assert (both.room(one, 200), both.room(one, 5), both.room(other, 200)) == (14, 5, 64)
-    both.feed(one, 14)
-    assert both.room(one, 200) == 0
+    ahead, behind = both = accounts(ahead=8, behind=7)
+    spare = Spare(Room(slots=32, pages=320, tokens=256, much=100), both, [])
+    spare.feed(ahead, 50)
+    assert (spare.room(ahead, 200), spare.room(ahead, 5), spare.room(behind, 200)) == (14, 5, 200)
+    spare.feed(ahead, 14)
+    assert spare.room(ahead, 200) == 0
 
 
 def test_a_tenant_counts_as_about_for_a_while() -> None:
@@ -124,5 +142,5 @@ def test_a_tenant_counts_as_about_for_a_while() -> None:
     waiting.open("stays", 1, 0.0)
     shares, gone = waiting._shares, waiting.open("goes", 1, 0.0)
     shares.close(gone, 10.0)
-    assert waiting.tenants(300.0) == 2
-    assert waiting.tenants(311.0) == 1
+    assert len(waiting.tenants(300.0)) == 2
+    assert len(waiting.tenants(311.0)) == 1

@@ -1,1 +1,1 @@
-"""Guessing what a sequence goes on with. A drafter is one file here and one line in `registry.py`."""
+"""Guesses of what a sequence goes on with. A drafter is a file and a line in `registry.py`."""

@@ -1,0 +1,111 @@
+"""The drafters of a worker: loaded, checked against the target, and put together."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig, SpeculationConfig
+from engine.errors import StartupError
+from engine.scheduling import drafter_names
+from models.decoder import Decoder
+from models.errors import CheckpointError
+from models.loader import load_decoder
+from models.spec import ModelSpec
+from models.weights import resolve_checkpoint
+from worker.device import Device
+from worker.drafters.base import Drafter
+from worker.drafters.model import ModelDrafter
+from worker.drafters.registry import MODEL, MODEL_FREE
+from worker.drafting import Drafting
+from worker.kv_pool import allocate_pool
+from worker.runner import Runner
+from worker.sampler import Sampler
+from worker.slots import SlotTable
+
+log = logging.getLogger(__name__)
+
+
+def load_draft(
+    config: EngineConfig, target: Path, dtype: torch.dtype, device: Device, max_model_len: int
+) -> Callable[[], Decoder] | None:
+    """What loads the draft model; None where there is none. Raises `StartupError`."""
+    name = config.speculation.draft_model
+    if name is None or MODEL not in drafter_names(config.speculation):
+        return None
+    try:
+        folder = resolve_checkpoint(name)
+    except CheckpointError as error:
+        raise StartupError(f"the draft model: {error}") from error
+    _check_vocabulary(target, folder)
+
+    def load() -> Decoder:
+        draft = load_decoder(
+            folder, dtype=dtype, device=device.torch_device, max_model_len=max_model_len
+        )
+        if draft.spec.max_position < max_model_len:
+            raise StartupError(
+                f"the draft model reads {draft.spec.max_position:,} positions, the target "
+                f"{max_model_len:,}: lower --max-model-len or take another."
+            )
+        return draft
+
+    return load
+
+
+def build_drafting(
+    config: SpeculationConfig,
+    slots: SlotTable,
+    sampler: Sampler,
+    draft: tuple[Runner, ModelSpec, torch.dtype] | None,
+    num_pages: int,
+    step_tokens: int,
+) -> Drafting | None:
+    """None where nobody guesses."""
+    names = drafter_names(config)
+    if not names:
+        return None
+    model: ModelDrafter | None = None
+    if draft is not None:
+        runner, spec, dtype = draft
+        kv = allocate_pool(spec, num_pages, slots.page_size, dtype, slots.tokens.device)
+        model = ModelDrafter(runner, kv, slots, sampler, step_tokens)
+    drafters: list[Drafter] = []
+    for name in names:
+        if name == MODEL:
+            assert model is not None
+            drafters.append(model)
+        else:
+            drafters.append(MODEL_FREE[name]())
+    return Drafting(slots, drafters, model)
+
+
+def _check_vocabulary(target: Path, draft: Path) -> None:
+    """A draft is a token id: both models must mean the same by it."""
+    ours, theirs = _vocabulary(target), _vocabulary(draft)
+    if ours is None or theirs is None:
+        missing = target if ours is None else draft
+        raise StartupError(
+            f"{missing} has no tokenizer.json to tell whether target and draft model share a "
+            "vocabulary."
+        )
+    if ours != theirs:
+        raise StartupError(
+            f"the draft model {draft} has another tokenizer than the target: its tokens would mean "
+            "something else."
+        )
+
+
+def _vocabulary(folder: Path) -> Any:
+    """What decides which text a token id stands for."""
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    except (OSError, ValueError):
+        return None
+    added = [(token["id"], token["content"]) for token in tokenizer.get("added_tokens", ())]
+    return tokenizer.get("model", {}).get("vocab"), sorted(added)

@@ -1,0 +1,67 @@
+"""`DraftCost`: the seconds that drafting takes, learnt from the steps that drafted.
+
+    seconds = rows · a + forwards of the draft model · b + tokens they compute · c
+
+None negative. What has not been seen yet is taken to cost nothing, so it is tried.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.fit import nonnegative
+from scheduler.plan import DraftTime
+
+Floats = NDArray[np.float64]
+
+_KEEP = 0.995  # of what earlier steps say, per step
+_REFIT = 32  # steps
+_CLIP = 3.0  # a step that took more than so many times what was predicted was disturbed
+
+
+class DraftCost:
+    """Least squares of the relative error over the last few hundred steps."""
+
+    def __init__(self) -> None:
+        self._normal = np.zeros((3, 3))
+        self._right = np.zeros(3)
+        self._coefficients = (0.0, 0.0, 0.0)
+        self._steps = 0
+
+    def observe(self, rows: int, work: DraftTime) -> None:
+        """A step asked for drafts of so many rows."""
+        if work.seconds <= 0.0:
+            return
+        predicted = self.total(rows, work.depth, work.tokens)
+        seconds = min(work.seconds, _CLIP * predicted) if self._steps > _REFIT else work.seconds
+        features = np.array([rows, work.depth, work.tokens]) / seconds
+        self._normal = _KEEP * self._normal + np.outer(features, features)
+        self._right = _KEEP * self._right + features
+        self._steps += 1
+        if self._steps % _REFIT == 0 or self._steps & (self._steps - 1) == 0:
+            self._fit()
+
+    def _fit(self) -> None:
+        # The active-set solver takes a matrix: a root of the normal equations does for it.
+        values, vectors = np.linalg.eigh(self._normal)
+        root = np.sqrt(np.clip(values, 1e-12 * max(values.max(), 1e-300), None))
+        features = (vectors * root).T
+        target = (vectors.T @ self._right) / root
+        a, b, c = nonnegative(features, target).tolist()
+        self._coefficients = a, b, c
+
+    def total(self, rows: float, depth: int, tokens: float) -> float:
+        """Seconds, for so many rows and forwards."""
+        a, b, c = self._coefficients
+        return a * rows + b * depth + c * tokens
+
+    def seconds(self, rows: Floats, depth: int, tokens: Floats) -> Floats:
+        """The same for many; tokens count only where a model computes them."""
+        a, b, c = self._coefficients
+        return a * rows + b * depth + (c * tokens if depth else 0.0)
+
+    def of_a_draft(self, rows: int) -> float:
+        """Of one more draft of a model, side by side with those of so many rows."""
+        _, b, c = self._coefficients
+        return b / rows + c

@@ -1,0 +1,198 @@
+"""`ModelDrafter`: a small model of the same vocabulary writes ahead.
+
+It draws with the noise of the target (see `worker/sampler.py`), so that where the two models agree
+about the probabilities they also agree about the token (Daliri, Musco & Suresh 2024). Its keys and
+values lie in a pool of its own under the page ids of the target's: one allocator and one page
+table serve both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.ops import AttentionBatch
+from worker.drafters.base import NOTHING, Ask, Guess
+from worker.runner import Runner
+from worker.sampler import Sampler
+from worker.slots import SlotTable
+
+
+@dataclass(slots=True)
+class _Row:
+    """One ask on its way."""
+
+    ask: Ask
+    tokens: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    all_right: float = 1.0  # the probability that all drafts so far are
+
+
+class ModelDrafter:
+    """Drafts of all rows side by side, one token of each a forward.
+
+    A sequence is followed only while it is asked about. Whatever was computed of it before, or by
+    another sequence that shares its first pages, is made use of.
+    """
+
+    name = "model"
+
+    def __init__(
+        self,
+        runner: Runner,
+        kv: Sequence[Tensor],
+        slots: SlotTable,
+        sampler: Sampler,
+        most_tokens: int,
+    ) -> None:
+        """kv: the draft model's pool, see `kv_pool.allocate_pool`; `most_tokens` of known text are
+        caught up with in one step, by rows that do not draft in it."""
+        self.runner = runner
+        self._kv = kv
+        self._slots = slots
+        self._sampler = sampler
+        self._most_tokens = most_tokens
+        self._vocab = sampler.slots.vocab_size
+        self._computed = [0] * len(slots.epoch)  # by slot: positions with keys and values
+        self._whole: dict[int, int] = {}  # by page of which all positions have: its writer then
+        self._depth = self._fed = 0  # see `take_work`
+
+    def use(self, runner: Runner) -> None:
+        """Computes by another runner from now on. On the worker's thread."""
+        self.runner = runner
+
+    def admit(self, slot: int, group: bytes) -> None:
+        computed, writer = 0, self._slots.writer
+        for page in self._slots.pages[slot]:
+            if self._whole.get(page) != writer[page]:
+                break
+            computed += self._slots.page_size
+        self._computed[slot] = computed
+
+    def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
+        rows = [_Row(ask) for ask in asks]
+        alive = self._catch_up(rows)
+        while alive := [r for r in alive if len(r.tokens) < r.ask.most and r.all_right >= least]:
+            self._draw(alive, self._continue(alive))
+        return [Guess(row.tokens, row.confidence) if row.tokens else NOTHING for row in rows]
+
+    def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
+        # The last draft was drawn, but not fed.
+        right = 0
+        while right < len(fed) - 2 and fed[right + 1] == chosen[right]:
+            right += 1
+        self._advance(slot, self._computed[slot] + right)
+
+    def take_work(self) -> tuple[int, int]:
+        """Forwards, one after the other, and the tokens they computed, since it was last asked."""
+        work, self._depth, self._fed = (self._depth, self._fed), 0, 0
+        return work
+
+    def _advance(self, slot: int, computed: int) -> None:
+        size = self._slots.page_size
+        first, last = self._computed[slot] // size, computed // size
+        self._computed[slot] = computed
+        for page in self._slots.pages[slot][first:last]:
+            self._whole[page] = self._slots.writer[page]
+
+    @staticmethod
+    def _length(row: _Row) -> int:
+        return len(row.ask.tokens) + len(row.tokens)
+
+    def _catch_up(self, rows: list[_Row]) -> list[_Row]:
+        """Feeds what is known and was not fed, and draws for those that are through with it."""
+        budget = self._most_tokens
+        through: list[_Row] = []
+        spans: list[tuple[int, int, int]] = []  # slot, and positions from and to
+        for row in sorted(rows, key=lambda row: len(row.ask.tokens) - self._computed[row.ask.slot]):
+            slot, known = row.ask.slot, len(row.ask.tokens)
+            start = self._computed[slot]
+            end = min(known, start + max(budget, 1 if known - start == 1 else 0))
+            if end == start:
+                continue
+            budget -= end - start
+            spans.append((slot, start, end))
+            if end == known:
+                through.append(row)
+        if not spans:
+            return []
+        ids = [t for row_ids in (self._ids(rows, span) for span in spans) for t in row_ids]
+        ends = np.cumsum([end - start for _, start, end in spans])
+        read = torch.from_numpy(ends[: len(through)] - 1).to(self._slots.tokens.device)
+        hidden = self._forward(ids, spans, read)
+        for slot, _, end in spans:
+            self._advance(slot, end)
+        if through:
+            self._draw(through, hidden)
+        return through
+
+    @staticmethod
+    def _ids(rows: list[_Row], span: tuple[int, int, int]) -> list[int]:
+        slot, start, end = span
+        return next(row.ask.tokens[start:end] for row in rows if row.ask.slot == slot)
+
+    def _continue(self, rows: list[_Row]) -> Tensor:
+        """Feeds the last draft of each, which stands in the token table from here on."""
+        spans = [(row.ask.slot, self._length(row) - 1, self._length(row)) for row in rows]
+        ids = [row.tokens[-1] for row in rows]
+        table = self._slots.tokens
+        at = torch.tensor([[slot, first] for slot, first, _ in spans], device=table.device)
+        table[at[:, 0], at[:, 1]] = torch.tensor(ids, dtype=table.dtype, device=table.device)
+        return self._forward(ids, spans, None)
+
+    def _forward(
+        self, ids: list[int], spans: list[tuple[int, int, int]], read: Tensor | None
+    ) -> Tensor:
+        device = self._slots.tokens.device
+        self._depth += 1
+        self._fed += len(ids)
+        batch = span_batch(self._slots, spans)
+        return self.runner.forward(torch.tensor(ids, device=device), batch, self._kv, read)
+
+    def _draw(self, rows: list[_Row], hidden: Tensor) -> None:
+        """A draft of each, by the target's noise and rules."""
+        logits = self.runner.logits(hidden)
+        if logits.shape[1] != self._vocab:  # padded otherwise; what lies beyond is never drawn
+            missing = self._vocab - logits.shape[1]
+            logits = pad(logits, (0, missing), value=-torch.inf).contiguous()
+        slots = [row.ask.slot for row in rows]
+        positions = torch.tensor([self._length(row) for row in rows], device=logits.device)
+        drawn = self._sampler.draw(logits, slots, positions)
+        taken = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
+        for row, token, confidence in zip(rows, drawn.tolist(), taken.exp().tolist(), strict=True):
+            row.tokens.append(token)
+            row.confidence.append(confidence)
+            row.all_right *= confidence
+
+
+def span_batch(slots: SlotTable, spans: Sequence[tuple[int, int, int]]) -> AttentionBatch:
+    """One ragged forward over known positions: of each slot those from a first to before a last."""
+    device, size = slots.tokens.device, slots.page_size
+    table = np.array(spans, dtype=np.int64)
+    counts = table[:, 2] - table[:, 1]
+    starts = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    rows = np.repeat(np.arange(len(spans)), counts)
+    positions = np.arange(starts[-1]) - starts[rows] + table[rows, 1]
+    longest = int(table[:, 2].max())
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
+    page_table = slots.page_table[row_slots, : -(-longest // size)]
+    return AttentionBatch(
+        positions=at,
+        token_rows=token_rows,
+        query_starts=put(starts),
+        kv_lengths=put(table[:, 2].astype(np.int32)),
+        page_table=page_table,
+        kv_slots=page_table[token_rows, at // size].long() * size + at % size,
+        max_query=int(counts.max()),
+        max_kv=longest,
+    )
