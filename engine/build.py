@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.config import DeviceConfig, EngineConfig
-from engine.drafters import build_drafting, load_draft
+from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
@@ -87,21 +87,22 @@ def _build(
     model = load()
     draft = None if load_small is None else load_small()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    draft_spec = None if draft is None else draft.spec
     # The eager model and the native one live side by side until the last stream of the former has
     # ended; where there is no room for both, and where text must not depend on when a build was
     # done, the build is waited for.
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
     runner = _native_runner(model, native, patience) or _torch_runner(model, config, device)
-    draft_runner: Runner | None = None
+    small: Draft | None = None
     if draft is not None:
-        draft_runner = _native_runner(draft, native, patience) or _torch_runner(
-            draft, config, device
-        )
+        parameters = sum(p.numel() for p in draft.parameters())
+        arithmetic = _native_runner(draft, native, patience) or _torch_runner(draft, config, device)
+        small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
 
-    budget = _budget(config, device, spec, draft_spec, dtype, max_model_len, before)
+    budget = _budget(
+        config, device, spec, small.spec if small else None, dtype, max_model_len, before
+    )
     log.info("%s", budget)
     num_slots = config.schedule.max_num_seqs + 1
     slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
@@ -114,7 +115,7 @@ def _build(
         config.speculation,
         slots,
         sampler,
-        None if draft_runner is None or draft_spec is None else (draft_runner, draft_spec, dtype),
+        small,
         budget.num_pages,
         _step_tokens(config, device),
     )
@@ -138,9 +139,9 @@ def _build(
     if native is not None:
         if isinstance(model, Decoder) and runner.name != NativeOps.name:
             _swap_when_built(native, load, worker.use)
-        small = None if drafting is None else drafting.model
-        if small is not None and load_small is not None and small.runner.name != NativeOps.name:
-            use = small.use
+        drafter = None if drafting is None else drafting.model
+        if drafter and load_small and drafter.runner.name != NativeOps.name:
+            use = drafter.use
             _swap_when_built(native, load_small, lambda r: worker.call(lambda: use(r)))
         # Every form of the draw gives the same tokens, so this one needs no care about streams.
         native.add_done_callback(lambda built: _use_native_draw(worker, built))

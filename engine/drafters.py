@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ from worker.sampler import Sampler
 from worker.slots import SlotTable
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A loaded draft model."""
+
+    runner: Runner
+    spec: ModelSpec
+    dtype: torch.dtype
+    parameters: int
 
 
 def load_draft(
@@ -62,7 +73,7 @@ def build_drafting(
     config: SpeculationConfig,
     slots: SlotTable,
     sampler: Sampler,
-    draft: tuple[Runner, ModelSpec, torch.dtype] | None,
+    draft: Draft | None,
     num_pages: int,
     step_tokens: int,
 ) -> Drafting | None:
@@ -72,9 +83,8 @@ def build_drafting(
         return None
     model: ModelDrafter | None = None
     if draft is not None:
-        runner, spec, dtype = draft
-        kv = allocate_pool(spec, num_pages, slots.page_size, dtype, slots.tokens.device)
-        model = ModelDrafter(runner, kv, slots, sampler, step_tokens)
+        kv = allocate_pool(draft.spec, num_pages, slots.page_size, draft.dtype, slots.tokens.device)
+        model = ModelDrafter(draft.runner, kv, slots, sampler, draft.parameters, step_tokens)
     drafters: list[Drafter] = []
     for name in names:
         if name == MODEL:

@@ -8,7 +8,8 @@ table serve both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,10 @@ from worker.drafters.base import NOTHING, Ask, Guess
 from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.slots import SlotTable
+
+# Multiplications of a forward below which a second CPU thread costs more than it brings: each of
+# the dozens of meetings of two threads takes about a microsecond.
+_ALONE = 16_000_000
 
 
 @dataclass(slots=True)
@@ -48,14 +53,17 @@ class ModelDrafter:
         kv: Sequence[Tensor],
         slots: SlotTable,
         sampler: Sampler,
+        parameters: int,
         most_tokens: int,
     ) -> None:
-        """kv: the draft model's pool, see `kv_pool.allocate_pool`; `most_tokens` of known text are
-        caught up with in one step, by rows that do not draft in it."""
+        """kv: the draft model's pool, see `kv_pool.allocate_pool`; `parameters` of the model;
+        `most_tokens` of known text are caught up with in one step, by rows that do not draft in
+        it."""
         self.runner = runner
         self._kv = kv
         self._slots = slots
         self._sampler = sampler
+        self._parameters = parameters
         self._most_tokens = most_tokens
         self._vocab = sampler.slots.vocab_size
         self._computed = [0] * len(slots.epoch)  # by slot: positions with keys and values
@@ -77,8 +85,11 @@ class ModelDrafter:
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         rows = [_Row(ask) for ask in asks]
         alive = self._catch_up(rows)
-        while alive := [r for r in alive if len(r.tokens) < r.ask.most and r.all_right >= least]:
-            self._draw(alive, self._continue(alive))
+        with self._threads(len(alive)):
+            while alive := [
+                r for r in alive if len(r.tokens) < r.ask.most and r.all_right >= least
+            ]:
+                self._draw(alive, self._continue(alive))
         return [Guess(row.tokens, row.confidence) if row.tokens else NOTHING for row in rows]
 
     def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
@@ -111,7 +122,7 @@ class ModelDrafter:
         spans: list[tuple[int, int, int]] = []  # slot, and positions from and to
         for row in sorted(rows, key=lambda row: len(row.ask.tokens) - self._computed[row.ask.slot]):
             slot, known = row.ask.slot, len(row.ask.tokens)
-            start = self._computed[slot]
+            start = min(self._computed[slot], known - 1)  # the last gives the first draft
             end = min(known, start + max(budget, 1 if known - start == 1 else 0))
             if end == start:
                 continue
@@ -124,12 +135,24 @@ class ModelDrafter:
         ids = [t for row_ids in (self._ids(rows, span) for span in spans) for t in row_ids]
         ends = np.cumsum([end - start for _, start, end in spans])
         read = torch.from_numpy(ends[: len(through)] - 1).to(self._slots.tokens.device)
-        hidden = self._forward(ids, spans, read)
+        with self._threads(len(ids)):
+            hidden = self._forward(ids, spans, read)
+            if through:
+                self._draw(through, hidden)
         for slot, _, end in spans:
             self._advance(slot, end)
-        if through:
-            self._draw(through, hidden)
         return through
+
+    @contextmanager
+    def _threads(self, tokens: int) -> Iterator[None]:
+        """As many CPU threads as so many tokens are worth."""
+        threads = torch.get_num_threads()
+        if tokens * self._parameters < _ALONE:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     @staticmethod
     def _ids(rows: list[_Row], span: tuple[int, int, int]) -> list[int]:
