@@ -27,7 +27,7 @@ from engine.process import Builder, facts_of
 from engine.scheduling import build_scheduler
 from engine.transport import LocalEngineTransport
 from models.weights import resolve_checkpoint
-from scheduler.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from scheduler.request import FinishReason, Load, Output, Request, SamplingParams, TokenLogprob
 from text.assets import TextAssets, load_text
 from text.detokenizer import Detokenizer
 from text.stops import StopMatcher, StopStrings
@@ -121,8 +121,8 @@ class LLM:
         self._transport = LocalEngineTransport()
         self._transport.connect(CLIENT, self._receive)
         self.facts = facts_of(self._worker, scheduler_config)
-        scheduler = build_scheduler(config, scheduler_config)
-        self._core = EngineCore(scheduler, self._worker, self._transport, self.facts)
+        self._scheduler = build_scheduler(config, scheduler_config)
+        self._core = EngineCore(self._scheduler, self._worker, self._transport, self.facts)
         self._growing: dict[str, list[_Growing]] = {}
         self._refused: dict[str, str] = {}
         self._numbers = itertools.count()
@@ -169,16 +169,26 @@ class LLM:
         **options: Any,
     ) -> list[Completion]:
         """Answers each conversation, a list of `{"role", "content"}`; otherwise as `generate`."""
+        one = not conversations or isinstance(conversations[0], Mapping)
+        many: Any = [conversations] if one else conversations
+        prompts = [self.tokenize_chat(messages) for messages in many]
+        return self.generate(prompts, params, **options)
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """The token ids of a prompt."""
+        return tuple(self._text.tokenizer.encode(text))
+
+    def tokenize_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Those of a conversation, up to where the answer begins."""
         template = self._text.template
         if template is None:
             raise ValueError("the checkpoint has no chat template")
-        one = not conversations or isinstance(conversations[0], Mapping)
-        many: Any = [conversations] if one else conversations
-        prompts = [
-            self._text.tokenizer.encode(template.render(messages), add_special_tokens=False)
-            for messages in many
-        ]
-        return self.generate(prompts, params, **options)
+        text = template.render(messages)
+        return tuple(self._text.tokenizer.encode(text, add_special_tokens=False))
+
+    def load(self) -> Load:
+        """Gauges, and counters since the start."""
+        return self._scheduler.load()
 
     def close(self) -> None:
         self._transport.close()

@@ -54,7 +54,7 @@ def draft_policy(config: SpeculationConfig, cost: StepCost) -> DraftPolicy:
         return FixedDrafts()
     if config.fixed_draft_tokens is not None:
         return FixedDrafts(config.fixed_draft_tokens, tuple(range(len(names))))
-    return Controller(options_of(names), config.max_draft_tokens, cost)
+    return Controller(options_of(names), names, config.max_draft_tokens, cost)
 
 
 def options_of(names: Sequence[str]) -> list[Option]:

@@ -5,12 +5,13 @@ position two shares are kept, of the rows that got as far as that position: how 
 there at all, since drafters may have nothing to say or stop early, and how many had a right one.
 
 All sequences together give these shares by position, in the short run. One sequence gives few, so
-it has two numbers of its own, for the first position and for all others, that pull the shared ones
-towards itself the more it has shown (`_PRIOR` rows weigh as much as what is shared).
+it has two numbers of its own, for the first position and for all later ones, that pull the shared
+ones towards itself the more it has shown.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 import numpy as np
@@ -20,18 +21,19 @@ from scheduler.sequence import Sequence
 
 Floats = NDArray[np.float64]
 
-_PRIOR = 8.0  # rows
+_PRIOR = 8.0  # rows of its own that weigh as much as what all have shown
 _KEEP = 0.97  # of what a sequence has shown, per row
 _KEEP_SHARED = 0.998
-_FIRST_GUESS = (0.5, 0.7)  # right at the first position, and at each later one, before anything
-_GUESSED = 8.0  # rows that this counts for
+_LARGEST = 1e9  # weights are scaled down beyond that
+_FIRST_GUESS = (0.6, 0.8)  # right at the first position, and at each later one, before anything
+_GUESSED = 4.0  # rows that this counts for
 
 
-class Curve(NamedTuple):
-    """What drafts of one sequence are expected to be worth, by position."""
+class Curves(NamedTuple):
+    """What drafts of some sequences are expected to be worth, by position."""
 
-    survival: Floats  # the probability that it and all before it are right
-    proposed: Floats  # the probability that there is a draft at all, if so many are allowed
+    survival: Floats  # [sequences, positions]: that it and all before it are right
+    proposed: Floats  # [positions]: that there is one at all, if so many are allowed
 
 
 class Own:
@@ -43,18 +45,36 @@ class Own:
         self.rows = self.right = self.later = self.later_right = 0.0
 
 
-class Acceptance:
-    """The shares of all sequences by option and position, and those of each by itself."""
+class _Shared:
+    """The same of all sequences, by position. What is older weighs less: the weight of a row grows
+    from row to row, which is the same and leaves the others alone."""
 
-    def __init__(self, options: list[tuple[int, ...]], most: int) -> None:
+    def __init__(self, most: int) -> None:
+        first, later = _FIRST_GUESS
+        self.weight = 1.0
+        self.reached = [_GUESSED] * most  # rows that had all before it right
+        self.right = [_GUESSED * (later if position else first) for position in range(most)]
+        self.allowed = [_GUESSED] * most
+        self.drafted = [_GUESSED] * most
+
+    def grow(self) -> None:
+        self.weight /= _KEEP_SHARED
+        if self.weight > _LARGEST:
+            for values in (self.reached, self.right, self.allowed, self.drafted):
+                values[:] = [value / self.weight for value in values]
+            self.weight = 1.0
+
+
+class Acceptance:
+    """Of all options."""
+
+    def __init__(self, options: Items[tuple[int, ...]], most: int) -> None:
         self._number = {drafters: i for i, drafters in enumerate(options)}
-        shape = len(options), most
-        first = np.full(most, _FIRST_GUESS[1])
-        first[0] = _FIRST_GUESS[0]
-        self._reached = np.full(shape, _GUESSED)  # rows that had all before it right
-        self._right = np.tile(first * _GUESSED, (len(options), 1))
-        self._allowed = np.full(shape, _GUESSED)  # rows that were allowed so many
-        self._drafted = np.full(shape, _GUESSED)
+        self._shared = [_Shared(most) for _ in options]
+
+    def number(self, drafters: tuple[int, ...]) -> int | None:
+        """The option in which these are asked."""
+        return self._number.get(drafters)
 
     def learn(
         self,
@@ -67,30 +87,39 @@ class Acceptance:
         """A row was allowed so many drafts, had so many, and so many of these were right."""
         number = self._number.get(drafters)
         if number is None:
-            return  # as its request wanted; nobody else is drafted for like that
+            return
         # It got to the position after the last right one, if that was allowed.
         reached = min(accepted + 1, allowed)
-        for values, count in (
-            (self._reached, reached),
-            (self._right, accepted),
-            (self._allowed, allowed),
-            (self._drafted, proposed),
-        ):
-            values[number, :count] += 1.0
-        for values in (self._reached, self._right, self._allowed, self._drafted):
-            values[number] *= _KEEP_SHARED
-        own = sequence.shown.setdefault(number, Own())
+        shared = self._shared[number]
+        weight = shared.weight
+        for position in range(allowed):
+            shared.allowed[position] += weight
+            if position < reached:
+                shared.reached[position] += weight
+            if position < accepted:
+                shared.right[position] += weight
+            if position < proposed:
+                shared.drafted[position] += weight
+        shared.grow()
+        own = sequence.shown.get(number)
+        if own is None:
+            own = sequence.shown[number] = Own()
         own.rows = _KEEP * own.rows + 1.0
         own.right = _KEEP * own.right + (accepted > 0)
         own.later = _KEEP * own.later + reached - 1
         own.later_right = _KEEP * own.later_right + max(accepted - 1, 0)
 
-    def of(self, sequence: Sequence, number: int) -> Curve:
-        """What to expect of it by that option."""
-        right = self._right[number] / self._reached[number]
-        own = sequence.shown.get(number)
-        if own is not None:
-            first = (_PRIOR * right[0] + own.right) / (_PRIOR + own.rows)
-            right = (_PRIOR * right + own.later_right) / (_PRIOR + own.later)
-            right[0] = first
-        return Curve(np.cumprod(right), self._drafted[number] / self._allowed[number])
+    def curves(self, sequences: Items[Sequence], number: int) -> Curves:
+        """What to expect of each by that option."""
+        shared = self._shared[number]
+        right = np.array(shared.right) / np.array(shared.reached)
+        owns = [sequence.shown.get(number) or _NOTHING for sequence in sequences]
+        own = np.array([(o.rows, o.right, o.later, o.later_right) for o in owns])
+        rows, first, later, later_right = own.T
+        conditional = (_PRIOR * right + later_right[:, None]) / (_PRIOR + later[:, None])
+        conditional[:, 0] = (_PRIOR * right[0] + first) / (_PRIOR + rows)
+        proposed = np.array(shared.drafted) / np.array(shared.allowed)
+        return Curves(np.cumprod(conditional, axis=1), proposed)
+
+
+_NOTHING = Own()

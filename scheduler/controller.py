@@ -8,8 +8,12 @@ and as a(j) falls with j it holds a row's first drafts before its later ones. So
 
     rate(S) = (rows + sum of the S largest a) / (t(rows + S) + drafting)
 
-is looked at for every S, and the best one taken: the rule of TETRIS, of AdaServe's throughput stage
-and of DSpark's Algorithm 1. S = 0 is among them.
+is looked at for every S, and the best one taken: the rule of TETRIS (arXiv 2502.15197), of
+AdaServe's throughput stage (2501.12162) and of DSpark. S = 0 is among them. Where a draft model
+drafts, the number of its forwards in a row counts beside, so every depth is looked at as well.
+
+How much is right is learnt in `acceptance.py`, what drafting takes in `draft_cost.py`, and when a
+drafter should stop early in `calibration.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.acceptance import Acceptance
+from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
 from scheduler.gap import gap_target
 from scheduler.plan import Row, RowResult, StepPlan, StepResult
@@ -31,16 +36,20 @@ from scheduler.step_cost import StepCost
 
 Floats = NDArray[np.float64]
 
-EVERY = 8  # steps from one decision to the next, unless the batch changes by more than
+EVERY = 8  # steps from one decision to the next while there are drafts,
+SELDOM = 64  # and while there are none, unless the batch changes by more than
 CHANGE = 8  # one row of so many
-MARGIN = 1.02  # by how much another mode must be better than that in use
-PROBE_SHARE = 0.01  # of the time may go into drafts that only tell how good drafts would be
+ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
+MARGIN = 1.03  # by how much drafting must be better than plain decoding to begin, or another option
+PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good drafts would be
 PATIENCE = 64  # steps over which drafting must not be slower than plain decoding is predicted to be
-PAUSE = 512  # steps without drafts after it was; doubled each time in a row
+PAUSE = 512  # plans without drafts after it was; doubled each time in a row
 LONGEST_PAUSE = 16 * PAUSE
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
+VERIFY_POINTS = 8  # at which the time to verify is asked for
+MOST_CERTAIN = 0.95  # a draft is worth its time if it is right with this probability, whatever else
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +67,12 @@ class Allocation:
     option: int
     plain: float  # tokens per second without drafts
     rate: float  # with these
-    least: float
+    least: float  # a further draft pays only if it is right with this probability
     drafts: NDArray[np.int64]
 
     def nobody(self) -> Allocation:
         """No drafts instead."""
         return replace(self, rate=self.plain, least=0.0, drafts=np.zeros_like(self.drafts))
-
-
-class Verify:
-    """Seconds to verify by the number of tokens: measured points and what lies between them."""
-
-    def __init__(self, tokens: Floats, seconds: Floats) -> None:
-        self._tokens = tokens
-        self._seconds = seconds
-
-    def __call__(self, tokens: Floats) -> Floats:
-        return np.interp(tokens, self._tokens, self._seconds)
 
 
 @dataclass(slots=True)
@@ -86,174 +84,186 @@ class _Net:
     plain: float = 0.0
 
 
-@dataclass(slots=True)
-class Decision:
-    """What was decided last."""
-
-    rows: int = 0
-    age: int = 0  # plans since
-    drafts: float = 0.0  # for a sequence that comes before the next, on average
-    option: int = 0
-    least: float = 0.0
-    gain: float = 1.0  # predicted over plain decoding
-
-
 class Controller:
     """A `DraftPolicy` that follows what drafts were worth and what they took."""
 
-    def __init__(self, options: Items[Option], most: int, cost: StepCost) -> None:
-        """`options` must not be empty; `most` is the largest number of drafts in a row."""
+    def __init__(
+        self, options: Items[Option], names: Items[str], most: int, cost: StepCost
+    ) -> None:
+        """`options` must not be empty; `names` are the drafters' by number; `most` is the largest
+        number of drafts in a row."""
         if not options or most < 1:
             raise ValueError("a controller needs somebody who drafts, at least a token")
         self.options = tuple(options)
         self.most = most
         self.draft_cost = DraftCost()
         self.acceptance = Acceptance([option.drafters for option in options], most)
+        self._calibration = [Calibration() for _ in names]
+        self._alone = {name: (number,) for number, name in enumerate(names)}
         self._cost = cost
-        self._decision = Decision()
+        self._option = 0  # in use
+        self._usual = 0.0  # drafts of a sequence, on average
+        self._least: tuple[float, ...] = ()
+        self._decided_for = self._plans = self._decisions = 0
         self._net = _Net()
         self._resting = 0  # plans without drafts to come
         self._pause = PAUSE
         self._credit = 0.0  # seconds that may go into probes
         self._probing = False
-        self._stopping = False  # nobody is to draft from the next step on
         self._settled_at: float | None = None
-        self._overhead = 0.0  # seconds between steps that neither computes
+        self._overhead = 0.0  # seconds between steps in which nothing is computed
 
-    # --- the policy ----------------------------------------------------------------------------
+    # --- the policy -----------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
-        option = self.options[self._decision.option]
-        sequence.drafters = option.drafters
-        sequence.drafts = min(math.ceil(self._decision.drafts - 0.5), sequence.most_drafts)
+        sequence.drafters = self._drafters(sequence, self._option)
+        sequence.drafts = min(round(self._usual), sequence.most_drafts)
 
-    def plan(self, running: list[Sequence]) -> float:
-        decision = self._decision
-        decision.age += 1
-        if self._stopping:
-            self._stopping = False
-            for sequence in running:
-                sequence.drafts = 0
+    def plan(self, running: list[Sequence]) -> tuple[float, ...]:
+        self._plans += 1
         if self._resting:
             self._resting -= 1
-            return 0.0
-        changed = abs(len(running) - decision.rows) * CHANGE > decision.rows
-        if decision.age >= EVERY or changed:
-            self._decide([s for s in running if s.fed == len(s.tokens)])
-        return decision.least
+            for sequence in running:
+                sequence.drafts = 0
+            return ()
+        changed = abs(len(running) - self._decided_for) * CHANGE > self._decided_for
+        if changed or self._plans >= (EVERY if self._usual or self._probing else SELDOM):
+            self._plans, self._decided_for = 0, len(running)
+            live = [s for s in running if s.fed == len(s.tokens)]
+            if live and self._cost.ready:
+                self._decide(live)
+        return self._least
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
+        if not done.proposed and done.drafter >= 0:
+            return  # it is still catching up
         accepted = max(len(done.tokens) - 1, 0)
         self.acceptance.learn(sequence, row.drafters, row.drafts, done.proposed, accepted)
+        if done.confidence:
+            self._calibration[done.drafter].learn(done.confidence, accepted)
         pace = sequence.exact_pace + PACE_RATE * (1 + accepted - sequence.exact_pace)
         sequence.exact_pace = pace
         sequence.pace = max(round(pace * PACES) / PACES, 1.0)
 
     def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
-        drafting = result.drafting
         asked = sum(1 for row in plan.rows if row.drafts)
         if asked:
-            self.draft_cost.observe(asked, drafting)
+            self.draft_cost.observe(asked, result.drafting)
         self._watch(plan, result, now, asked)
 
-    # --- deciding ------------------------------------------------------------------------------
+    # --- deciding -------------------------------------------------------------------------------
+
+    def _drafters(self, sequence: Sequence, number: int) -> tuple[int, ...]:
+        wanted = self._alone.get(sequence.request.speculation.drafter or "")
+        return wanted or self.options[number].drafters
 
     def _decide(self, live: list[Sequence]) -> None:
-        decision = self._decision
-        decision.rows, decision.age = len(live), 0
-        if not live or not self._cost.ready:
-            return
-        before = decision.drafts > 0.0
-        best = max(
-            (self._allocate(live, i) for i in range(len(self.options))), key=lambda a: a.rate
-        )
-        if best.rate < best.plain * (1.0 if before else MARGIN):
+        numbers: Items[int] = (self._option,)
+        if self._decisions % ALL_OPTIONS == 0:
+            numbers = range(len(self.options))
+        self._decisions += 1
+        verify = self._verify(live)
+        plain = len(live) / (float(verify[1][0]) + self._overhead)
+        found = {number: self._allocate(live, number, plain, verify) for number in numbers}
+        present = found[self._option]
+        best = max(found.values(), key=lambda allocation: allocation.rate)
+        if best.rate < present.rate * MARGIN:
+            best = present
+        if best.rate < plain * (1.0 if self._usual else MARGIN):
             best = best.nobody()
-        decision.option, decision.least = best.option, best.least
-        decision.gain = best.rate / best.plain if best.plain else 1.0
-        decision.drafts = float(best.drafts.mean())
-        drafters = self.options[best.option].drafters
+        self._option = best.option
+        self._usual = float(best.drafts.mean())
+        self._least = tuple(c.threshold(best.least) for c in self._calibration)
         for sequence, drafts in zip(live, best.drafts.tolist(), strict=True):
-            sequence.drafts, sequence.drafters = drafts, drafters
+            sequence.drafts = drafts
+            sequence.drafters = self._drafters(sequence, best.option)
             if not drafts:
                 sequence.exact_pace = sequence.pace = 1.0
         self._probing = False
-        if not best.drafts.any():
-            self._probe(live, best.option)
+        if not self._usual:
+            self._probe(live)
 
-    def _allocate(self, live: list[Sequence], number: int) -> Allocation:
+    def _verify(self, live: list[Sequence]) -> tuple[Floats, Floats]:
+        """Numbers of tokens, and the seconds a step takes to verify so many."""
+        rows, context = len(live), sum(len(s.tokens) for s in live)
+        sizes = np.unique(np.geomspace(rows, rows * (1 + self.most), VERIFY_POINTS).round())
+        seconds = [self._cost.seconds(StepShape(rows, int(n), context, 0)) for n in sizes]
+        return sizes, np.array(seconds)
+
+    def _allocate(
+        self, live: list[Sequence], number: int, plain: float, verify: tuple[Floats, Floats]
+    ) -> Allocation:
         """The best numbers of drafts if this option is used for all."""
-        option, most = self.options[number], self.most
-        rows = len(live)
-        curves = [self.acceptance.of(sequence, number) for sequence in live]
-        survival = np.array([curve.survival for curve in curves])
-        proposed = np.array([curve.proposed for curve in curves])
-        allowed = np.array([min(s.most_drafts, s.limit - len(s.tokens) - 2, most) for s in live])
-        survival[np.arange(most) >= allowed[:, None]] = 0.0
-        order = np.argsort(-survival, axis=None, kind="stable")
-        order = order[survival.ravel()[order] > 0.0]
+        option, most, rows = self.options[number], self.most, len(live)
+        survival, proposed = self.acceptance.curves(live, number)
+        # What was never tried is approached in steps: of later drafts little is known by then.
+        cap = min(2 * math.ceil(self._usual) + 2, most)
+        room = [min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]
+        allowed = np.arange(most) < np.array(room)[:, None]
+        worth = np.where(allowed, survival, 0.0).ravel()
+        order = np.argsort(-worth, kind="stable")
+        order = order[worth[order] > 0.0]
+        nobody = Allocation(number, plain, plain, 0.0, np.zeros(rows, dtype=np.int64))
+        if not len(order):
+            return nobody
         columns = order % most
-        verify = self._verify_seconds(live, rows * (1 + most))
-        plain = rows / (float(verify(np.array(rows))) + self._overhead)
-        best = Allocation(number, plain, plain, 0.0, np.zeros(rows, dtype=np.int64))
-        depths = range(1, most + 1) if option.computes else (most,)
-        for depth in depths:
-            chosen = order[columns < depth]
-            if not len(chosen):
-                continue
-            gained = rows + np.cumsum(survival.ravel()[chosen])
-            tokens = np.cumsum(proposed.ravel()[chosen])
-            # Rows that draft: as soon as their first draft is among the chosen.
-            asked = np.cumsum(chosen % most == 0)
-            drafting = self.draft_cost.seconds(asked, depth if option.computes else 0, tokens)
-            seconds = verify(rows + tokens) + drafting + self._overhead
-            seconds[seconds > self._longest(live)] = np.inf
-            rate = gained / seconds
-            at = int(np.argmax(rate))
-            if rate[at] > best.rate:
-                drafts = np.bincount(chosen[: at + 1] // most, minlength=rows)
-                least = 0.0
-                if option.computes:
-                    one_more = self.draft_cost.of_a_draft(max(int(asked[at]), 1))
-                    size = rows + tokens[at]
-                    slope = float(verify(size + 1.0) - verify(size))
-                    least = min(float(rate[at]) * (one_more + slope), 0.9)
-                best = Allocation(number, plain, float(rate[at]), least, drafts)
-        return best
+        depths = np.arange(1, most + 1)[:, None] if option.computes else np.array([[most]])
+        taken = columns < depths  # [depths, drafts]
+        gained = np.cumsum(np.where(taken, worth[order], 0.0), axis=1)
+        tokens = np.cumsum(np.where(taken, proposed[columns], 0.0), axis=1)
+        asked = np.cumsum(columns == 0)
+        forwards = depths if option.computes else 0
+        drafting = self.draft_cost.seconds(asked, forwards, tokens if option.computes else 0.0)
+        verifying = np.interp(rows + tokens, *verify)
+        seconds = verifying + drafting + self._overhead
+        rates = (rows + gained) / seconds
+        rates[verifying + drafting > self._longest(live)] = 0.0
+        at = int(np.argmax(rates))
+        depth, last = divmod(at, len(order))
+        rate = float(rates.flat[at])
+        if rate <= plain:
+            return nobody
+        chosen = order[: last + 1][taken[depth, : last + 1]]
+        drafts = np.bincount(chosen // most, minlength=rows)
+        return Allocation(number, plain, rate, self._price(rate, drafts, verify), drafts)
 
-    def _verify_seconds(self, live: list[Sequence], most: int) -> Verify:
-        context = sum(len(s.tokens) for s in live)
-        rows = len(live)
-        sizes = np.unique(np.geomspace(rows, most, 12).astype(int))
-        times = [self._cost.seconds(StepShape(rows, int(n), context, 0)) for n in sizes]
-        return Verify(sizes.astype(float), np.array(times))
+    def _price(
+        self, rate: float, drafts: NDArray[np.int64], verify: tuple[Floats, Floats]
+    ) -> float:
+        """How probable one more draft must be right for the tokens that its time would bring."""
+        asked = int(np.count_nonzero(drafts))
+        size = len(drafts) + float(drafts.sum())
+        more = float(np.interp(size + 1, *verify) - np.interp(size, *verify))
+        return min(rate * (self.draft_cost.of_a_draft(asked) + more), MOST_CERTAIN)
 
-    def _longest(self, live: list[Sequence]) -> float:
+    @staticmethod
+    def _longest(live: list[Sequence]) -> float:
         """Seconds a step may take by the strictest gap target of a request."""
         target = gap_target(None, live)
         return math.inf if target is None else GAP_AIM * target
 
-    def _probe(self, live: list[Sequence], number: int) -> None:
+    def _probe(self, live: list[Sequence]) -> None:
         """Has one sequence draft, where the time for it was saved up, so that it is noticed when
         drafts would pay after all."""
         willing = [s for s in live if s.most_drafts]
         if not willing:
             return
-        # The least to catch up with is the youngest's.
-        sequence = min(willing, key=lambda s: len(s.tokens))
-        option = self.options[number]
+        sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
+        option = self.options[self._option]
         drafts = min(2, sequence.most_drafts, self.most)
-        behind = len(sequence.tokens) if option.computes else 0
-        price = self.draft_cost.total(1, drafts if option.computes else 0, drafts + behind)
+        forwards, tokens = 0, drafts
+        if option.computes:
+            forwards, tokens = drafts + 1, drafts + len(sequence.tokens)
+        price = self.draft_cost.total(1, forwards, tokens)
         if price > self._credit:
             return
-        self._credit -= price
         self._probing = True
-        sequence.drafts, sequence.drafters = drafts, option.drafters
+        sequence.drafts = drafts
 
-    # --- watching ------------------------------------------------------------------------------
+    # --- watching -------------------------------------------------------------------------------
 
     def _watch(self, plan: StepPlan, result: StepResult, now: float, asked: int) -> None:
+        """Notes what lies between steps, and whether drafting is slower than plain decoding."""
         before, self._settled_at = self._settled_at, now
         if before is None:
             return
@@ -262,26 +272,20 @@ class Controller:
         if wall < 4 * computed:  # else nobody was there for a while
             self._overhead += 0.05 * (max(wall - computed, 0.0) - self._overhead)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
+        if self._probing:
+            self._credit -= result.drafting.seconds
         if not asked or self._probing or any(row.chunk for row in plan.rows):
             return
-        live = [(row, done) for row, done in zip(plan.rows, result.rows, strict=True)]
-        context = plan.shape.decode_context
-        plain = self._cost.seconds(StepShape(len(live), len(live), context, 0)) + self._overhead
+        rows, context = len(plan.rows), plan.shape.decode_context
+        plain = self._cost.seconds(StepShape(rows, rows, context, 0)) + self._overhead
         net = self._net
         net.steps += 1
-        net.tokens += sum(len(done.tokens) for _, done in live)
-        net.plain += len(live) * (computed + self._overhead) / plain
-        if net.steps < PATIENCE:
-            return
-        if net.tokens < net.plain:
-            self._rest()
-        else:
-            self._pause = PAUSE
-        self._net = _Net()
-
-    def _rest(self) -> None:
-        """Drafting was slower than plain decoding would have been: none for a while."""
-        self._resting = self._pause
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        self._decision = Decision(option=self._decision.option)
-        self._stopping = True
+        net.tokens += sum(len(done.tokens) for done in result.rows)
+        net.plain += rows * (computed + self._overhead) / plain
+        if net.steps >= PATIENCE:
+            if net.tokens < net.plain:
+                self._resting, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+                self._usual = 0.0
+            else:
+                self._pause = PAUSE
+            self._net = _Net()

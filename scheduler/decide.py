@@ -45,7 +45,7 @@ class Decision:
     in_flight: bool  # pages released now are only promised
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
-    least: float = 0.0  # see StepPlan
+    least: tuple[float, ...] = ()  # see StepPlan
     context: int = 0  # positions that live rows read, summed, at most
     gap: GapBudget | None = None  # what the live rows' targets leave to chunks; None: no target
     spare: Spare | None = None  # what tenants leave each other; None: there is one only

@@ -56,12 +56,14 @@ class DraftCost:
         a, b, c = self._coefficients
         return a * rows + b * depth + c * tokens
 
-    def seconds(self, rows: Floats, depth: int, tokens: Floats) -> Floats:
-        """The same for many; tokens count only where a model computes them."""
+    def seconds(
+        self, rows: NDArray[np.int64], depth: NDArray[np.int64] | int, tokens: Floats | float
+    ) -> Floats:
+        """The same for many."""
         a, b, c = self._coefficients
-        return a * rows + b * depth + (c * tokens if depth else 0.0)
+        return np.asarray(a * rows + b * depth + c * tokens)
 
     def of_a_draft(self, rows: int) -> float:
         """Of one more draft of a model, side by side with those of so many rows."""
         _, b, c = self._coefficients
-        return b / rows + c
+        return b / max(rows, 1) + c

@@ -62,8 +62,9 @@ class StepPlan:
     admits: tuple[Admit, ...]
     rows: tuple[Row, ...]
     shape: StepShape = NO_SHAPE  # what its cost depends on; contexts at their upper bounds
-    # A row drafts on only while all of its drafts are right with at least this probability.
-    least: float = 0.0
+    # By drafter: it drafts on for a row only while it believes with at least this probability that
+    # all of its drafts so far are right. Those left out never stop.
+    least: tuple[float, ...] = ()
     saves: tuple[PageCopy, ...] = ()  # device page -> host page; the rows may overwrite the former
 
     @property

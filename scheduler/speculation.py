@@ -19,7 +19,7 @@ class DraftPolicy(Protocol):
         """It arrives."""
         ...
 
-    def plan(self, running: list[Sequence]) -> float:
+    def plan(self, running: list[Sequence]) -> tuple[float, ...]:
         """Decides before a step. Returns `StepPlan.least`."""
         ...
 
@@ -43,8 +43,8 @@ class FixedDrafts:
         sequence.drafts = min(self._drafts, sequence.most_drafts)
         sequence.drafters = self._drafters
 
-    def plan(self, running: list[Sequence]) -> float:
-        return 0.0
+    def plan(self, running: list[Sequence]) -> tuple[float, ...]:
+        return ()
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
         pass

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from scheduler.plan import NO_DRAFTING, Admit, DraftTime, Row, StepPlan
-from worker.drafters.base import Ask, Drafter, Guess
+from worker.drafters.base import LATER, Ask, Drafter, Guess
 from worker.drafters.model import ModelDrafter
 from worker.slots import SlotTable
 
@@ -66,7 +66,7 @@ class Drafting:
         work = (0, 0) if self.model is None else self.model.take_work()
         return rows, DraftTime(time.perf_counter() - started, *work)
 
-    def _ask(self, rows: list[Row], choice: int, least: float) -> list[Row]:
+    def _ask(self, rows: list[Row], choice: int, least: tuple[float, ...]) -> list[Row]:
         """Asks each row's drafter of that choice; those it had nothing for, and have another."""
         by_drafter: dict[int, list[Row]] = {}
         for row in rows:
@@ -75,9 +75,10 @@ class Drafting:
         left: list[Row] = []
         for number, group in by_drafter.items():
             asks = [Ask(row.slot, self._tokens[row.slot], row.drafts) for row in group]
-            guesses = self._drafters[number].propose(asks, least)
+            stop = least[number] if number < len(least) else 0.0
+            guesses = self._drafters[number].propose(asks, stop)
             for row, guess in zip(group, guesses, strict=True):
-                if guess.tokens:
+                if guess.tokens or guess is LATER:
                     self._of_slot[row.slot] = Drafted(number, guess)
                 else:
                     left.append(row)
@@ -106,7 +107,7 @@ class Drafting:
         those it confirmed. Returns what was drafted."""
         tokens = self._tokens[slot]
         drafted = self._of_slot.get(slot)
-        if drafted is not None:
+        if drafted is not None and drafted.guess.tokens:
             fed = [tokens[-1], *drafted.guess.tokens]
             self._drafters[drafted.drafter].verified(slot, fed, chosen)
         tokens += chosen[: accepted + 1]

@@ -28,6 +28,7 @@ class Guess(NamedTuple):
 
 
 NOTHING = Guess([], [])
+LATER = Guess([], [])  # it has something to say once it has caught up with the text
 
 
 class Drafter(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.ops import AttentionBatch
-from worker.drafters.base import NOTHING, Ask, Guess
+from worker.drafters.base import LATER, Ask, Guess
 from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.slots import SlotTable
@@ -90,7 +90,7 @@ class ModelDrafter:
                 r for r in alive if len(r.tokens) < r.ask.most and r.all_right >= least
             ]:
                 self._draw(alive, self._continue(alive))
-        return [Guess(row.tokens, row.confidence) if row.tokens else NOTHING for row in rows]
+        return [Guess(row.tokens, row.confidence) if row.tokens else LATER for row in rows]
 
     def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
         # The last draft was drawn, but not fed.

@@ -1,0 +1,311 @@
+"""Speculative decoding against plain decoding of the same engine, in one process and in turns.
+
+    python -m benchmarks.speculation --quick
+    python -m benchmarks.speculation --streams 1 2 4 8 16 32 64
+
+Three kinds of work, each at temperature 0 and 1: answers to questions in wordings that the bundled
+model has not seen, continued text that it has not seen, and questions that were asked before. Modes
+take turns within every round: plain, the controller, and fixed draft lengths. Reported are output
+tokens per second over plain, and over the best fixed length; with one stream also over the best
+that measured acceptance and step times allow. Texts are compared too: a token that differs from
+plain decoding's is an error, not a statistic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import median
+from tempfile import gettempdir
+
+from benchmarks.report import Row, json_line, median_interval, rows_table, table
+from engine.build import build_worker
+from engine.llm import LLM
+from makers import demo_questions
+from makers.demo_data import Corpus, ask
+from scheduler.request import Load, SamplingParams
+
+Prompts = list[tuple[int, ...]]
+
+LENGTHS = (1, 2, 3, 4, 6, 8)  # fixed draft lengths
+WORK = ("answers", "text", "again")
+NEVER_BELOW = 0.98
+
+
+@dataclass(slots=True)
+class Run:
+    """What one mode made of one round."""
+
+    seconds: float
+    tokens: int
+    steps: int
+    drafted: int
+    accepted: int
+    draft_seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(slots=True)
+class Mode:
+    """One engine, asleep while others are measured."""
+
+    name: str
+    llm: LLM
+    runs: list[Run] = field(default_factory=list)
+    by_position: list[int] = field(default_factory=list)  # accepted, since they were last cleared
+    drafts: int = 0
+
+    def clear(self) -> None:
+        self.runs, self.by_position, self.drafts = [], [], 0
+
+    def run(self, prompts: Prompts, params: list[SamplingParams], ends: bool) -> list[object]:
+        before = self.llm.load()
+        started = time.perf_counter()
+        done = self.llm.generate(prompts, params, ignore_eos=not ends)
+        seconds = time.perf_counter() - started
+        after = self.llm.load()
+        texts: list[object] = [completion.choices[0].tokens for completion in done]
+        made = sum(len(completion.choices[0].tokens) for completion in done)
+        self.runs.append(
+            Run(
+                seconds,
+                made,
+                after.steps - before.steps,
+                after.draft_tokens - before.draft_tokens,
+                after.accepted_tokens - before.accepted_tokens,
+                after.draft_seconds - before.draft_seconds,
+            )
+        )
+        self._positions(before, after)
+        return texts
+
+    def _positions(self, before: Load, after: Load) -> None:
+        old = list(before.accepted_by_position)
+        new = list(after.accepted_by_position)
+        old += [0] * (len(new) - len(old))
+        gained = [b - a for a, b in zip(old, new, strict=True)]
+        self.by_position += [0] * (len(gained) - len(self.by_position))
+        for position, count in enumerate(gained):
+            self.by_position[position] += count
+        self.drafts += after.drafts - before.drafts
+
+    @property
+    def survival(self) -> list[float]:
+        """By position: the share of rows with drafts in which it and all before it were right."""
+        return [count / self.drafts for count in self.by_position] if self.drafts else []
+
+
+class Source:
+    """Prompts that no two rounds share, but for those asked again."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        corpus = Corpus.load()
+        rng = Random("speculation")
+        facts = rng.sample(corpus.facts, min(2000, len(corpus.facts)))
+        self._questions = [ask(rng, fact, demo_questions.HELD_OUT) for fact in facts]
+        self._texts = [text for text in corpus.unseen_texts if len(text) > 1200]
+        self._rng = rng
+        self._asked = 0
+
+    def take(self, work: str, count: int) -> tuple[Prompts, int, bool]:
+        """Prompts, the most tokens of an answer, and whether end tokens end it."""
+        encode = self._llm.tokenize
+        if work == "text":
+            prompts = []
+            for _ in range(count):
+                text = self._rng.choice(self._texts)
+                start = self._rng.randrange(len(text) - 1100)
+                prompts.append(encode(text[start : start + 1000])[:128])
+            return prompts, 128, False
+        if work == "again":
+            asked = self._questions[-8:] * (count // 8 + 1)
+            return [self._chat(question) for question in asked[:count]], 96, True
+        first = self._asked
+        self._asked += count
+        wrapped = [
+            self._questions[i % (len(self._questions) - 8)] for i in range(first, first + count)
+        ]
+        return [self._chat(question) for question in wrapped], 96, True
+
+    def _chat(self, question: str) -> tuple[int, ...]:
+        return self._llm.tokenize_chat([{"role": "user", "content": question}])
+
+
+def measure(
+    modes: Sequence[Mode],
+    source: Source,
+    work: str,
+    streams: int,
+    temperature: float,
+    rounds: int,
+    requests: int,
+) -> int:
+    """Every mode on the same prompts, round by round. How many texts differed from plain's."""
+    for mode in modes:
+        mode.clear()
+    differing = 0
+    for number in range(rounds + 1):
+        prompts, most, ends = source.take(work, requests)
+        params = [
+            SamplingParams(max_tokens=most, temperature=temperature, seed=1000 * number + i)
+            for i in range(requests)
+        ]
+        order = list(modes[number % len(modes) :]) + list(modes[: number % len(modes)])
+        texts = {}
+        for mode in order:
+            texts[mode.name] = mode.run(prompts, params, ends)
+        if number == 0:  # warms up, and learns
+            for mode in modes:
+                mode.clear()
+            continue
+        for mode in modes:
+            differing += sum(a != b for a, b in zip(texts[mode.name], texts["plain"], strict=True))
+    return differing
+
+
+def ceiling(modes: Sequence[Mode]) -> float:
+    """Tokens per second that the best draft length would give, by what was measured: acceptance by
+    position from the longest drafts, and the time of a step from each fixed length."""
+    fixed = [mode for mode in modes if mode.name.startswith("fixed")]
+    survival = fixed[-1].survival
+    best = median(run.rate for run in modes[0].runs)
+    for mode in fixed:
+        length = int(mode.name.split()[1])
+        step = median(run.seconds / run.steps for run in mode.runs)
+        best = max(best, (1 + sum(survival[:length])) / step)
+    return best
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speculation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--target", type=Path, default=Path("assets/demo/target"))
+    add("--draft", type=Path, default=Path("assets/demo/draft"))
+    add("--drafters", nargs="+", default=["suffix", "model"])
+    add("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    add("--work", nargs="+", choices=WORK, default=list(WORK))
+    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    add("--lengths", type=int, nargs="*", default=list(LENGTHS), help="fixed ones to compare with")
+    add("--rounds", type=int, default=7)
+    add("--least", type=int, default=8, help="requests a round; more where there are more streams")
+    add("--most-drafts", type=int, default=8)
+    add("--dtype", default="auto")
+    add("--cache-dir", help="where compiled kernels are kept")
+    add("--quick", action="store_true", help="three rounds of answers at 1 and 8 streams")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.streams, args.rounds, args.work, args.lengths = [1, 8], 3, ["answers"], [2, 4]
+    rows: list[Row] = []
+    lines: list[tuple[str, ...]] = []
+    for streams in args.streams:
+        with ExitStack() as stack:
+            modes = make_modes(args, streams, stack)
+            source = Source(modes[0].llm)
+            for work in args.work:
+                for temperature in args.temperatures:
+                    requests = max(args.least, streams * 2)
+                    wrong = measure(
+                        modes, source, work, streams, temperature, args.rounds, requests
+                    )
+                    name = f"{work}, temperature {temperature:g}, {streams} streams"
+                    rows += judge(name, modes, streams, wrong)
+                    lines += [line(name, mode) for mode in modes]
+                    print(f"{name}: done", file=sys.stderr, flush=True)
+    header = ("work", "mode", "tok/s", "tokens/step", "drafted", "right", "drafting")
+    print(table(header, lines) + "\n")
+    print(rows_table(rows))
+    print(json_line("speculation", rows))
+    return 0
+
+
+def make_modes(args: argparse.Namespace, streams: int, stack: ExitStack) -> list[Mode]:
+    """An engine each, of the same size."""
+    make = partial(
+        LLM,
+        str(args.target),
+        builder=partial(build_worker, patient=True),
+        max_num_seqs=streams,
+        max_model_len=1024,
+        num_pages=65 * streams + 1,
+        dtype=args.dtype,
+        cache_dir=args.cache_dir,
+        length_history=str(Path(gettempdir()) / "foresight-no-lengths"),
+    )
+    drafting = {
+        "drafters": tuple(args.drafters),
+        "draft_model": str(args.draft),
+        "max_draft_tokens": args.most_drafts,
+    }
+    modes = [
+        Mode("plain", stack.enter_context(make(drafters=()))),
+        Mode("auto", stack.enter_context(make(**drafting))),
+    ]
+    for length in args.lengths:
+        llm = stack.enter_context(make(**drafting, fixed_draft_tokens=length))
+        modes.append(Mode(f"fixed {length}", llm))
+    return modes
+
+
+def line(name: str, mode: Mode) -> tuple[str, ...]:
+    tokens = sum(run.tokens for run in mode.runs)
+    steps = sum(run.steps for run in mode.runs)
+    drafted = sum(run.drafted for run in mode.runs)
+    accepted = sum(run.accepted for run in mode.runs)
+    seconds = sum(run.seconds for run in mode.runs)
+    drafting = sum(run.draft_seconds for run in mode.runs)
+    return (
+        name,
+        mode.name,
+        f"{median(run.rate for run in mode.runs):.0f}",
+        f"{tokens / steps:.2f}",
+        f"{drafted / tokens:.2f}",
+        f"{accepted / drafted:.0%}" if drafted else "",
+        f"{drafting / seconds:.0%}",
+    )
+
+
+def judge(name: str, modes: Sequence[Mode], streams: int, wrong: int) -> list[Row]:
+    plain, auto, *fixed = modes
+    ratios = [a.rate / b.rate for a, b in zip(auto.runs, plain.runs, strict=True)]
+    middle, low, high = median_interval(ratios)
+    rows = [
+        Row(f"{name}: texts that differ from plain's", wrong, 0, "at most"),
+        Row(f"{name}: auto / plain", middle, NEVER_BELOW, interval=(low, high)),
+    ]
+    if fixed:
+        best = max(fixed, key=lambda mode: median(run.rate for run in mode.runs))
+        better = (
+            best
+            if median(r.rate for r in best.runs) > median(r.rate for r in plain.runs)
+            else plain
+        )
+        ratios = [a.rate / b.rate for a, b in zip(auto.runs, better.runs, strict=True)]
+        middle, low, high = median_interval(ratios)
+        rows.append(
+            Row(
+                f"{name}: auto / {better.name}, the best", middle, NEVER_BELOW, interval=(low, high)
+            )
+        )
+    if fixed and streams == 1:
+        rate = median(run.rate for run in auto.runs)
+        rows.append(Row(f"{name}: auto / what acceptance allows", rate / ceiling(modes), 0.9))
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
