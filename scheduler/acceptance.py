@@ -21,12 +21,12 @@ from scheduler.sequence import Sequence
 
 Floats = NDArray[np.float64]
 
-_PRIOR = 8.0  # rows of its own that weigh as much as what all have shown
-_KEEP = 0.97  # of what a sequence has shown, per row
-_KEEP_SHARED = 0.998
+_PRIOR = 6.0  # rows of its own that weigh as much as what all have shown
+_KEEP = 0.94  # of what a sequence has shown, per row
+_KEEP_SHARED = 0.99
 _LARGEST = 1e9  # weights are scaled down beyond that
 _FIRST_GUESS = (0.6, 0.8)  # right at the first position, and at each later one, before anything
-_GUESSED = 4.0  # rows that this counts for
+_GUESSED = 2.0  # rows that this counts for
 
 
 class Curves(NamedTuple):
@@ -50,12 +50,11 @@ class _Shared:
     from row to row, which is the same and leaves the others alone."""
 
     def __init__(self, most: int) -> None:
-        first, later = _FIRST_GUESS
         self.weight = 1.0
-        self.reached = [_GUESSED] * most  # rows that had all before it right
-        self.right = [_GUESSED * (later if position else first) for position in range(most)]
-        self.allowed = [_GUESSED] * most
-        self.drafted = [_GUESSED] * most
+        self.reached = [0.0] * most  # rows that had all before it right
+        self.right = [0.0] * most
+        self.allowed = [0.0] * most
+        self.drafted = [0.0] * most
 
     def grow(self) -> None:
         self.weight /= _KEEP_SHARED
@@ -63,6 +62,16 @@ class _Shared:
             for values in (self.reached, self.right, self.allowed, self.drafted):
                 values[:] = [value / self.weight for value in values]
             self.weight = 1.0
+
+    def shares(self) -> tuple[Floats, Floats]:
+        """By position: how many of those that reached it were right, and how many of those allowed
+        were drafted. What is not known is guessed."""
+        guessed = _GUESSED * self.weight
+        guess = np.full(len(self.right), _FIRST_GUESS[1])
+        guess[0] = _FIRST_GUESS[0]
+        right = (guessed * guess + self.right) / (guessed + np.array(self.reached))
+        drafted = (guessed + np.array(self.drafted)) / (guessed + np.array(self.allowed))
+        return right, drafted
 
 
 class Acceptance:
@@ -112,13 +121,12 @@ class Acceptance:
     def curves(self, sequences: Items[Sequence], number: int) -> Curves:
         """What to expect of each by that option."""
         shared = self._shared[number]
-        right = np.array(shared.right) / np.array(shared.reached)
+        right, proposed = shared.shares()
         owns = [sequence.shown.get(number) or _NOTHING for sequence in sequences]
         own = np.array([(o.rows, o.right, o.later, o.later_right) for o in owns])
         rows, first, later, later_right = own.T
         conditional = (_PRIOR * right + later_right[:, None]) / (_PRIOR + later[:, None])
         conditional[:, 0] = (_PRIOR * right[0] + first) / (_PRIOR + rows)
-        proposed = np.array(shared.drafted) / np.array(shared.allowed)
         return Curves(np.cumprod(conditional, axis=1), proposed)
 
 

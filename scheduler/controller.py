@@ -37,12 +37,14 @@ from scheduler.step_cost import StepCost
 Floats = NDArray[np.float64]
 
 EVERY = 8  # steps from one decision to the next while there are drafts,
-SELDOM = 64  # and while there are none, unless the batch changes by more than
+SELDOM = 32  # and while there are none, unless the batch changes by more than
 CHANGE = 8  # one row of so many
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
-MARGIN = 1.03  # by how much drafting must be better than plain decoding to begin, or another option
+MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
+PROBE_STEPS = 4  # that a probe lasts
 PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good drafts would be
 PATIENCE = 64  # steps over which drafting must not be slower than plain decoding is predicted to be
+TOLERATED = 0.98  # of what plain decoding would have brought: such counts are noisy
 PAUSE = 512  # plans without drafts after it was; doubled each time in a row
 LONGEST_PAUSE = 16 * PAUSE
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
@@ -127,7 +129,8 @@ class Controller:
                 sequence.drafts = 0
             return ()
         changed = abs(len(running) - self._decided_for) * CHANGE > self._decided_for
-        if changed or self._plans >= (EVERY if self._usual or self._probing else SELDOM):
+        wait = EVERY if self._usual else PROBE_STEPS if self._probing else SELDOM
+        if changed or self._plans >= wait:
             self._plans, self._decided_for = 0, len(running)
             live = [s for s in running if s.fed == len(s.tokens)]
             if live and self._cost.ready:
@@ -251,10 +254,10 @@ class Controller:
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
         option = self.options[self._option]
         drafts = min(2, sequence.most_drafts, self.most)
-        forwards, tokens = 0, drafts
+        forwards, tokens = 0, float(drafts)
         if option.computes:
-            forwards, tokens = drafts + 1, drafts + len(sequence.tokens)
-        price = self.draft_cost.total(1, forwards, tokens)
+            forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS
+        price = PROBE_STEPS * self.draft_cost.total(1, forwards, tokens)
         if price > self._credit:
             return
         self._probing = True
@@ -283,7 +286,7 @@ class Controller:
         net.tokens += sum(len(done.tokens) for done in result.rows)
         net.plain += rows * (computed + self._overhead) / plain
         if net.steps >= PATIENCE:
-            if net.tokens < net.plain:
+            if net.tokens < TOLERATED * net.plain:
                 self._resting, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
                 self._usual = 0.0
             else:

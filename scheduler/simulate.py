@@ -21,6 +21,7 @@ from scheduler.plan import RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Output, Request, SamplingParams
 from scheduler.scheduler import ContextTooLong, Scheduler
+from scheduler.simulated_drafts import DraftingCosts, Drafts
 from scheduler.trace import TraceRequest
 
 IN_FLIGHT = 2  # steps: one runs while the next waits, as in the engine
@@ -53,7 +54,9 @@ class CountingWorker:
     It knows requests by their seed, which is their number in the trace.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, drafting: DraftingCosts | None = None) -> None:
+        self._drafts = Drafts(slots, drafting)
+        self._prompt = [0] * (slots + 1)  # by slot: its tokens
         self._requests: dict[int, TraceRequest] = {}
         self._length = [0] * (slots + 1)  # by slot: tokens it stands at
         self._end = [0] * (slots + 1)  # by slot: the length at which it stops; 0: it never does
@@ -67,8 +70,11 @@ class CountingWorker:
             request = self._requests[admit.params.seed]
             stops = request.output_tokens < request.max_tokens
             length[admit.slot] = len(admit.cached)
+            self._prompt[admit.slot] = admit.prompt_len
+            self._drafts.admit(admit.slot, request.right)
             end[admit.slot] = admit.prompt_len + request.output_tokens if stops else 0
         rows: list[RowResult] = []
+        drafting = self._drafts.time(plan, seconds)
         for row in plan.rows:
             slot = row.slot
             if row.chunk is not None:
@@ -76,9 +82,21 @@ class CountingWorker:
                 if not row.samples:
                     rows.append(_NOTHING)
                     continue
+            if row.drafts:
+                rows.append(self._verify(slot, row.drafts))
+                continue
             length[slot] = now = length[slot] + 1
             rows.append(_END if now == end[slot] else _MORE)
-        return StepResult(plan.step, tuple(rows), seconds)
+        return StepResult(plan.step, tuple(rows), seconds, drafting)
+
+    def _verify(self, slot: int, drafts: int) -> RowResult:
+        length, end = self._length[slot], self._end[slot]
+        gained = 1 + self._drafts.verify(slot, length - self._prompt[slot], drafts)
+        tokens = [FILLER] * gained
+        if end and length + gained >= end:
+            tokens = [*tokens[: end - length - 1], STOP]
+        self._length[slot] += len(tokens)
+        return RowResult(tokens=tuple(tokens), proposed=drafts)
 
 
 class Prompts:
@@ -125,9 +143,10 @@ class SimulatedEngine:
         interval: float = 1.0,
         deadline: float | None = None,
         on_plan: Callable[[StepPlan], None] | None = None,
+        drafting: DraftingCosts | None = None,
     ) -> None:
         """`interval` is that of the time series; `deadline` ends requests so long after their
-        arrival; `on_plan` is shown every plan."""
+        arrival; `on_plan` is shown every plan; `drafting` is what drafts take."""
         self.scheduler = scheduler
         self.records: list[Record] = []
         self.timeline = Timeline(interval)
@@ -137,7 +156,7 @@ class SimulatedEngine:
         self._targets = targets
         self._deadline = deadline
         self._on_plan = on_plan
-        self._worker = CountingWorker(scheduler.config.max_num_seqs)
+        self._worker = CountingWorker(scheduler.config.max_num_seqs, drafting)
         self._prompts = Prompts()
         self._open: dict[str, Record] = {}
         self._in_flight: deque[tuple[StepPlan, StepResult, float]] = deque()  # done at
@@ -228,8 +247,9 @@ class SimulatedEngine:
                 self._on_plan(plan)
             seconds = self._cost.seconds(plan.shape)
             copies = self._cost.copy_seconds(plan.copies) if plan.copies else 0.0
-            self._free = max(self._free, now) + copies + seconds
-            self._in_flight.append((plan, self._worker.run(plan, seconds), self._free))
+            result = self._worker.run(plan, seconds)
+            self._free = max(self._free, now) + copies + result.drafting.seconds + seconds
+            self._in_flight.append((plan, result, self._free))
 
     def _collect(self, outputs: Iterable[Output], now: float) -> None:
         records = self._open
@@ -287,6 +307,7 @@ def simulate(
     horizon: float = math.inf,
     most_misses: float = math.inf,
     on_plan: Callable[[StepPlan], None] | None = None,
+    drafting: DraftingCosts | None = None,
 ) -> SimulationReport:
     """Runs a trace, sorted by arrival, through a new scheduler to the end.
 
@@ -294,6 +315,12 @@ def simulate(
     missed their targets, for whoever only wants to know whether that many do.
     """
     engine = SimulatedEngine(
-        scheduler, cost, targets, interval=interval, deadline=deadline, on_plan=on_plan
+        scheduler,
+        cost,
+        targets,
+        interval=interval,
+        deadline=deadline,
+        on_plan=on_plan,
+        drafting=drafting,
     )
     return engine.play(trace, horizon, most_misses)

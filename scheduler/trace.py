@@ -38,6 +38,9 @@ class TraceRequest:
     prefix_tokens: int = 0
     tenant: str = ""
     priority: int = 0  # lower runs sooner
+    # For each output token whether a draft of it would be right, as "1" or "0"; where it ends, no
+    # draft is. It depends on the text alone, so a recorded one holds for every draft length.
+    right: str = ""
 
     def __post_init__(self) -> None:
         def check(ok: bool, what: str) -> None:
@@ -63,6 +66,7 @@ class TraceRequest:
             not self.prefix_tokens or self.prefix_group is not None,
             "prefix_tokens needs a prefix_group",
         )
+        check(not set(self.right) - {"0", "1"}, "right must consist of 0 and 1")
 
 
 _KINDS = {field.name: str(field.type) for field in fields(TraceRequest)}
