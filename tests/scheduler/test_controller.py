@@ -118,6 +118,7 @@ class Alone:
         ((self.sequence,),) = self.scheduler._requests.values()
         self.sequence.fed = len(self.sequence.tokens)
         self._rng = np.random.default_rng(1)
+        self._behind = 40  # tokens that the draft model has not read
         self.now = 0.0
         self.lengths: list[int] = []
 
@@ -136,8 +137,12 @@ class Alone:
             self.policy.learn(self.sequence, row, done)
         plan = StepPlan(0, (), (row,), least=least)
         self.now += 5e-3
-        forwards = drafts if 1 in drafters else 0
-        work = DraftTime(0.5e-3 * forwards, forwards, forwards)
+        self._behind += right + 1
+        work = DraftTime()
+        if drafts and 1 in drafters:
+            tokens = drafts + self._behind
+            work = DraftTime(0.5e-3 * drafts + 2e-6 * tokens, drafts, tokens)
+            self._behind = 0
         self.policy.settled(plan, StepResult(0, (done,), 4.5e-3, work), self.now)
 
     def mean(self, steps: int) -> float:
