@@ -182,7 +182,7 @@ class SpeculationConfig:
     """Tokens guessed ahead of their verification. The text is the same with any of it."""
 
     drafters: tuple[str, ...] = option(
-        ("model",),
+        ("suffix", "model"),
         "Who may guess, each row's first choice first: `suffix`, what followed the same words"
         " before, in this text or another of the tenant; `lookup`, in this text alone;"
         " `recycling`, what followed the last token or two lately; `model`, the draft model,"

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from worker.drafters.base import Drafter
+from worker.drafters.lookup import LookupDrafter
+from worker.drafters.recycling import RecyclingDrafter
+from worker.drafters.suffix import SuffixDrafter
 
 MODEL = "model"  # the one that needs a checkpoint
 
 # Those that need nothing but the text.
-MODEL_FREE: dict[str, Callable[[], Drafter]] = {}
+MODEL_FREE: dict[str, Callable[[], Drafter]] = {
+    "suffix": SuffixDrafter,
+    "lookup": LookupDrafter,
+    "recycling": RecyclingDrafter,
+}
 
 NAMES = (*MODEL_FREE, MODEL)

@@ -1,0 +1,224 @@
+"""`SuffixDrafter`: what followed the same words before (SuffixDecoding, arXiv 2411.04975).
+
+A trie of all substrings up to a length, with counts, says how often each token followed each run of
+tokens. One trie holds the sequence's own text, another the texts of all sequences of its group. A
+guess starts after the end of the text: from the longest suffix that is in the trie and was followed
+by something, the most frequent child is taken again and again.
+
+The answer of one long suffix is worth more than that of a short one, but a short one may have seen
+more. So every length of suffix is tried, and the guess with the largest sum of survivals is made:
+the number of drafts that it expects to be right.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from worker.drafters.base import LATER, NOTHING, Ask, Guess
+from worker.drafters.memory import Groups
+
+DEPTH = 10  # tokens of a suffix, and of what follows it
+NODES = 400_000  # of a trie; about 60 MB
+CATCH_UP = 512  # tokens read in one step, which wait for it
+LEAST = 0.1  # drafts that are less probable are not made
+_DOUBT = 0.5  # times that something else is taken to have followed
+
+
+class Trie:
+    """Counts of runs of tokens. Node 0 is the root, the empty run."""
+
+    def __init__(self, nodes: int = NODES, depth: int = DEPTH) -> None:
+        self._most = nodes
+        self._depth = depth
+        self._texts: deque[list[int]] = deque()  # what is in it, oldest first
+        self._clear()
+
+    def _clear(self) -> None:
+        self._child: dict[tuple[int, int], int] = {}
+        self._count = [0]
+        self._best = [-1]  # by node: the token that followed most often, the newest of equals
+        self._most_often = [0]  # how often that was
+
+    def __len__(self) -> int:
+        return len(self._count)
+
+    def begin(self) -> Text:
+        """Another text, to be appended to."""
+        tokens: list[int] = []
+        self._texts.append(tokens)
+        return Text(self, tokens)
+
+    def add(self, active: list[int], token: int) -> list[int]:
+        """A token after runs that end at these nodes, the longest first; the new ones."""
+        child, count, best, most_often = self._child, self._count, self._best, self._most_often
+        extended = []
+        for node in active:
+            key = (node, token)
+            found = child.get(key)
+            if found is None:
+                child[key] = found = len(count)
+                count.append(0)
+                best.append(-1)
+                most_often.append(0)
+            times = count[found] = count[found] + 1
+            if times >= most_often[node]:
+                best[node], most_often[node] = token, times
+            extended.append(found)
+        if len(extended) == self._depth:
+            del extended[0]
+        extended.append(0)
+        return extended
+
+    def full(self) -> bool:
+        return len(self._count) > self._most
+
+    def forget_half(self) -> None:
+        """Builds itself up again from the newer half of its tokens."""
+        total = sum(map(len, self._texts))
+        kept = 0
+        texts: deque[list[int]] = deque()
+        for text in reversed(self._texts):
+            left = total // 2 - kept
+            if left <= 0 and texts:
+                break
+            del text[: max(len(text) - left, 0)]
+            kept += len(text)
+            texts.appendleft(text)
+        self._texts = texts
+        self._clear()
+        for text in texts:
+            active = [0]
+            for token in text:
+                active = self.add(active, token)
+
+    def guess(self, tokens: list[int], most: int, least: float) -> tuple[float, Guess]:
+        """The best guess after the text, and how many of its tokens should be right."""
+        child, count, best, most_often = self._child, self._count, self._best, self._most_often
+        found = 0.0, NOTHING
+        end = len(tokens)
+        for length in range(min(self._depth - 1, end), 0, -1):
+            node: int | None = 0
+            for token in tokens[end - length :]:
+                node = child.get((node, token))  # type: ignore[arg-type]
+                if node is None:
+                    break
+            if not node or best[node] < 0:
+                continue
+            drafts: list[int] = []
+            confidence: list[float] = []
+            survival, score = 1.0, 0.0
+            suffix = tokens[end - length :]
+            while len(drafts) < most:
+                if best[node] < 0:  # as deep as it goes: on from a shorter suffix
+                    node, suffix = self._shorter(suffix)
+                    if not node:
+                        break
+                # The end of the text itself is counted too, and was not followed by anything.
+                times = count[node] - (not drafts)
+                share = most_often[node] / (times + _DOUBT)
+                if survival * share < least:
+                    break
+                token = best[node]
+                survival *= share
+                score += survival
+                drafts.append(token)
+                confidence.append(share)
+                suffix.append(token)
+                node = child[node, token]
+            if score > found[0]:
+                found = score, Guess(drafts, confidence)
+            if score >= 0.8 * most:
+                break
+        return found
+
+    def _shorter(self, suffix: list[int]) -> tuple[int, list[int]]:
+        """The node of the longest shorter suffix that was followed by something; 0 if none was."""
+        for start in range(max(len(suffix) - self._depth + 1, 1), len(suffix)):
+            node: int | None = 0
+            for token in suffix[start:]:
+                node = self._child.get((node, token))  # type: ignore[arg-type]
+                if node is None:
+                    break
+            if node and self._best[node] >= 0:
+                return node, suffix[start:]
+        return 0, suffix
+
+
+class Text:
+    """A text on its way into a trie."""
+
+    __slots__ = ("_active", "_tokens", "_trie")
+
+    def __init__(self, trie: Trie, tokens: list[int]) -> None:
+        self._trie = trie
+        self._tokens = tokens
+        self._active = [0]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        trie, active = self._trie, self._active
+        self._tokens += tokens
+        for token in tokens:
+            active = trie.add(active, token)
+        self._active = active
+        if trie.full():
+            trie.forget_half()
+            self._active = [0]
+
+
+class _Own:
+    """One slot."""
+
+    def __init__(self, shared: Trie) -> None:
+        self.shared = shared
+        self.trie = Trie()
+        self.text = self.trie.begin()
+        self.text_of_all: Text | None = None
+        self.known = 0  # tokens of the text that are in both
+
+
+class SuffixDrafter:
+    """Drafts from the sequence's own past and that of its group, whichever promises more."""
+
+    name = "suffix"
+
+    def __init__(self) -> None:
+        self._groups: Groups[Trie] = Groups(Trie, most=16)
+        self._group: dict[int, bytes] = {}  # by slot
+        self._own: dict[int, _Own] = {}
+
+    def admit(self, slot: int, group: bytes) -> None:
+        self._group[slot] = group
+        self._own.pop(slot, None)
+
+    def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
+        least = max(least, LEAST)
+        budget = CATCH_UP
+        for ask in asks:
+            budget -= self._catch_up(ask, budget)
+        return [self._guess(ask, least) for ask in asks]
+
+    def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
+        pass  # what was right comes with the next ask
+
+    def _guess(self, ask: Ask, least: float) -> Guess:
+        own = self._own[ask.slot]
+        if own.known < len(ask.tokens):
+            return LATER
+        here = own.trie.guess(ask.tokens, ask.most, least)
+        there = own.shared.guess(ask.tokens, ask.most, least)
+        return max(here, there, key=lambda found: found[0])[1]
+
+    def _catch_up(self, ask: Ask, most: int) -> int:
+        """Reads what is new, or so many tokens of it. How many it read."""
+        own = self._own.get(ask.slot)
+        if own is None:
+            shared = self._groups.of(self._group.get(ask.slot, b""))
+            own = self._own[ask.slot] = _Own(shared)
+            own.text_of_all = shared.begin()
+        assert own.text_of_all is not None
+        new = ask.tokens[own.known : own.known + max(most, 0)]
+        own.known += len(new)
+        own.text.extend(new)
+        own.text_of_all.extend(new)
+        return len(new)
