@@ -84,7 +84,15 @@ def build_drafting(
     model: ModelDrafter | None = None
     if draft is not None:
         kv = allocate_pool(draft.spec, num_pages, slots.page_size, draft.dtype, slots.tokens.device)
-        model = ModelDrafter(draft.runner, kv, slots, sampler, draft.parameters, step_tokens)
+        model = ModelDrafter(
+            draft.runner,
+            kv,
+            slots,
+            sampler,
+            draft.parameters,
+            draft.spec.vocab_size,
+            step_tokens,
+        )
     drafters: list[Drafter] = []
     for name in names:
         if name == MODEL:

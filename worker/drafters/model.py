@@ -54,16 +54,18 @@ class ModelDrafter:
         slots: SlotTable,
         sampler: Sampler,
         parameters: int,
+        vocab_size: int,
         most_tokens: int,
     ) -> None:
-        """kv: the draft model's pool, see `kv_pool.allocate_pool`; `parameters` of the model;
-        `most_tokens` of known text are caught up with in one step, by rows that do not draft in
-        it."""
+        """kv: the draft model's pool, see `kv_pool.allocate_pool`; `parameters` and `vocab_size`
+        of the model; `most_tokens` of known text are caught up with in one step, by rows that do
+        not draft in it."""
         self.runner = runner
         self._kv = kv
         self._slots = slots
         self._sampler = sampler
         self._parameters = parameters
+        self._last = vocab_size - 1  # a token beyond it is as good as any to a drafter
         self._most_tokens = most_tokens
         self._vocab = sampler.slots.vocab_size
         self._computed = [0] * len(slots.epoch)  # by slot: positions with keys and values
@@ -175,13 +177,14 @@ class ModelDrafter:
         self._depth += 1
         self._fed += len(ids)
         batch = span_batch(self._slots, spans)
-        return self.runner.forward(torch.tensor(ids, device=device), batch, self._kv, read)
+        fed = torch.tensor(ids, device=device).clamp_(max=self._last)
+        return self.runner.forward(fed, batch, self._kv, read)
 
     def _draw(self, rows: list[_Row], hidden: Tensor) -> None:
         """A draft of each, by the target's noise and rules."""
         logits = self.runner.logits(hidden)
-        if logits.shape[1] != self._vocab:  # padded otherwise; what lies beyond is never drawn
-            missing = self._vocab - logits.shape[1]
+        missing = self._vocab - logits.shape[1]
+        if missing:  # one of the two vocabularies is padded; what the other has not is not drawn
             logits = pad(logits, (0, missing), value=-torch.inf).contiguous()
         slots = [row.ask.slot for row in rows]
         positions = torch.tensor([self._length(row) for row in rows], device=logits.device)
