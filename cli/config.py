@@ -21,6 +21,7 @@ from engine.config import Config, ModelConfig
 
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 PROJECT = Path(__file__).resolve().parent.parent
+DEMO_DRAFT = "assets/demo/draft"
 
 # In a cluster with a service called "foresight", Kubernetes sets variables of these shapes.
 _KUBERNETES = re.compile(rf"{ENVIRONMENT_PREFIX}(SERVICE_.+|PORT_\d+_.+)")
@@ -217,6 +218,11 @@ def _check(config: Config) -> None:
         raise CommandError(f"memory_fraction must be in (0, 1], not {cache.memory_fraction}.")
     if not 0 <= schedule.watermark < 1:
         raise CommandError(f"watermark must be in [0, 1), not {schedule.watermark}.")
+    speculation = config.engine.speculation
+    for name in ("max_draft_tokens", "fixed_draft_tokens"):
+        count = getattr(speculation, name)
+        if count is not None and count < 0:
+            raise CommandError(f"{name} must not be negative, not {count}.")
     if not 0 <= server.port < 65536:
         raise CommandError(f"port must be between 0 and 65535, not {server.port}.")
     if server.drain_seconds < 0:
@@ -234,10 +240,15 @@ def _with_places(config: Config, environment: Mapping[str, str]) -> Config:
     model, device = engine.model, engine.device
     if model.model == ModelConfig().model and not Path(model.model).is_dir():
         model = dataclasses.replace(model, model=str(PROJECT / model.model))
+    speculation = engine.speculation
+    draft = speculation.draft_model
+    if draft == DEMO_DRAFT and not Path(draft).is_dir():
+        speculation = dataclasses.replace(speculation, draft_model=str(PROJECT / draft))
     if device.cache_dir is None:
         device = dataclasses.replace(device, cache_dir=_cache_folder(environment))
     return dataclasses.replace(
-        config, engine=dataclasses.replace(engine, model=model, device=device)
+        config,
+        engine=dataclasses.replace(engine, model=model, device=device, speculation=speculation),
     )
 
 

@@ -66,7 +66,7 @@ def metrics() -> str:
         device="cpu",
         dtype="bfloat16",
     )
-    exported = Metrics("demo", Load, lambda: facts)
+    exported = Metrics("demo", lambda: Load(accepted_by_position=(0,)), lambda: facts)
     for _, counter in exported.counters():
         if counter.label is not None:
             counter.add(label="x")

@@ -14,6 +14,7 @@ import torch
 from engine.config import DeviceConfig, EngineConfig
 from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
+from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
 from kernels.linear.prepare import LinearMode, prepare_linears
@@ -132,6 +133,7 @@ def _build(
             page_size=budget.page_size,
             device=device.name,
             dtype=str(dtype).removeprefix("torch."),
+            drafters=drafter_names(config.speculation),
         ),
         host,
         drafting,

@@ -51,6 +51,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     max_logprobs: int
     device: str
     dtype: str
+    drafters: tuple[str, ...] = ()  # by name
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

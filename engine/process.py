@@ -50,6 +50,8 @@ class WorkerFacts(Protocol):
     def device(self) -> str: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def drafters(self) -> tuple[str, ...]: ...
 
 
 class BuiltWorker(StepWorker, Protocol):
@@ -101,6 +103,7 @@ def facts_of(worker: BuiltWorker, config: SchedulerConfig) -> EngineFacts:
         max_logprobs=min(MAX_LOGPROBS, facts.vocab_size),
         device=facts.device,
         dtype=facts.dtype,
+        drafters=facts.drafters,
     )
 
 

@@ -16,11 +16,19 @@ class CachedTokens(_Shape):
     cached_tokens: int
 
 
+class Predictions(_Shape):
+    """Tokens guessed ahead of their verification: the right ones are part of the answer."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class UsageShape(_Shape):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: Predictions
 
 
 class Metrics(_Shape):

@@ -130,6 +130,8 @@ def log_fields(scope: Scope, context: Context, seconds: float) -> dict[str, obje
             "prompt_tokens": fields.usage.prompt_tokens,
             "completion_tokens": fields.usage.completion_tokens,
             "cached_tokens": fields.usage.cached_tokens,
+            "drafted_tokens": fields.usage.drafted,
+            "accepted_tokens": fields.usage.accepted,
             "queue_ms": fields.queue_ms,
             "first_token_ms": fields.first_token_ms,
         }

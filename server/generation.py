@@ -132,6 +132,8 @@ class Generation:
             if choice.finish is not None:  # siblings find the first one's prompt in the cache
                 name, tokens = choice.request.id, choice.finish.cached_tokens
                 cached[name] = min(tokens, cached.get(name, tokens))
+                usage.drafted += choice.finish.drafted
+                usage.accepted += choice.finish.accepted
         usage.cached_tokens = sum(cached.values())
         return usage
 

@@ -147,6 +147,22 @@ _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
     ),
     (Definition("engine_steps", "Settled steps.", False), lambda x: x.steps),
     (
+        Definition("spec_decode_num_drafts", "Rows that verified drafted tokens."),
+        lambda x: x.drafts,
+    ),
+    (
+        Definition("spec_decode_num_draft_tokens", "Drafted tokens that were verified."),
+        lambda x: x.draft_tokens,
+    ),
+    (
+        Definition("spec_decode_num_accepted_tokens", "Those of them that were right."),
+        lambda x: x.accepted_tokens,
+    ),
+    (
+        Definition("spec_decode_draft_seconds", "Time that the target waited for drafts.", False),
+        lambda x: x.draft_seconds,
+    ),
+    (
         Definition("step_seconds", "Time from one settled step to the next.", False),
         lambda x: x.step_seconds,
     ),
@@ -154,6 +170,11 @@ _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
         Definition("step_seconds_profiled", "The same by the profile of step times.", False),
         lambda x: x.step_seconds_profiled,
     ),
+)
+
+
+_BY_POSITION = Definition(
+    "spec_decode_num_accepted_tokens_per_pos", "Right drafts by position after a row's own token."
 )
 
 
@@ -325,6 +346,13 @@ class Metrics(Collector):
                 )
                 family.add_metric(values, read(load))
                 yield family
+        if wanted(_BY_POSITION):
+            family = CounterMetricFamily(
+                prefix + _BY_POSITION.name, _BY_POSITION.help, labels=[*names, "position"]
+            )
+            for position, accepted in enumerate(load.accepted_by_position):
+                family.add_metric([*values, str(position)], accepted)
+            yield family
         for definition, counter in self.counters():
             if wanted(definition):
                 extra = [counter.label] if counter.label else []

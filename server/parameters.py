@@ -117,6 +117,10 @@ PARAMETERS: tuple[Parameter, ...] = (
     _honoured("metadata", "Up to 16 pairs, returned with the answer."),
     _honoured("timings", "Return timings of this request in `metrics`."),
     _honoured("slo", "Latency targets in seconds: ttft, mtpot."),
+    _honoured(
+        "speculative", "Of drafts: enabled, max_draft_tokens (a step), drafter (the only one)."
+    ),
+    _honoured("disable_spec_decode", "true is speculative.enabled: false."),
     _honoured("best_of", "Accepted when equal to n.", COMPLETIONS),
     # Cannot change the text of one answer.
     _ignored("user", "Not used."),
@@ -126,7 +130,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     _ignored("prompt_cache_key", "The prefix cache needs no hint."),
     _ignored("prompt_cache_options", "The prefix cache needs no hint."),
     _ignored("prompt_cache_retention", "The prefix cache needs no hint."),
-    _ignored("prediction", "Used by no drafter yet.", CHAT),
+    _ignored("prediction", "Drafters look things up in the prompt instead.", CHAT),
     _ignored("verbosity", "Ask for it in the prompt.", CHAT),
     _ignored("parallel_tool_calls", "There are no tools.", CHAT),
     _ignored("spaces_between_special_tokens", "Has no effect on the supported tokenizers."),

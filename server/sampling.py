@@ -28,6 +28,7 @@ class Limits:
     vocab_size: int
     max_logprobs: int
     max_choices: int
+    drafters: tuple[str, ...] = ()  # that the engine has
 
 
 @dataclass(frozen=True, slots=True)

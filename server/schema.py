@@ -60,6 +60,16 @@ class Slo(_Model):
     mtpot: Seconds | None = None  # the largest gap between two outputs of a choice
 
 
+class Speculative(_Model):
+    """What one request asks of speculative decoding. Its text is the same with any of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    enabled: bool | None = None
+    max_draft_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # in one step
+    drafter: Annotated[str, Field(max_length=64)] | None = None  # the only one
+
+
 class ContentPart(_Model):
     type: str
     text: str | None = None
@@ -135,6 +145,8 @@ class SamplingFields(_Model):
     ) = None
     timings: bool | None = None
     slo: Slo | None = None
+    speculative: Speculative | None = None
+    disable_spec_decode: bool | None = None
 
 
 class ChatBody(SamplingFields):

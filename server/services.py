@@ -48,6 +48,7 @@ class Services:
             vocab_size=facts.vocab_size,
             max_logprobs=min(server.max_logprobs, facts.max_logprobs),
             max_choices=server.max_choices,
+            drafters=facts.drafters,
         )
         use_file = self.config.engine.model.generation_config
         found = self.text.generation

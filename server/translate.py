@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from scheduler.request import Request, SamplingParams
+from scheduler.request import Request, SamplingParams, Speculation
 from server.body import JsonObject
 from server.errors import invalid, model_not_found
 from server.job import Caller, Job, View
 from server.parameters import Endpoint, unhonoured
 from server.prompts import Prompts, Truncation, prompt_list
 from server.sampling import Limits, Sampler, stop_strings
-from server.schema import ChatBody, CompletionBody, SamplingFields, parse
+from server.schema import ChatBody, CompletionBody, SamplingFields, Speculative, parse
 from text.stops import StopStrings
 
 MAX_WORK = 1024  # choices of one API request, over all prompts
@@ -200,6 +200,17 @@ class Translator:
         if prompts * (body.n or 1) > MAX_WORK:
             raise invalid(f"prompts times n must not exceed {MAX_WORK}.", "n")
 
+    def _speculation(self, body: ChatBody | CompletionBody) -> Speculation:
+        asked = body.speculative or Speculative()
+        off = asked.enabled is False or bool(body.disable_spec_decode)
+        if asked.enabled and body.disable_spec_decode:
+            raise invalid("disable_spec_decode contradicts speculative.enabled.", "speculative")
+        drafter, there = asked.drafter, self.limits.drafters
+        if drafter is not None and drafter not in there:
+            known = f"there are {', '.join(there)}" if there else "this server has none"
+            raise invalid(f"There is no drafter {drafter!r}: {known}.", "speculative.drafter")
+        return Speculation(not off, asked.max_draft_tokens, drafter)
+
     def _check_logprobs(self, count: int | None, param: str) -> None:
         if count is not None and count > self.limits.max_logprobs:
             raise invalid(f"{param} must not exceed {self.limits.max_logprobs}.", param)
@@ -231,6 +242,7 @@ class Translator:
             "deadline": arrival + min(timeouts) if timeouts else None,
             "ttft_target": body.slo and body.slo.ttft,
             "mtpot_target": body.slo and body.slo.mtpot,
+            "speculation": self._speculation(body),
             "queue_deadline": None if self.queue_timeout is None else arrival + self.queue_timeout,
         }
         requests = tuple(

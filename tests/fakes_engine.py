@@ -28,6 +28,7 @@ FACTS = EngineFacts(
     max_logprobs=20,
     device="none",
     dtype="none",
+    drafters=("suffix",),
 )
 
 

@@ -36,6 +36,7 @@ class WorkerFacts:
     page_size: int
     device: str
     dtype: str
+    drafters: tuple[str, ...] = ()  # by name
 
 
 class Worker:

@@ -37,7 +37,7 @@ def exported() -> set[str]:
         device="cpu",
         dtype="bfloat16",
     )
-    metrics = Metrics("demo", Load, lambda: facts)
+    metrics = Metrics("demo", lambda: Load(accepted_by_position=(0,)), lambda: facts)
     for _, counter in metrics.counters():
         counter.add(label="x" if counter.label else "")
     return {sample.name for family in metrics.registry.collect() for sample in family.samples}

@@ -71,6 +71,7 @@ class Facts:
     page_size: int = PAGE_SIZE
     device: str = "scripted"
     dtype: str = "none"
+    drafters: tuple[str, ...] = ()
 
 
 class ThreadedWorker:

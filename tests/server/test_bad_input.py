@@ -67,6 +67,9 @@ COMMON: list[tuple[str, list[Any]]] = [
     ),
     ("timings", ["yes", 1]),
     ("slo", [5, "fast", [], {"ttft": 0}, {"ttft": -1}, {"mtpot": "1"}, {"mtpot": True}]),
+    ("speculative", [5, "off", [], {"enabled": 1}, {"max_draft_tokens": -1}, {"drafter": 7}]),
+    ("speculative", [{"drafter": "oracle"}, {"drafter": "model"}, {"length": 3}]),
+    ("disable_spec_decode", ["no", 1]),
     ("slo", [{"mtpot": []}, {"tpot": 1}, {"ttft": 1, "x": None}]),
 ]
 OF_CHAT: list[tuple[str, list[Any]]] = [
@@ -124,6 +127,13 @@ async def test_every_wrong_value_is_named(post, engine, stream: bool) -> None:
         (CHAT, {"slo": {"ttft": 0}}, "slo.ttft"),
         (COMPLETIONS, {"slo": {"ttft": 1, "mtpot": "1"}}, "slo.mtpot"),
         (COMPLETIONS, {"slo": {"tpot": 1}}, "slo.tpot"),
+        (CHAT, {"speculative": {"drafter": "oracle"}}, "speculative.drafter"),
+        (CHAT, {"speculative": {"max_draft_tokens": 1.5}}, "speculative.max_draft_tokens"),
+        (
+            COMPLETIONS,
+            {"speculative": {"enabled": True}, "disable_spec_decode": True},
+            "speculative",
+        ),
         (CHAT, {"top_logprobs": 2}, "top_logprobs"),
         (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         (CHAT, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),

@@ -56,6 +56,10 @@ async def test_a_plain_answer() -> None:
         "completion_tokens": produced,
         "total_tokens": prompt + produced,
         "prompt_tokens_details": {"cached_tokens": 16},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
 
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from engine.errors import RejectedError
-from scheduler.request import FinishReason, Load
+from scheduler.request import FinishReason, Load, Speculation
 from tests.fakes_engine import ScriptedEngine
 from tests.server.helpers import EOS, MODEL, REPLY, TOKENIZER, reply_engine
 from tests.server.live import serving, until
@@ -96,6 +96,34 @@ def test_latency_targets_go_in_the_extra_body(engine, client: openai.OpenAI, slo
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model=MODEL, prompt="a", extra_body={"slo": {"ttft": -1}})
     assert bad.value.param == "slo.ttft"
+
+
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        ({}, Speculation()),
+        ({"speculative": {}}, Speculation()),
+        ({"speculative": {"enabled": False}}, Speculation(enabled=False)),
+        ({"speculative": None, "disable_spec_decode": True}, Speculation(enabled=False)),
+        ({"speculative": {"max_draft_tokens": 0}}, Speculation(max_draft_tokens=0)),
+        (
+            {"speculative": {"max_draft_tokens": 3, "drafter": "suffix"}},
+            Speculation(max_draft_tokens=3, drafter="suffix"),
+        ),
+    ],
+)
+def test_speculation_goes_in_the_extra_body(engine, client: openai.OpenAI, extra, wanted) -> None:
+    answer = client.completions.create(model=MODEL, prompt="a", extra_body=extra)
+    (request,) = engine.requests
+    assert request.speculation == wanted
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.accepted_prediction_tokens == 0
+    wrong = {"speculative": {"drafter": "oracle"}}
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model=MODEL, prompt="a", extra_body=wrong)
+    assert bad.value.param == "speculative.drafter"
+    assert "there are suffix" in str(bad.value)
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -60,6 +60,8 @@ LEGAL: dict[str, dict[str, Any]] = {
     "metadata": {"metadata": {"a": "b"}},
     "timings": {"timings": True},
     "slo": {"slo": {"ttft": 1, "mtpot": 0.5}},
+    "speculative": {"speculative": {"enabled": True, "max_draft_tokens": 2, "drafter": "suffix"}},
+    "disable_spec_decode": {"disable_spec_decode": True},
     "best_of": {"best_of": 1},
 }
 CASES = [(endpoint, p) for endpoint in Endpoint for p in known(endpoint).values()]
