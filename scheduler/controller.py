@@ -103,7 +103,8 @@ class Controller:
         self._calibration = [Calibration() for _ in names]
         self._alone = {name: (number,) for number, name in enumerate(names)}
         self._cost = cost
-        self._option = 0  # in use
+        # In use; at first the one that asks most drafters, for one of them may know.
+        self._option = max(range(len(options)), key=lambda i: len(options[i].drafters))
         self._usual = 0.0  # drafts of a sequence, on average
         self._least: tuple[float, ...] = ()
         self._decided_for = self._plans = self._decisions = 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from kernels.cpu.chain import NativeChain
 from kernels.cpu.decoder import DecoderLayer as NativeLayer
 from kernels.cpu.decoder import NativeDecoder
 from kernels.cpu.linear import NativeLinear
@@ -20,8 +21,9 @@ from worker.runner import EagerRunner, Runner
 class NativeRunner:
     """A dense decoder, a whole step in one native call."""
 
-    def __init__(self, decoder: NativeDecoder, head: NativeLinear) -> None:
+    def __init__(self, decoder: NativeDecoder, head: NativeLinear, chain: NativeChain) -> None:
         self.name = "native-cpu"
+        self.chain = chain
         self._decoder = decoder
         self._head = head
 
@@ -65,7 +67,8 @@ def native_runner(decoder: Decoder, ops: NativeOps) -> Runner:
             )
         )
     native = ops.decoder(decoder.embedding, layers, decoder.norm, decoder.spec.norm_eps)
-    return NativeRunner(native, _native(decoder.head))
+    head = _native(decoder.head)
+    return NativeRunner(native, head, ops.chain(native, head))
 
 
 def _native(linear: nn.Module) -> NativeLinear:

@@ -26,7 +26,7 @@ from kernels.cpu.library import Library
 from kernels.cpu.ops import NativeOps
 
 _SOURCES = Path(__file__).parent / "native"
-_UNITS = ("attention.cpp", "linear.cpp", "decoder.cpp", "ops.cpp", "sampling.cpp")
+_UNITS = ("attention.cpp", "linear.cpp", "decoder.cpp", "chain.cpp", "ops.cpp", "sampling.cpp")
 _FLAGS = (
     "-std=c++17",
     "-O3",

@@ -57,7 +57,7 @@ class NativeDecoder:
         self._hidden, self._dtype = embedding.shape[1], embedding.dtype
         self._run, self._size = library.decoder_step, library.workspace_bytes
         self._layers = (_Layer * len(layers))(*(_layer(layer, embedding) for layer in layers))
-        self._model = _Model(
+        self.structure = _Model(
             layers=self._layers,
             num_layers=len(layers),
             hidden=self._hidden,
@@ -86,18 +86,32 @@ class NativeDecoder:
         [reads] int64 different token rows, theirs alone, [reads, hidden], which saves most of the
         last layer's work in a prompt chunk.
         """
+        step, out = self.step(ids, batch, kv, read)
+        self._run(byref(self.structure), byref(step), torch.get_num_threads())
+        return out
+
+    def step(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        kv: Sequence[Tensor],
+        read: Tensor | None = None,
+        least: int = 0,
+    ) -> tuple[Step, Tensor]:
+        """The arguments of a step, and where its result will be. They point into the tensors. The
+        workspace is large enough for `least` tokens, too."""
         check_batch(batch)
         if read is not None and (read.dtype != torch.int64 or read.shape[0] > ids.shape[0]):
             raise ValueError("read must be int64 token rows, each at most once")
         if kv is not self._kv:
             self._attach(kv)
         tokens = ids.shape[0]
-        size = self._size(byref(self._model), tokens)
+        size = self._size(byref(self.structure), max(tokens, least))
         if self._workspace.shape[0] < size:
             self._workspace = torch.empty(size, dtype=torch.uint8)
         wanted = tokens if read is None else read.shape[0]
         out = torch.empty((wanted, self._hidden), dtype=self._dtype)
-        step = _Step(
+        step = Step(
             ids.data_ptr(),
             batch.positions.data_ptr(),
             batch.kv_slots.data_ptr(),
@@ -111,12 +125,11 @@ class NativeDecoder:
             None if read is None else read.data_ptr(),
             -1 if read is None else wanted,
         )
-        self._run(byref(self._model), byref(step), torch.get_num_threads())
-        return out
+        return step, out
 
     def _attach(self, kv: Sequence[Tensor]) -> None:
         """Takes the layers' pools, which are the same ones in every step."""
-        model = self._model
+        model = self.structure
         page_size = kv[0].shape[3]
         shape = (2, model.kv_heads, page_size, model.head_dim)
         for layer, pool in zip(self._layers, kv, strict=True):
@@ -127,7 +140,9 @@ class NativeDecoder:
         self._kv = kv
 
 
-class _Projection(Structure):
+class Projection(Structure):
+    """A linear layer."""
+
     _fields_: ClassVar = [
         ("packed", c_void_p),
         ("bias", c_void_p),
@@ -140,13 +155,13 @@ class _Projection(Structure):
 class _Layer(Structure):
     _fields_: ClassVar = [
         ("input_norm", c_void_p),
-        ("qkv", _Projection),
+        ("qkv", Projection),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
-        ("output", _Projection),
+        ("output", Projection),
         ("mlp_norm", c_void_p),
-        ("gate_up", _Projection),
-        ("down", _Projection),
+        ("gate_up", Projection),
+        ("down", Projection),
         ("cos_sin", c_void_p),
         ("rotary_half", c_int64),
         ("window", c_int64),
@@ -172,7 +187,9 @@ class _Model(Structure):
     ]
 
 
-class _Step(Structure):
+class Step(Structure):
+    """One call of a decoder."""
+
     _fields_: ClassVar = [
         ("ids", c_void_p),
         ("positions", c_void_p),
@@ -201,13 +218,13 @@ def _layer(layer: DecoderLayer, embedding: Tensor) -> _Layer:
         raise ValueError("cos_sin must be a contiguous fp32 tensor")
     return _Layer(
         input_norm=layer.input_norm.data_ptr(),
-        qkv=_projection(layer.qkv),
+        qkv=projection(layer.qkv),
         q_norm=None if shape.q_norm is None else shape.q_norm.data_ptr(),
         k_norm=None if shape.k_norm is None else shape.k_norm.data_ptr(),
-        output=_projection(layer.output),
+        output=projection(layer.output),
         mlp_norm=layer.mlp_norm.data_ptr(),
-        gate_up=_projection(layer.gate_up),
-        down=_projection(layer.down),
+        gate_up=projection(layer.gate_up),
+        down=projection(layer.down),
         cos_sin=None if cos_sin is None else cos_sin.data_ptr(),
         rotary_half=0 if cos_sin is None else cos_sin.shape[2],
         window=shape.window or 0,
@@ -216,8 +233,9 @@ def _layer(layer: DecoderLayer, embedding: Tensor) -> _Layer:
     )
 
 
-def _projection(linear: NativeLinear) -> _Projection:
-    return _Projection(
+def projection(linear: NativeLinear) -> Projection:
+    """Points into the layer's tensors."""
+    return Projection(
         packed=linear.packed.data_ptr(),
         bias=None if linear.bias is None else linear.bias.data_ptr(),
         columns=linear.out_features,

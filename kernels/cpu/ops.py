@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.cpu.chain import NativeChain
 from kernels.cpu.decoder import DecoderLayer, NativeDecoder
 from kernels.cpu.library import Library, check_batch, type_of
 from kernels.cpu.linear import NativeLinear
@@ -39,6 +40,10 @@ class NativeOps:
     ) -> NativeDecoder:
         """All layers in one call; see `NativeDecoder`."""
         return NativeDecoder(self._library, embedding, layers, norm, eps)
+
+    def chain(self, decoder: NativeDecoder, head: NativeLinear) -> NativeChain:
+        """Drafts in one call; see `NativeChain`."""
+        return NativeChain(self._library, decoder, head)
 
     def sampling(self) -> NativeSampling:
         """The sampler; see `NativeSampling`."""

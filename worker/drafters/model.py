@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.cpu.chain import ChainRows
 from kernels.ops import AttentionBatch
 from worker.drafters.base import LATER, Ask, Guess
-from worker.runner import Runner
+from worker.runner import DraftChain, Runner
 from worker.sampler import Sampler
+from worker.sampling_state import Need
 from worker.slots import SlotTable
+
+Span = tuple[int, int, int]  # a slot, and positions from the first to before the last
 
 # Multiplications of a forward below which a second CPU thread costs more than it brings: each of
 # the dozens of meetings of two threads takes about a microsecond.
@@ -36,6 +40,9 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
     all_right: float = 1.0  # the probability that all drafts so far are
+
+    def drafts_on(self, least: float) -> bool:
+        return len(self.tokens) < self.ask.most and self.all_right >= least
 
 
 class ModelDrafter:
@@ -86,13 +93,68 @@ class ModelDrafter:
 
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         rows = [_Row(ask) for ask in asks]
-        alive = self._catch_up(rows)
-        with self._threads(len(alive)):
-            while alive := [
-                r for r in alive if len(r.tokens) < r.ask.most and r.all_right >= least
-            ]:
-                self._draw(alive, self._continue(alive))
+        through, spans = self._behind(rows)
+        needs = self._sampler.slots.needs
+        chain = self.runner.chain
+        if chain is None or any(needs[row.ask.slot] & Need.PROCESSING for row in through):
+            self._one_by_one(rows, through, spans, least)
+        elif through:
+            self._in_one_call(chain, rows, through, spans, least)
+        elif spans:
+            self._forward(self._ids(rows, spans), spans, None)
+        for slot, _, end in spans:
+            self._advance(slot, end)
         return [Guess(row.tokens, row.confidence) if row.tokens else LATER for row in rows]
+
+    def _one_by_one(
+        self, rows: list[_Row], through: list[_Row], spans: list[Span], least: float
+    ) -> None:
+        if not spans:
+            return
+        ids = self._ids(rows, spans)
+        with self._threads(len(ids)):
+            hidden = self._forward(ids, spans, self._last_tokens(spans, len(through)))
+            if through:
+                self._draw(through, hidden)
+        with self._threads(len(through)):
+            while alive := [row for row in through if row.drafts_on(least)]:
+                self._draw(alive, self._continue(alive))
+                through = alive
+
+    def _in_one_call(
+        self,
+        chain: DraftChain,
+        rows: list[_Row],
+        through: list[_Row],
+        spans: list[Span],
+        least: float,
+    ) -> None:
+        ids, count = self._ids(rows, spans), len(through)
+        batch = span_batch(self._slots, spans, max(row.ask.most for row in through))
+        sampling = self._sampler.slots
+        slot = torch.tensor([row.ask.slot for row in through])
+        drafting = ChainRows(
+            length=torch.tensor([len(row.ask.tokens) for row in through]),
+            most=torch.tensor([row.ask.most for row in through]),
+            temperature=sampling.temperature[slot],
+            log_min_p=sampling.log_min_p[slot],
+            top_k=sampling.top_k[slot],
+            top_p=sampling.top_p[slot],
+            seed=sampling.seed[slot],
+            choice=sampling.choice[slot],
+            page_table=batch.page_table[:count],
+        )
+        read = self._last_tokens(spans, count)
+        fed = torch.tensor(ids).clamp_(max=self._last)
+        with self._threads(max(len(ids), count)):
+            tokens, confidence = chain.draft(
+                fed, batch, self._kv, read, drafting, least, self._vocab
+            )
+        for i, row in enumerate(through):
+            row.tokens, row.confidence = tokens[i], confidence[i]
+        made = [len(row.tokens) for row in through]
+        self._depth += max(made)
+        self._fed += len(ids) + sum(made) - count
 
     def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
         # The last draft was drawn, but not fed.
@@ -117,11 +179,11 @@ class ModelDrafter:
     def _length(row: _Row) -> int:
         return len(row.ask.tokens) + len(row.tokens)
 
-    def _catch_up(self, rows: list[_Row]) -> list[_Row]:
-        """Feeds what is known and was not fed, and draws for those that are through with it."""
+    def _behind(self, rows: list[_Row]) -> tuple[list[_Row], list[Span]]:
+        """Those that will be through with what is known, and what is to be fed: theirs first."""
         budget = self._most_tokens
         through: list[_Row] = []
-        spans: list[tuple[int, int, int]] = []  # slot, and positions from and to
+        spans: list[Span] = []
         for row in sorted(rows, key=lambda row: len(row.ask.tokens) - self._computed[row.ask.slot]):
             slot, known = row.ask.slot, len(row.ask.tokens)
             start = min(self._computed[slot], known - 1)  # the last gives the first draft
@@ -132,18 +194,12 @@ class ModelDrafter:
             spans.append((slot, start, end))
             if end == known:
                 through.append(row)
-        if not spans:
-            return []
-        ids = [t for row_ids in (self._ids(rows, span) for span in spans) for t in row_ids]
-        ends = np.cumsum([end - start for _, start, end in spans])
-        read = torch.from_numpy(ends[: len(through)] - 1).to(self._slots.tokens.device)
-        with self._threads(len(ids)):
-            hidden = self._forward(ids, spans, read)
-            if through:
-                self._draw(through, hidden)
-        for slot, _, end in spans:
-            self._advance(slot, end)
-        return through
+        return through, spans
+
+    def _last_tokens(self, spans: list[Span], count: int) -> Tensor:
+        """Where in the forward the last tokens of the first rows stand."""
+        ends = np.cumsum([end - start for _, start, end in spans[:count]])
+        return torch.from_numpy(ends - 1).to(self._slots.tokens.device)
 
     @contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
@@ -157,9 +213,9 @@ class ModelDrafter:
             torch.set_num_threads(threads)
 
     @staticmethod
-    def _ids(rows: list[_Row], span: tuple[int, int, int]) -> list[int]:
-        slot, start, end = span
-        return next(row.ask.tokens[start:end] for row in rows if row.ask.slot == slot)
+    def _ids(rows: list[_Row], spans: list[Span]) -> list[int]:
+        tokens = {row.ask.slot: row.ask.tokens for row in rows}
+        return [token for slot, start, end in spans for token in tokens[slot][start:end]]
 
     def _continue(self, rows: list[_Row]) -> Tensor:
         """Feeds the last draft of each, which stands in the token table from here on."""
@@ -170,9 +226,7 @@ class ModelDrafter:
         table[at[:, 0], at[:, 1]] = torch.tensor(ids, dtype=table.dtype, device=table.device)
         return self._forward(ids, spans, None)
 
-    def _forward(
-        self, ids: list[int], spans: list[tuple[int, int, int]], read: Tensor | None
-    ) -> Tensor:
+    def _forward(self, ids: list[int], spans: list[Span], read: Tensor | None) -> Tensor:
         device = self._slots.tokens.device
         self._depth += 1
         self._fed += len(ids)
@@ -196,8 +250,8 @@ class ModelDrafter:
             row.all_right *= confidence
 
 
-def span_batch(slots: SlotTable, spans: Sequence[tuple[int, int, int]]) -> AttentionBatch:
-    """One ragged forward over known positions: of each slot those from a first to before a last."""
+def span_batch(slots: SlotTable, spans: Sequence[Span], more: int = 0) -> AttentionBatch:
+    """One ragged forward over known positions; the page table reaches `more` positions further."""
     device, size = slots.tokens.device, slots.page_size
     table = np.array(spans, dtype=np.int64)
     counts = table[:, 2] - table[:, 1]
@@ -211,7 +265,7 @@ def span_batch(slots: SlotTable, spans: Sequence[tuple[int, int, int]]) -> Atten
         return torch.from_numpy(values).to(device)
 
     row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
-    page_table = slots.page_table[row_slots, : -(-longest // size)]
+    page_table = slots.page_table[row_slots, : -(-(longest + more) // size)]
     return AttentionBatch(
         positions=at,
         token_rows=token_rows,

@@ -14,16 +14,7 @@ void sample(const float* logits, const Draw* draws, int64_t* tokens, int64_t row
     const Range range = part(rows, share);
     for (int64_t r = range.begin; r < range.end; r++) {
         const TiledRow row(logits + r * vocab, vocab, maxima);
-        if (!row.usable) {
-            tokens[r] = 0;
-        } else if (draws == nullptr) {
-            tokens[r] = argmax(row);
-        } else if (draws[r].log_min_p == kNothing && draws[r].top_k >= vocab &&
-                   draws[r].top_p >= 1) {
-            tokens[r] = draw_from_all(row, draws[r]);
-        } else {
-            tokens[r] = draw_truncated(row, vocab, draws[r], found);
-        }
+        tokens[r] = choose(row, vocab, draws ? draws[r] : Draw{}, found);
     }
 }
 

@@ -185,4 +185,13 @@ inline int64_t draw_truncated(const TiledRow& row, int64_t vocab, const Draw& dr
     return draw_from(found, draw);
 }
 
+// A temperature of 0 is greedy. A row without a finite maximum gives 0.
+inline int64_t choose(const TiledRow& row, int64_t vocab, const Draw& draw, Candidates& found) {
+    if (!row.usable) return 0;
+    if (draw.temperature == 0) return argmax(row);
+    if (draw.log_min_p == kNothing && draw.top_k >= vocab && draw.top_p >= 1)
+        return draw_from_all(row, draw);
+    return draw_truncated(row, vocab, draw, found);
+}
+
 }  // namespace native
