@@ -22,20 +22,29 @@ _KEEP = 0.99  # of what was counted, per draft of about that belief
 class Calibration:
     """Of one drafter."""
 
-    __slots__ = ("_counted", "_right")
+    __slots__ = ("_believed", "_came_true", "_counted", "_right")
 
     def __init__(self) -> None:
+        self._believed = self._came_true = 1.0
         self._counted = [0.0] * len(_LOW)
         self._right = [0.0] * len(_LOW)
 
     def learn(self, confidence: tuple[float, ...], accepted: int) -> None:
         """Drafts with these confidences were verified, so many of them right."""
+        self._believed *= _KEEP
+        self._came_true = _KEEP * self._came_true + accepted
         belief = 1.0
         for position, one in enumerate(confidence):
             belief *= one
+            self._believed += belief
             at = bisect_right(EDGES, belief)
             self._counted[at] = _KEEP * self._counted[at] + 1.0
             self._right[at] = _KEEP * self._right[at] + (position < accepted)
+
+    @property
+    def honesty(self) -> float:
+        """Right drafts for each that it expected to be right."""
+        return self._came_true / self._believed
 
     def threshold(self, least: float) -> float:
         """The belief down to which at least that share is right.

@@ -32,6 +32,7 @@ from scheduler.gap import gap_target
 from scheduler.plan import Row, RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.sequence import Sequence
+from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import StepCost
 
 Floats = NDArray[np.float64]
@@ -106,7 +107,8 @@ class Controller:
         # In use; at first the one that asks most drafters, for one of them may know.
         self._option = max(range(len(options)), key=lambda i: len(options[i].drafters))
         self._usual = 0.0  # drafts of a sequence, on average
-        self._least: tuple[float, ...] = ()
+        self._rules = NO_RULES
+        self._turn = 0  # whose turn it is to be probed
         self._decided_for = self._plans = self._decisions = 0
         self._net = _Net()
         self._resting = 0  # plans without drafts to come
@@ -122,13 +124,13 @@ class Controller:
         sequence.drafters = self._drafters(sequence, self._option)
         sequence.drafts = min(round(self._usual), sequence.most_drafts)
 
-    def plan(self, running: list[Sequence]) -> tuple[float, ...]:
+    def plan(self, running: list[Sequence]) -> Rules:
         self._plans += 1
         if self._resting:
             self._resting -= 1
             for sequence in running:
                 sequence.drafts = 0
-            return ()
+            return NO_RULES
         changed = abs(len(running) - self._decided_for) * CHANGE > self._decided_for
         wait = EVERY if self._usual else PROBE_STEPS if self._probing else SELDOM
         if changed or self._plans >= wait:
@@ -136,7 +138,7 @@ class Controller:
             live = [s for s in running if s.fed == len(s.tokens)]
             if live and self._cost.ready:
                 self._decide(live)
-        return self._least
+        return self._rules
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
         if not done.proposed and done.drafter >= 0:
@@ -145,6 +147,9 @@ class Controller:
         self.acceptance.learn(sequence, row.drafters, row.drafts, done.proposed, accepted)
         if done.confidence:
             self._calibration[done.drafter].learn(done.confidence, accepted)
+            if len(row.drafters) > 1:  # it says something of that one alone, too
+                alone = (done.drafter,)
+                self.acceptance.learn(sequence, alone, row.drafts, done.proposed, accepted)
         pace = sequence.exact_pace + PACE_RATE * (1 + accepted - sequence.exact_pace)
         sequence.exact_pace = pace
         sequence.pace = max(round(pace * PACES) / PACES, 1.0)
@@ -163,7 +168,7 @@ class Controller:
 
     def _decide(self, live: list[Sequence]) -> None:
         numbers: Items[int] = (self._option,)
-        if self._decisions % ALL_OPTIONS == 0:
+        if not self._usual or self._decisions % ALL_OPTIONS == 0:
             numbers = range(len(self.options))
         self._decisions += 1
         verify = self._verify(live)
@@ -177,7 +182,8 @@ class Controller:
             best = best.nobody()
         self._option = best.option
         self._usual = float(best.drafts.mean())
-        self._least = tuple(c.threshold(best.least) for c in self._calibration)
+        least = tuple(c.threshold(best.least) for c in self._calibration)
+        self._rules = Rules(least, self._heard(live, best))
         for sequence, drafts in zip(live, best.drafts.tolist(), strict=True):
             sequence.drafts = drafts
             sequence.drafters = self._drafters(sequence, best.option)
@@ -185,7 +191,26 @@ class Controller:
                 sequence.exact_pace = sequence.pace = 1.0
         self._probing = False
         if not self._usual:
-            self._probe(live)
+            self._probe(live, verify)
+
+    def _heard(self, live: list[Sequence], best: Allocation) -> tuple[float, ...]:
+        """How much a drafter must promise to be heard before those that would be asked after it:
+        what they usually bring, less the tokens that their time would bring."""
+        drafters = self.options[best.option].drafters
+        heard = [0.0] * len(self._calibration)
+        asked = int(np.count_nonzero(best.drafts))
+        if not asked:
+            return ()
+        length = round(float(best.drafts.sum()) / asked)
+        price = best.rate * self.draft_cost.of_a_draft(asked) * length
+        for place, number in enumerate(drafters[:-1]):
+            rest = self.acceptance.number(drafters[place + 1 :])
+            if rest is None:
+                continue
+            usual = float(self.acceptance.curves(live, rest).survival[:, :length].sum(1).mean())
+            paid = price if self.options[rest].computes else 0.0
+            heard[number] = max(usual - paid, 0.0) / self._calibration[number].honesty
+        return tuple(heard)
 
     def _verify(self, live: list[Sequence]) -> tuple[Floats, Floats]:
         """Numbers of tokens, and the seconds a step takes to verify so many."""
@@ -246,23 +271,28 @@ class Controller:
         target = gap_target(None, live)
         return math.inf if target is None else GAP_AIM * target
 
-    def _probe(self, live: list[Sequence]) -> None:
+    def _probe(self, live: list[Sequence], verify: tuple[Floats, Floats]) -> None:
         """Has one sequence draft, where the time for it was saved up, so that it is noticed when
-        drafts would pay after all."""
+        drafts would pay after all. The options take turns, but for those that take too long."""
         willing = [s for s in live if s.most_drafts]
         if not willing:
             return
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
-        option = self.options[self._option]
         drafts = min(2, sequence.most_drafts, self.most)
-        forwards, tokens = 0, float(drafts)
-        if option.computes:
-            forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS
-        price = PROBE_STEPS * self.draft_cost.total(1, forwards, tokens)
-        if price > self._credit:
-            return
-        self._probing = True
-        sequence.drafts = drafts
+        more = float(np.interp(len(live) + drafts, *verify) - verify[1][0])
+        for turn in range(self._turn, self._turn + len(self.options)):
+            option = self.options[turn % len(self.options)]
+            forwards, tokens = 0, 0.0
+            if option.computes:
+                forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS
+            price = PROBE_STEPS * (self.draft_cost.total(1, forwards, tokens) + more)
+            if price <= self._credit:
+                self._credit -= price
+                self._turn = turn + 1
+                self._probing = True
+                sequence.drafts = drafts
+                sequence.drafters = self._drafters(sequence, turn % len(self.options))
+                return
 
     # --- watching -------------------------------------------------------------------------------
 
@@ -276,8 +306,6 @@ class Controller:
         if wall < 4 * computed:  # else nobody was there for a while
             self._overhead += 0.05 * (max(wall - computed, 0.0) - self._overhead)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
-        if self._probing:
-            self._credit -= result.drafting.seconds
         if not asked or self._probing or any(row.chunk for row in plan.rows):
             return
         rows, context = len(plan.rows), plan.shape.decode_context

@@ -18,7 +18,7 @@ from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
 from scheduler.spare import Room, Spare
-from scheduler.speculation import DraftPolicy
+from scheduler.speculation import NO_RULES, DraftPolicy, Rules
 from scheduler.step_cost import StepCost
 from scheduler.waiting import WaitingQueue
 
@@ -45,7 +45,7 @@ class Decision:
     in_flight: bool  # pages released now are only promised
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
-    least: tuple[float, ...] = ()  # see StepPlan
+    rules: Rules = NO_RULES
     context: int = 0  # positions that live rows read, summed, at most
     gap: GapBudget | None = None  # what the live rows' targets leave to chunks; None: no target
     spare: Spare | None = None  # what tenants leave each other; None: there is one only
@@ -104,7 +104,7 @@ class Decider:
             in_flight=in_flight,
             blocked=blocked,
         )
-        d.least = self._drafts.plan(running)
+        d.rules = self._drafts.plan(running)
         others = self._continue_live(d, running)
         admits = bool(waiting and self._memory.free_slots and not d.blocked and not d.pressure)
         if d.rows and (others or admits):

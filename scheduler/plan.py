@@ -65,6 +65,9 @@ class StepPlan:
     # By drafter: it drafts on for a row only while it believes with at least this probability that
     # all of its drafts so far are right. Those left out never stop.
     least: tuple[float, ...] = ()
+    # By drafter: where others can be asked after it, it is heard only if it expects so many or more
+    # of its drafts to be right. Those left out always are.
+    heard: tuple[float, ...] = ()
     saves: tuple[PageCopy, ...] = ()  # device page -> host page; the rows may overwrite the former
 
     @property

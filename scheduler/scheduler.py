@@ -215,7 +215,7 @@ class Scheduler:
         if decision.loading:
             self._blocked = False  # the loaded pages may be hit
         saves = self._memory.saves()
-        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape, decision.least, saves)
+        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape, *decision.rules, saves)
         self._counts.steps += 1
         self._in_flight[plan.step] = decision.rows
         return plan

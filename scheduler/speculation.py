@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from scheduler.plan import Row, RowResult, StepPlan, StepResult
 from scheduler.sequence import Sequence
+
+
+class Rules(NamedTuple):
+    """See `StepPlan`."""
+
+    least: tuple[float, ...] = ()
+    heard: tuple[float, ...] = ()
+
+
+NO_RULES = Rules()
 
 
 class DraftPolicy(Protocol):
@@ -19,8 +29,8 @@ class DraftPolicy(Protocol):
         """It arrives."""
         ...
 
-    def plan(self, running: list[Sequence]) -> tuple[float, ...]:
-        """Decides before a step. Returns `StepPlan.least`."""
+    def plan(self, running: list[Sequence]) -> Rules:
+        """Decides before a step."""
         ...
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
@@ -43,8 +53,8 @@ class FixedDrafts:
         sequence.drafts = min(self._drafts, sequence.most_drafts)
         sequence.drafters = self._drafters
 
-    def plan(self, running: list[Sequence]) -> tuple[float, ...]:
-        return ()
+    def plan(self, running: list[Sequence]) -> Rules:
+        return NO_RULES
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
         pass

@@ -22,6 +22,15 @@ class Drafted:
     guess: Guess
 
 
+def expected(guess: Guess) -> float:
+    """How many of its drafts the drafter takes to be right."""
+    belief, sum_ = 1.0, 0.0
+    for confidence in guess.confidence:
+        belief *= confidence
+        sum_ += belief
+    return sum_
+
+
 class Drafting:
     """The drafters of one worker, and what is known of each slot's tokens on the host.
 
@@ -59,15 +68,16 @@ class Drafting:
         started = time.perf_counter()
         round_ = 0
         while asking:
-            asking = self._ask(asking, round_, plan.least)
+            asking = self._ask(asking, round_, plan)
             round_ += 1
         self._write()
         rows = [self._with_drafts(row) if row.drafts else row for row in plan.rows]
         work = (0, 0) if self.model is None else self.model.take_work()
         return rows, DraftTime(time.perf_counter() - started, *work)
 
-    def _ask(self, rows: list[Row], choice: int, least: tuple[float, ...]) -> list[Row]:
-        """Asks each row's drafter of that choice; those it had nothing for, and have another."""
+    def _ask(self, rows: list[Row], choice: int, plan: StepPlan) -> list[Row]:
+        """Asks each row's drafter of that choice; those it had too little for."""
+        least, heard = plan.least, plan.heard
         by_drafter: dict[int, list[Row]] = {}
         for row in rows:
             if choice < len(row.drafters):
@@ -80,8 +90,10 @@ class Drafting:
             for row, guess in zip(group, guesses, strict=True):
                 if guess.tokens or guess is LATER:
                     self._of_slot[row.slot] = Drafted(number, guess)
-                else:
-                    left.append(row)
+                    more = choice + 1 < len(row.drafters) and number < len(heard)
+                    if guess is LATER or not more or expected(guess) >= heard[number]:
+                        continue
+                left.append(row)
         return left
 
     def _write(self) -> None:

@@ -21,7 +21,7 @@ from scheduler.controller import Controller, Option
 from scheduler.request import FinishReason, SchedulerConfig, Speculation
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Sequence
-from scheduler.speculation import DraftPolicy, FixedDrafts
+from scheduler.speculation import DraftPolicy, FixedDrafts, Rules
 from scheduler.step_cost import StepCost
 from tests.e2e.driving import drive
 from tests.e2e.test_exactness import (
@@ -189,11 +189,12 @@ def test_lengths_that_change_with_every_step(sampler: str) -> None:
     class Random(FixedDrafts):
         rng = random.Random(9)
 
-        def plan(self, running: list[Sequence]) -> tuple[float, ...]:
+        def plan(self, running: list[Sequence]) -> Rules:
             for sequence in running:
                 sequence.drafts = self.rng.choice((0, 0, 1, 2, 5))
                 sequence.drafters = self.rng.choice(((0,), (1,), (1, 0), (0, 1)))
-            return (self.rng.random(), self.rng.random())
+            chances = (self.rng.random(), self.rng.random())
+            return Rules(chances, (3 * self.rng.random(), 0.0))
 
     check(CONFIG, sampler, Random(), "suffix", "stranger", depth=1, arrivals_per_step=1)
 

@@ -123,7 +123,7 @@ class Alone:
         self.lengths: list[int] = []
 
     def step(self, chance: float) -> None:
-        least = self.policy.plan([self.sequence])
+        rules = self.policy.plan([self.sequence])
         drafts, drafters = self.sequence.drafts, self.sequence.drafters
         self.lengths.append(drafts)
         row = Row(1, 1, None, True, drafts, drafters)
@@ -135,7 +135,7 @@ class Alone:
             done.drafter = drafters[-1]
             done.confidence = (0.6,) * drafts
             self.policy.learn(self.sequence, row, done)
-        plan = StepPlan(0, (), (row,), least=least)
+        plan = StepPlan(0, (), (row,), least=rules.least, heard=rules.heard)
         self.now += 5e-3
         self._behind += right + 1
         work = DraftTime()

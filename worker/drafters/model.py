@@ -198,7 +198,8 @@ class ModelDrafter:
 
     def _last_tokens(self, spans: list[Span], count: int) -> Tensor:
         """Where in the forward the last tokens of the first rows stand."""
-        ends = np.cumsum([end - start for _, start, end in spans[:count]])
+        lengths = [end - start for _, start, end in spans[:count]]
+        ends = np.cumsum(lengths, dtype=np.int64)
         return torch.from_numpy(ends - 1).to(self._slots.tokens.device)
 
     @contextmanager
