@@ -30,16 +30,16 @@ from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
 from scheduler.gap import gap_target
 from scheduler.plan import Row, RowResult, StepPlan, StepResult
-from scheduler.profile import StepShape
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import StepCost
+from scheduler.verify_cost import VerifyCost
 
 Floats = NDArray[np.float64]
 
-EVERY = 8  # steps from one decision to the next while there are drafts,
-SELDOM = 32  # and while there are none, unless the batch changes by more than
-CHANGE = 8  # one row of so many
+EVERY = 8  # steps from one decision to the next while there are drafts, unless the batch changes
+CHANGE = 4  # by more than one row of so many
+SELDOM = 32  # steps from one probe to the next while there are none; they are what may change that
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
 MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
 PROBE_STEPS = 4  # that a probe lasts
@@ -47,7 +47,7 @@ PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good dr
 PATIENCE = 64  # steps over which drafting must not be slower than plain decoding is predicted to be
 TOLERATED = 0.98  # of what plain decoding would have brought: such counts are noisy
 PAUSE = 64  # plans without drafts after it was; doubled each time in a row
-LONGEST_PAUSE = 64 * PAUSE
+LONGEST_PAUSE = 8 * PAUSE
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
@@ -103,7 +103,7 @@ class Controller:
         self.acceptance = Acceptance([option.drafters for option in options], most)
         self._calibration = [Calibration() for _ in names]
         self._alone = {name: (number,) for number, name in enumerate(names)}
-        self._cost = cost
+        self._steps = VerifyCost(cost)
         # In use; at first the one that asks most drafters, for one of them may know.
         self._option = max(range(len(options)), key=lambda i: len(options[i].drafters))
         self._usual = 0.0  # drafts of a sequence, on average
@@ -131,13 +131,18 @@ class Controller:
             for sequence in running:
                 sequence.drafts = 0
             return NO_RULES
-        changed = abs(len(running) - self._decided_for) * CHANGE > self._decided_for
+        rows = len(running)
+        changed = abs(rows - self._decided_for) * CHANGE > self._decided_for
         wait = EVERY if self._usual else PROBE_STEPS if self._probing else SELDOM
-        if changed or self._plans >= wait:
-            self._plans, self._decided_for = 0, len(running)
+        if rows and (changed or self._plans >= wait):
             live = [s for s in running if s.fed == len(s.tokens)]
-            if live and self._cost.ready:
-                self._decide(live)
+            if live and self._steps.ready:
+                self._plans = 0
+                if changed or self._usual or self._probing:
+                    self._decided_for = rows
+                    self._decide(live)
+                else:
+                    self._probe(live)
         return self._rules
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
@@ -172,7 +177,8 @@ class Controller:
             numbers = range(len(self.options))
         self._decisions += 1
         verify = self._verify(live)
-        plain = len(live) / (float(verify[1][0]) + self._overhead)
+        seconds = self._steps.plain(len(live), sum(len(s.tokens) for s in live))
+        plain = len(live) / (seconds + self._overhead)
         found = {number: self._allocate(live, number, plain, verify) for number in numbers}
         present = found[self._option]
         best = max(found.values(), key=lambda allocation: allocation.rate)
@@ -190,8 +196,6 @@ class Controller:
             if not drafts:
                 sequence.exact_pace = sequence.pace = 1.0
         self._probing = False
-        if not self._usual:
-            self._probe(live, verify)
 
     def _heard(self, live: list[Sequence], best: Allocation) -> tuple[float, ...]:
         """How much a drafter must promise to be heard before those that would be asked after it:
@@ -216,7 +220,7 @@ class Controller:
         """Numbers of tokens, and the seconds a step takes to verify so many."""
         rows, context = len(live), sum(len(s.tokens) for s in live)
         sizes = np.unique(np.geomspace(rows, rows * (1 + self.most), VERIFY_POINTS).round())
-        seconds = [self._cost.seconds(StepShape(rows, int(n), context, 0)) for n in sizes]
+        seconds = [self._steps.drafted(rows, int(n), context) for n in sizes]
         return sizes, np.array(seconds)
 
     def _allocate(
@@ -271,7 +275,7 @@ class Controller:
         target = gap_target(None, live)
         return math.inf if target is None else GAP_AIM * target
 
-    def _probe(self, live: list[Sequence], verify: tuple[Floats, Floats]) -> None:
+    def _probe(self, live: list[Sequence]) -> None:
         """Has one sequence draft, where the time for it was saved up, so that it is noticed when
         drafts would pay after all. The options take turns, but for those that take too long."""
         willing = [s for s in live if s.most_drafts]
@@ -279,13 +283,15 @@ class Controller:
             return
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
         drafts = min(2, sequence.most_drafts, self.most)
-        more = float(np.interp(len(live) + drafts, *verify) - verify[1][0])
+        context = sum(len(s.tokens) for s in live)
+        more = self._steps.drafted(len(live), len(live) + drafts, context)
+        more -= self._steps.plain(len(live), context)
         for turn in range(self._turn, self._turn + len(self.options)):
             option = self.options[turn % len(self.options)]
             forwards, tokens = 0, 0.0
             if option.computes:
                 forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS
-            price = PROBE_STEPS * (self.draft_cost.total(1, forwards, tokens) + more)
+            price = PROBE_STEPS * (self.draft_cost.total(1, forwards, tokens) + max(more, 0.0))
             if price <= self._credit:
                 self._credit -= price
                 self._turn = turn + 1
@@ -306,10 +312,14 @@ class Controller:
         if wall < 4 * computed:  # else nobody was there for a while
             self._overhead += 0.05 * (max(wall - computed, 0.0) - self._overhead)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
-        if not asked or self._probing or any(row.chunk for row in plan.rows):
+        if any(row.chunk for row in plan.rows):
             return
         rows, context = len(plan.rows), plan.shape.decode_context
-        plain = self._cost.seconds(StepShape(rows, rows, context, 0)) + self._overhead
+        tokens = rows + sum(done.proposed for done in result.rows)
+        self._steps.observe(rows, tokens, context, result.seconds)
+        if not asked or self._probing:
+            return
+        plain = self._steps.plain(rows, context) + self._overhead
         net = self._net
         net.steps += 1
         net.tokens += sum(len(done.tokens) for done in result.rows)

@@ -27,6 +27,8 @@ class DraftCost:
         self._normal = np.zeros((3, 3))
         self._right = np.zeros(3)
         self._coefficients = (0.0, 0.0, 0.0)
+        # Least squares of the relative error stay below the mean where the error is skew.
+        self._took = self._predicted = 0.0
         self._steps = 0
 
     def observe(self, rows: int, work: DraftTime) -> None:
@@ -34,6 +36,8 @@ class DraftCost:
         if work.seconds <= 0.0:
             return
         predicted = self.total(rows, work.depth, work.tokens)
+        self._took = _KEEP * self._took + work.seconds
+        self._predicted = _KEEP * self._predicted + predicted / self._factor
         seconds = min(work.seconds, _CLIP * predicted) if self._steps > _REFIT else work.seconds
         features = np.array([rows, work.depth, work.tokens]) / seconds
         self._normal = _KEEP * self._normal + np.outer(features, features)
@@ -51,19 +55,23 @@ class DraftCost:
         a, b, c = nonnegative(features, target).tolist()
         self._coefficients = a, b, c
 
+    @property
+    def _factor(self) -> float:
+        return self._took / self._predicted if self._predicted > 0.0 else 1.0
+
     def total(self, rows: float, depth: int, tokens: float) -> float:
         """Seconds, for so many rows and forwards."""
         a, b, c = self._coefficients
-        return a * rows + b * depth + c * tokens
+        return (a * rows + b * depth + c * tokens) * self._factor
 
     def seconds(
         self, rows: NDArray[np.int64], depth: NDArray[np.int64] | int, tokens: Floats | float
     ) -> Floats:
         """The same for many."""
         a, b, c = self._coefficients
-        return np.asarray(a * rows + b * depth + c * tokens)
+        return np.asarray(a * rows + b * depth + c * tokens) * self._factor
 
     def of_a_draft(self, rows: int) -> float:
         """Of one more draft of a model, side by side with those of so many rows."""
         _, b, c = self._coefficients
-        return b / max(rows, 1) + c
+        return (b / max(rows, 1) + c) * self._factor

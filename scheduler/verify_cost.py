@@ -1,0 +1,56 @@
+"""`VerifyCost`: the seconds of steps with and without drafts, as they are now.
+
+`StepCost` knows how a step's time depends on its shape, and follows the machine by one factor. What
+is asked here is a difference of a few per cent between two shapes, of which only one is run at a
+time; so each of the two has a factor of its own, and neither is moved by the other's steps.
+"""
+
+from __future__ import annotations
+
+from scheduler.profile import StepShape
+from scheduler.step_cost import StepCost
+
+_RATE = 0.05  # smoothing, per step
+_CLIP = 2.0  # of a factor: steps that were so much slower or faster were disturbed
+
+
+class VerifyCost:
+    """Of live rows alone; steps with chunks of prompts are left to `StepCost`."""
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self._plain = 1.0  # observed over predicted, without drafts
+        self._drafted = 1.0  # the same with drafts, over that
+        self._steps = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether plain steps were seen: what a step costs is known only against them."""
+        return self._cost.ready
+
+    def plain(self, rows: int, context: int) -> float:
+        """Of a step without drafts; `context` are the positions that its rows attend."""
+        return self._of(rows, rows, context) * self._plain
+
+    def drafted(self, rows: int, tokens: int, context: int) -> float:
+        """Of a step that verifies so many tokens, those of the rows included."""
+        return self._of(rows, tokens, context) * self._plain * self._drafted
+
+    def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
+        """A step has taken so long."""
+        predicted = self._of(rows, tokens, context) * self._plain
+        if predicted <= 0.0 or seconds <= 0.0:
+            return
+        self._steps += 1
+        if tokens == rows:
+            rate = max(_RATE, 1.0 / self._steps)
+            self._plain *= 1.0 + rate * (_clipped(seconds / predicted) - 1.0)
+        else:
+            self._drafted += _RATE * (_clipped(seconds / predicted) - self._drafted)
+
+    def _of(self, rows: int, tokens: int, context: int) -> float:
+        return self._cost.uncorrected(StepShape(rows, tokens, context, 0))
+
+
+def _clipped(ratio: float) -> float:
+    return min(max(ratio, 1 / _CLIP), _CLIP)
