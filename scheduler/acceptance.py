@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.plan import Shadow
 from scheduler.sequence import Sequence
 
 Floats = NDArray[np.float64]
@@ -24,6 +25,7 @@ Floats = NDArray[np.float64]
 _PRIOR = 6.0  # rows of its own that weigh as much as what all have shown
 _KEEP = 0.94  # of what a sequence has shown, per row
 _KEEP_SHARED = 0.99
+_KEEP_PER_TEXT = 0.7  # whoever writes without drafts should notice soon that they would be right
 _LARGEST = 1e9  # weights are scaled down beyond that
 _FIRST_GUESS = (0.6, 0.8)  # right at the first position, and at each later one, before anything
 _GUESSED = 2.0  # rows that this counts for
@@ -56,8 +58,8 @@ class _Shared:
         self.allowed = [0.0] * most
         self.drafted = [0.0] * most
 
-    def grow(self) -> None:
-        self.weight /= _KEEP_SHARED
+    def grow(self, keep: float = _KEEP_SHARED) -> None:
+        self.weight /= keep
         if self.weight > _LARGEST:
             for values in (self.reached, self.right, self.allowed, self.drafted):
                 values[:] = [value / self.weight for value in values]
@@ -97,6 +99,32 @@ class Acceptance:
         number = self._number.get(drafters)
         if number is None:
             return
+        self._count(number, allowed, proposed, accepted)
+        reached = min(accepted + 1, allowed)
+        own = sequence.shown.get(number)
+        if own is None:
+            own = sequence.shown[number] = Own()
+        own.rows = _KEEP * own.rows + 1.0
+        own.right = _KEEP * own.right + (accepted > 0)
+        own.later = _KEEP * own.later + reached - 1
+        own.later_right = _KEEP * own.later_right + max(accepted - 1, 0)
+
+    def learn_from(self, shadow: Shadow, most: int) -> None:
+        """A text that was written without drafts, as if it had been written with as many as may
+        be, by that drafter alone."""
+        number = self._number.get((shadow.drafter,))
+        if number is None:
+            return
+        self._shared[number].grow(_KEEP_PER_TEXT)
+        at = 0
+        while at < len(shadow.right):
+            accepted = 0
+            while accepted < most and shadow.right[at + accepted : at + accepted + 1] == (True,):
+                accepted += 1
+            self._count(number, most, most, accepted)
+            at += accepted + 1
+
+    def _count(self, number: int, allowed: int, proposed: int, accepted: int) -> None:
         # It got to the position after the last right one, if that was allowed.
         reached = min(accepted + 1, allowed)
         shared = self._shared[number]
@@ -110,13 +138,6 @@ class Acceptance:
             if position < proposed:
                 shared.drafted[position] += weight
         shared.grow()
-        own = sequence.shown.get(number)
-        if own is None:
-            own = sequence.shown[number] = Own()
-        own.rows = _KEEP * own.rows + 1.0
-        own.right = _KEEP * own.right + (accepted > 0)
-        own.later = _KEEP * own.later + reached - 1
-        own.later_right = _KEEP * own.later_right + max(accepted - 1, 0)
 
     def curves(self, sequences: Items[Sequence], number: int) -> Curves:
         """What to expect of each by that option."""

@@ -108,6 +108,7 @@ class Controller:
         self._option = max(range(len(options)), key=lambda i: len(options[i].drafters))
         self._usual = 0.0  # drafts of a sequence, on average
         self._rules = NO_RULES
+        self._news = False  # from texts that were written without drafts
         self._turn = 0  # whose turn it is to be probed
         self._decided_for = self._plans = self._decisions = 0
         self._net = _Net()
@@ -133,12 +134,13 @@ class Controller:
             return NO_RULES
         rows = len(running)
         changed = abs(rows - self._decided_for) * CHANGE > self._decided_for
-        wait = EVERY if self._usual else PROBE_STEPS if self._probing else SELDOM
+        wait = EVERY if self._usual or self._news else PROBE_STEPS if self._probing else SELDOM
         if rows and (changed or self._plans >= wait):
             live = [s for s in running if s.fed == len(s.tokens)]
             if live and self._steps.ready:
                 self._plans = 0
-                if changed or self._usual or self._probing:
+                if changed or self._usual or self._probing or self._news:
+                    self._news = False
                     self._decided_for = rows
                     self._decide(live)
                 else:
@@ -163,6 +165,9 @@ class Controller:
         asked = sum(1 for row in plan.rows if row.drafts)
         if asked:
             self.draft_cost.observe(asked, result.drafting)
+        for shadow in result.shadows:
+            self.acceptance.learn_from(shadow, self.most)
+            self._news = True
         self._watch(plan, result, now, asked)
 
     # --- deciding -------------------------------------------------------------------------------

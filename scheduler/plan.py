@@ -87,6 +87,13 @@ class DraftTime(NamedTuple):
 NO_DRAFTING = DraftTime()
 
 
+class Shadow(NamedTuple):
+    """A text that was written without drafts: which of its tokens a drafter would have guessed."""
+
+    drafter: int
+    right: tuple[bool, ...]
+
+
 @dataclass(slots=True)  # not frozen, see Row
 class RowResult:
     """What one row committed: between 0 (no sampling) and 1 + drafts tokens."""
@@ -112,3 +119,4 @@ class StepResult:
     # On the worker, from its start to its last result, without those of drafting.
     seconds: float = 0.0
     drafting: DraftTime = NO_DRAFTING
+    shadows: tuple[Shadow, ...] = ()  # of texts that ended before

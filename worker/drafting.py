@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from scheduler.plan import NO_DRAFTING, Admit, DraftTime, Row, StepPlan
-from worker.drafters.base import LATER, Ask, Drafter, Guess
+from scheduler.plan import NO_DRAFTING, Admit, DraftTime, Row, Shadow, StepPlan
+from worker.drafters.base import LATER, NOTHING, Ask, Drafter, Guess
 from worker.drafters.model import ModelDrafter
 from worker.slots import SlotTable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -29,6 +33,24 @@ def expected(guess: Guess) -> float:
         belief *= confidence
         sum_ += belief
     return sum_
+
+
+class _Silent:
+    """In place of any drafter."""
+
+    name = "silent"
+
+    def admit(self, slot: int, group: bytes) -> None:
+        pass
+
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
+        return None
+
+    def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
+        return [NOTHING for _ in asks]
+
+    def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
+        pass
 
 
 class Drafting:
@@ -49,12 +71,30 @@ class Drafting:
         self._drafters = drafters
         self.model = model
         self._tokens: list[list[int]] = [[] for _ in slots.epoch]  # by slot, those known
+        self._prompt = [0] * len(slots.epoch)  # by slot: tokens of it
         self._of_slot: dict[int, Drafted] = {}  # of the step being run
+        self._shadows: list[Shadow] = []  # since the last step
 
     def admit(self, admit: Admit) -> None:
-        self._tokens[admit.slot] = list(admit.cached)
-        for drafter in self._drafters:
-            drafter.admit(admit.slot, admit.group)
+        slot = admit.slot
+        with self._spared():
+            if self._tokens[slot]:
+                self._end(slot)
+            for drafter in self._drafters:
+                drafter.admit(slot, admit.group)
+        self._tokens[slot] = list(admit.cached)
+        self._prompt[slot] = admit.prompt_len
+
+    def _end(self, slot: int) -> None:
+        """The former owner has gone: what it wrote is told to those who were not asked."""
+        for number, drafter in enumerate(self._drafters):
+            right = drafter.ended(slot, self._tokens[slot], self._prompt[slot])
+            if right:
+                self._shadows.append(Shadow(number, tuple(right)))
+
+    def take_shadows(self) -> tuple[Shadow, ...]:
+        taken, self._shadows = tuple(self._shadows), []
+        return taken
 
     def draft(self, plan: StepPlan) -> tuple[Sequence[Row], DraftTime]:
         """The plan's rows with the drafts they have."""
@@ -66,14 +106,26 @@ class Drafting:
         if not asking:
             return plan.rows, NO_DRAFTING
         started = time.perf_counter()
-        round_ = 0
-        while asking:
-            asking = self._ask(asking, round_, plan)
-            round_ += 1
+        with self._spared():
+            round_ = 0
+            while asking:
+                asking = self._ask(asking, round_, plan)
+                round_ += 1
         self._write()
         rows = [self._with_drafts(row) if row.drafts else row for row in plan.rows]
         work = (0, 0) if self.model is None else self.model.take_work()
         return rows, DraftTime(time.perf_counter() - started, *work)
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Nobody depends on drafts, so a drafter that fails ends drafting and nothing else."""
+        try:
+            yield
+        except Exception:
+            log.exception("a drafter has failed: from here on nothing is drafted any more")
+            self._drafters = [_Silent() for _ in self._drafters]
+            self.model = None
+            self._of_slot.clear()
 
     def _ask(self, rows: list[Row], choice: int, plan: StepPlan) -> list[Row]:
         """Asks each row's drafter of that choice; those it had too little for."""
@@ -121,6 +173,7 @@ class Drafting:
         drafted = self._of_slot.get(slot)
         if drafted is not None and drafted.guess.tokens:
             fed = [tokens[-1], *drafted.guess.tokens]
-            self._drafters[drafted.drafter].verified(slot, fed, chosen)
+            with self._spared():
+                self._drafters[drafted.drafter].verified(slot, fed, chosen)
         tokens += chosen[: accepted + 1]
         return drafted

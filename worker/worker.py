@@ -126,6 +126,7 @@ class Worker:
             rows=tuple(results[i] for i in range(len(rows))),
             seconds=time.perf_counter() - started - drafting.seconds,
             drafting=drafting,
+            shadows=() if self._drafting is None else self._drafting.take_shadows(),
         )
 
     def _finish(self) -> None:

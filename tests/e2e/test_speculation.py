@@ -61,6 +61,9 @@ class Garbage:
     def admit(self, slot: int, group: bytes) -> None:
         pass
 
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> None:
+        pass
+
     def propose(self, asks: list[Ask], least: float) -> list[Guess]:
         def one(most: int) -> Guess:
             count = self._random.randrange(most + 1)

@@ -11,7 +11,7 @@ from benchmarks.scheduling_policies import H200_8B
 from scheduler.acceptance import Acceptance, Curves
 from scheduler.controller import GAP_AIM, Controller, Option
 from scheduler.outcome import Targets
-from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
+from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
 from scheduler.scheduler import Scheduler
@@ -121,6 +121,7 @@ class Alone:
         self._behind = 40  # tokens that the draft model has not read
         self.now = 0.0
         self.lengths: list[int] = []
+        self.shadows: tuple[Shadow, ...] = ()
 
     def step(self, chance: float) -> None:
         rules = self.policy.plan([self.sequence])
@@ -143,7 +144,9 @@ class Alone:
             tokens = drafts + self._behind
             work = DraftTime(0.5e-3 * drafts + 2e-6 * tokens, drafts, tokens)
             self._behind = 0
-        self.policy.settled(plan, StepResult(0, (done,), 4.5e-3, work), self.now)
+        result = StepResult(0, (done,), 4.5e-3, work, self.shadows)
+        self.shadows = ()
+        self.policy.settled(plan, result, self.now)
 
     def mean(self, steps: int) -> float:
         return sum(self.lengths[-steps:]) / steps
@@ -211,3 +214,15 @@ def test_a_gap_target_bounds_the_step() -> None:
     bounded, less = drafts(middle / GAP_AIM)
     assert 2 < bounded < free
     assert less <= middle
+
+
+def test_texts_written_without_drafts_say_when_drafts_would_pay() -> None:
+    alone = Alone(WILLING, Option((0,), False))
+    for _ in range(150):
+        alone.step(0.0)
+    assert alone.mean(50) <= 0.5
+    for _ in range(6):
+        alone.shadows = (Shadow(0, (True,) * 60 + (False,)),)
+        for _ in range(12):
+            alone.step(1.0)
+    assert alone.mean(4) > 1

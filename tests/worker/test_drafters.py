@@ -78,6 +78,33 @@ def test_a_full_trie_keeps_the_newest() -> None:
     assert guess.tokens == tokens[end : end + 4]
 
 
+def test_texts_go_on_when_the_trie_was_built_up_again() -> None:
+    trie = Trie(nodes=2000)
+    one, other = trie.begin(), trie.begin()
+    for i in range(300):
+        one.extend(text(i, 10, alphabet=500))
+        other.extend(text(1000 + i, 3, alphabet=500))
+    assert trie.built > 2
+    assert len(trie) <= 2000 + 10 * (DEPTH + 1)
+
+
+def test_a_text_says_what_would_have_been_guessed() -> None:
+    drafter = SuffixDrafter()
+    phrase = list(range(30, 50))
+    drafter.admit(1, A)
+    assert drafter.ended(1, phrase, 5) == [False] * 15
+    drafter.admit(1, A)
+    assert drafter.ended(1, [7, *phrase], 3) == [True] * 18
+    drafter.admit(1, B)
+    assert drafter.ended(1, [7, *phrase], 3) == [False] * 18
+    # Of somebody who was asked already, only what is new.
+    drafter.admit(1, A)
+    ask(drafter, phrase[:10])
+    assert drafter.ended(1, phrase, 5) is None
+    drafter.admit(2, A)
+    assert ask(drafter, phrase[:12], slot=2).tokens == phrase[12:16]
+
+
 def test_suffixes_of_the_own_text_are_continued() -> None:
     drafter = SuffixDrafter()
     drafter.admit(1, A)

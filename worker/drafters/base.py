@@ -45,6 +45,11 @@ class Drafter(Protocol):
         the same group alone."""
         ...
 
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
+        """The owner of the slot has gone; this was its text. By token of its output, whether a
+        draft of it would have been right, where that is found out without much ado."""
+        ...
+
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         """A guess for each; see `StepPlan.least` for when to stop."""
         ...

@@ -39,6 +39,9 @@ class LookupDrafter:
     def admit(self, slot: int, group: bytes) -> None:
         self._own.pop(slot, None)
 
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
+        return None
+
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         budget = CATCH_UP
         guesses = []

@@ -91,6 +91,9 @@ class ModelDrafter:
             computed += self._slots.page_size
         self._computed[slot] = computed
 
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
+        return None
+
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         rows = [_Row(ask) for ask in asks]
         through, spans = self._behind(rows)

@@ -51,6 +51,9 @@ class RecyclingDrafter:
         self._group[slot] = group
         self._known[slot] = 0
 
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
+        return None
+
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         budget = CATCH_UP
         guesses = []

@@ -21,6 +21,7 @@ from worker.drafters.memory import Groups
 DEPTH = 10  # tokens of a suffix, and of what follows it
 NODES = 400_000  # of a trie; about 60 MB
 CATCH_UP = 512  # tokens read in one step, which wait for it
+LONGEST_SHADOW = 2048  # tokens of a text that is read at its end, though nobody asked about it
 LEAST = 0.1  # drafts that are less probable are not made
 _DOUBT = 0.5  # times that something else is taken to have followed
 
@@ -32,6 +33,7 @@ class Trie:
         self._most = nodes
         self._depth = depth
         self._texts: deque[list[int]] = deque()  # what is in it, oldest first
+        self.built = 0  # times that it was built up again: nodes of before are others now
         self._clear()
 
     def _clear(self) -> None:
@@ -70,6 +72,14 @@ class Trie:
         extended.append(0)
         return extended
 
+    def next(self, active: list[int]) -> int:
+        """The most frequent token after runs that end at these nodes; -1: none has followed."""
+        best = self._best
+        for node in active:
+            if best[node] >= 0:
+                return best[node] if node else -1
+        return -1
+
     def full(self) -> bool:
         return len(self._count) > self._most
 
@@ -86,6 +96,7 @@ class Trie:
             kept += len(text)
             texts.appendleft(text)
         self._texts = texts
+        self.built += 1
         self._clear()
         for text in texts:
             active = [0]
@@ -148,22 +159,31 @@ class Trie:
 class Text:
     """A text on its way into a trie."""
 
-    __slots__ = ("_active", "_tokens", "_trie")
+    __slots__ = ("_active", "_built", "_tokens", "_trie")
 
     def __init__(self, trie: Trie, tokens: list[int]) -> None:
         self._trie = trie
         self._tokens = tokens
-        self._active = [0]
+        self._begin()
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        trie, active = self._trie, self._active
+    def _begin(self) -> None:
+        self._active, self._built = [0], self._trie.built
+
+    def extend(self, tokens: Sequence[int]) -> list[bool]:
+        """Appends; by token, whether it was what the trie would have guessed."""
+        trie = self._trie
+        if self._built != trie.built:
+            self._begin()
+        active = self._active
         self._tokens += tokens
+        guessed = []
         for token in tokens:
+            guessed.append(trie.next(active) == token)
             active = trie.add(active, token)
         self._active = active
         if trie.full():
             trie.forget_half()
-            self._active = [0]
+        return guessed
 
 
 class _Own:
@@ -190,6 +210,18 @@ class SuffixDrafter:
     def admit(self, slot: int, group: bytes) -> None:
         self._group[slot] = group
         self._own.pop(slot, None)
+
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
+        if len(tokens) > LONGEST_SHADOW:
+            return None
+        own = self._own.get(slot)
+        known = 0 if own is None else own.known
+        if own is None or own.text_of_all is None:
+            into = self._groups.of(self._group.get(slot, b"")).begin()
+        else:
+            into = own.text_of_all
+        guessed = into.extend(tokens[known:])
+        return guessed[max(prompt_len - known, 0) :] if known <= prompt_len else None
 
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         least = max(least, LEAST)

@@ -1,0 +1,125 @@
+"""Who is asked in which order, who is heard, and what happens when a drafter fails."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from scheduler.plan import Admit, Row, Shadow, StepPlan
+from scheduler.request import SamplingParams
+from worker.drafters.base import LATER, NOTHING, Ask, Guess
+from worker.drafting import Drafting
+from worker.slots import SlotTable
+
+
+class Scripted:
+    """Says what it is told to."""
+
+    name = "scripted"
+
+    def __init__(self, guess: Guess = NOTHING) -> None:
+        self.guess = guess
+        self.asked: list[int] = []
+        self.seen: list[tuple[list[int], list[int]]] = []
+        self.gone: list[list[int]] = []
+        self.fails = False
+
+    def admit(self, slot: int, group: bytes) -> None:
+        pass
+
+    def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool]:
+        self.gone.append(tokens)
+        return [True] * (len(tokens) - prompt_len)
+
+    def propose(self, asks: list[Ask], least: float) -> list[Guess]:
+        if self.fails:
+            raise RuntimeError("broken")
+        self.asked += [ask.slot for ask in asks]
+        return [self.guess for _ in asks]
+
+    def verified(self, slot: int, fed: list[int], chosen: list[int]) -> None:
+        self.seen.append((list(fed), list(chosen)))
+
+
+def setting(*guesses: Guess) -> tuple[Drafting, list[Scripted], SlotTable]:
+    slots = SlotTable(4, 100, 8, torch.device("cpu"))
+    drafters = [Scripted(guess) for guess in guesses]
+    drafting = Drafting(slots, drafters)
+    drafting.admit(Admit(1, 1, SamplingParams(max_tokens=9), 0, 3, (), ()))
+    drafting.draft(StepPlan(0, (), (Row(1, 1, (10, 11, 12), True),)))
+    drafting.committed(1, [13], 0)
+    return drafting, drafters, slots
+
+
+def plan(drafters: tuple[int, ...], drafts: int = 4, **rules) -> StepPlan:
+    return StepPlan(1, (), (Row(1, 1, None, True, drafts, drafters),), **rules)
+
+
+def test_the_first_who_knows_is_taken() -> None:
+    drafting, (silent, first, second), slots = setting(
+        NOTHING, Guess([20, 21], [0.9, 0.8]), Guess([30], [0.9])
+    )
+    rows, work = drafting.draft(plan((0, 1, 2)))
+    assert [row.drafts for row in rows] == [2]
+    assert work.seconds > 0
+    assert slots.tokens[1, 4:6].tolist() == [20, 21]
+    assert (silent.asked, first.asked, second.asked) == ([1], [1], [])
+    drafted = drafting.committed(1, [20, 99, 5], 1)
+    assert drafted is not None
+    assert drafted.drafter == 1
+    assert first.seen == [([13, 20, 21], [20, 99, 5])]
+    drafting.draft(plan((2,)))
+    assert drafting._tokens[1] == [10, 11, 12, 13, 20, 99]
+
+
+def test_who_promises_too_little_is_not_heard_before_others() -> None:
+    modest, other = Guess([20, 21], [0.5, 0.5]), Guess([30], [0.9])
+    drafting, _, slots = setting(modest, other)
+    drafting.draft(plan((0, 1), heard=(0.8, 0.0)))  # it expects 0.75
+    assert slots.tokens[1, 4] == 30
+    drafting.draft(plan((0, 1), heard=(0.7, 0.0)))
+    assert slots.tokens[1, 4] == 20
+    drafting.draft(plan((0,), heard=(0.8, 0.0)))  # there is nobody else
+    assert slots.tokens[1, 4] == 20
+
+
+def test_what_was_heard_stays_where_nobody_else_knows() -> None:
+    drafting, _, slots = setting(Guess([20], [0.5]), NOTHING)
+    (row,), _ = drafting.draft(plan((0, 1), heard=(2.0, 0.0)))
+    assert row.drafts == 1
+    assert slots.tokens[1, 4] == 20
+
+
+def test_catching_up_is_not_silence() -> None:
+    drafting, (_, second), _ = setting(LATER, Guess([30], [0.9]))
+    (row,), _ = drafting.draft(plan((0, 1)))
+    assert row.drafts == 0
+    assert second.asked == []
+    drafted = drafting.committed(1, [50], 0)
+    assert drafted is not None
+    assert (drafted.drafter, drafted.guess.tokens) == (0, [])
+
+
+def test_ended_texts_cast_shadows() -> None:
+    drafting, (drafter,), _ = setting(NOTHING)
+    assert drafting.take_shadows() == ()
+    drafting.admit(Admit(1, 2, SamplingParams(max_tokens=9), 0, 3, (), ()))
+    assert drafter.gone == [[10, 11, 12, 13]]
+    assert drafting.take_shadows() == (Shadow(0, (True,)),)
+    assert drafting.take_shadows() == ()
+
+
+def test_a_drafter_that_fails_ends_drafting_alone(caplog: pytest.LogCaptureFixture) -> None:
+    drafting, (good, bad), _ = setting(Guess([20], [0.9]), NOTHING)
+    bad.fails = True
+    with caplog.at_level(logging.ERROR):
+        (row,), _ = drafting.draft(plan((1, 0)))
+    assert row.drafts == 0
+    assert "nothing is drafted any more" in caplog.text
+    assert drafting.committed(1, [14], 0) is None
+    (row,), _ = drafting.draft(plan((0,)))
+    assert row.drafts == 0
+    assert good.asked == []
+    assert drafting._tokens[1] == [10, 11, 12, 13, 14]
