@@ -99,7 +99,7 @@ class Controller:
             raise ValueError("a controller needs somebody who drafts, at least a token")
         self.options = tuple(options)
         self.most = most
-        self.draft_cost = DraftCost()
+        self.draft_costs = [DraftCost() for _ in options]
         self.acceptance = Acceptance([option.drafters for option in options], most)
         self._calibration = [Calibration() for _ in names]
         self._alone = {name: (number,) for number, name in enumerate(names)}
@@ -162,9 +162,12 @@ class Controller:
         sequence.pace = max(round(pace * PACES) / PACES, 1.0)
 
     def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
-        asked = sum(1 for row in plan.rows if row.drafts)
+        drafting = [row.drafters for row in plan.rows if row.drafts]
+        asked = len(drafting)
         if asked:
-            self.draft_cost.observe(asked, result.drafting)
+            number = self.acceptance.number(drafting[0])
+            if number is not None and drafting.count(drafting[0]) == asked:
+                self.draft_costs[number].observe(asked, result.drafting)
         for shadow in result.shadows:
             self.acceptance.learn_from(shadow, self.most)
             self._news = True
@@ -211,7 +214,7 @@ class Controller:
         if not asked:
             return ()
         length = round(float(best.drafts.sum()) / asked)
-        price = best.rate * self.draft_cost.of_a_draft(asked) * length
+        price = best.rate * self.draft_costs[best.option].of_a_draft(asked) * length
         for place, number in enumerate(drafters[:-1]):
             rest = self.acceptance.number(drafters[place + 1 :])
             if rest is None:
@@ -251,7 +254,9 @@ class Controller:
         tokens = np.cumsum(np.where(taken, proposed[columns], 0.0), axis=1)
         asked = np.cumsum(columns == 0)
         forwards = depths if option.computes else 0
-        drafting = self.draft_cost.seconds(asked, forwards, tokens if option.computes else 0.0)
+        drafting = self.draft_costs[number].seconds(
+            asked, forwards, tokens if option.computes else 0.0
+        )
         verifying = np.interp(rows + tokens, *verify)
         seconds = verifying + drafting + self._overhead
         rates = (rows + gained) / seconds
@@ -263,16 +268,16 @@ class Controller:
             return nobody
         chosen = order[: last + 1][taken[depth, : last + 1]]
         drafts = np.bincount(chosen // most, minlength=rows)
-        return Allocation(number, plain, rate, self._price(rate, drafts, verify), drafts)
+        return Allocation(number, plain, rate, self._price(number, rate, drafts, verify), drafts)
 
     def _price(
-        self, rate: float, drafts: NDArray[np.int64], verify: tuple[Floats, Floats]
+        self, number: int, rate: float, drafts: NDArray[np.int64], verify: tuple[Floats, Floats]
     ) -> float:
         """How probable one more draft must be right for the tokens that its time would bring."""
         asked = int(np.count_nonzero(drafts))
         size = len(drafts) + float(drafts.sum())
         more = float(np.interp(size + 1, *verify) - np.interp(size, *verify))
-        return min(rate * (self.draft_cost.of_a_draft(asked) + more), MOST_CERTAIN)
+        return min(rate * (self.draft_costs[number].of_a_draft(asked) + more), MOST_CERTAIN)
 
     @staticmethod
     def _longest(live: list[Sequence]) -> float:
@@ -292,17 +297,18 @@ class Controller:
         more = self._steps.drafted(len(live), len(live) + drafts, context)
         more -= self._steps.plain(len(live), context)
         for turn in range(self._turn, self._turn + len(self.options)):
-            option = self.options[turn % len(self.options)]
+            number = turn % len(self.options)
+            option, cost = self.options[number], self.draft_costs[number]
             forwards, tokens = 0, 0.0
             if option.computes:
                 forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS
-            price = PROBE_STEPS * (self.draft_cost.total(1, forwards, tokens) + max(more, 0.0))
+            price = PROBE_STEPS * (cost.total(1, forwards, tokens) + max(more, 0.0))
             if price <= self._credit:
                 self._credit -= price
                 self._turn = turn + 1
                 self._probing = True
                 sequence.drafts = drafts
-                sequence.drafters = self._drafters(sequence, turn % len(self.options))
+                sequence.drafters = self._drafters(sequence, number)
                 return
 
     # --- watching -------------------------------------------------------------------------------

@@ -21,14 +21,15 @@ _CLIP = 3.0  # a step that took more than so many times what was predicted was d
 
 
 class DraftCost:
-    """Least squares of the relative error over the last few hundred steps."""
+    """Least squares over the last few hundred steps.
+
+    Of the seconds, not of the relative error: where times are skew that would stay below the mean.
+    """
 
     def __init__(self) -> None:
         self._normal = np.zeros((3, 3))
         self._right = np.zeros(3)
         self._coefficients = (0.0, 0.0, 0.0)
-        # Least squares of the relative error stay below the mean where the error is skew.
-        self._took = self._predicted = 0.0
         self._steps = 0
 
     def observe(self, rows: int, work: DraftTime) -> None:
@@ -36,12 +37,10 @@ class DraftCost:
         if work.seconds <= 0.0:
             return
         predicted = self.total(rows, work.depth, work.tokens)
-        self._took = _KEEP * self._took + work.seconds
-        self._predicted = _KEEP * self._predicted + predicted / self._factor
         seconds = min(work.seconds, _CLIP * predicted) if self._steps > _REFIT else work.seconds
-        features = np.array([rows, work.depth, work.tokens]) / seconds
+        features = np.array([rows, work.depth, work.tokens], dtype=np.float64)
         self._normal = _KEEP * self._normal + np.outer(features, features)
-        self._right = _KEEP * self._right + features
+        self._right = _KEEP * self._right + features * seconds
         self._steps += 1
         if self._steps % _REFIT == 0 or self._steps & (self._steps - 1) == 0:
             self._fit()
@@ -55,23 +54,19 @@ class DraftCost:
         a, b, c = nonnegative(features, target).tolist()
         self._coefficients = a, b, c
 
-    @property
-    def _factor(self) -> float:
-        return self._took / self._predicted if self._predicted > 0.0 else 1.0
-
     def total(self, rows: float, depth: int, tokens: float) -> float:
         """Seconds, for so many rows and forwards."""
         a, b, c = self._coefficients
-        return (a * rows + b * depth + c * tokens) * self._factor
+        return a * rows + b * depth + c * tokens
 
     def seconds(
         self, rows: NDArray[np.int64], depth: NDArray[np.int64] | int, tokens: Floats | float
     ) -> Floats:
         """The same for many."""
         a, b, c = self._coefficients
-        return np.asarray(a * rows + b * depth + c * tokens) * self._factor
+        return np.asarray(a * rows + b * depth + c * tokens)
 
     def of_a_draft(self, rows: int) -> float:
         """Of one more draft of a model, side by side with those of so many rows."""
         _, b, c = self._coefficients
-        return (b / max(rows, 1) + c) * self._factor
+        return b / max(rows, 1) + c

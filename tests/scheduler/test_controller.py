@@ -217,12 +217,12 @@ def test_a_gap_target_bounds_the_step() -> None:
 
 
 def test_texts_written_without_drafts_say_when_drafts_would_pay() -> None:
-    alone = Alone(WILLING, Option((0,), False))
+    alone = Alone(WILLING, Option((1,), True))
     for _ in range(150):
         alone.step(0.0)
     assert alone.mean(50) <= 0.5
     for _ in range(6):
-        alone.shadows = (Shadow(0, (True,) * 60 + (False,)),)
+        alone.shadows = (Shadow(1, (True,) * 60 + (False,)),)
         for _ in range(12):
             alone.step(1.0)
     assert alone.mean(4) > 1
