@@ -3,10 +3,11 @@
     python -m benchmarks.speculation_simulated
 
 Every request's drafts are right with a chance of its own, the same for all policies, so the
-controller can be held against an oracle that knows the chances, and against every fixed length. Step
-times are a roofline model of Qwen3-8B on an H200, not a measurement (benchmarks/scheduling_policies
-has it); a forward of the draft model is taken to cost 0.6 ms and 0.01 ms a row, or nothing, as with
-drafters that only look things up. Tokens in a fixed time with somebody always waiting.
+controller can be held against an oracle that knows the chances, and against every fixed length.
+Step times are a roofline model of Qwen3-8B on an H200, not a measurement (it stands in
+benchmarks/scheduling_policies.py); a forward of the draft model is taken to cost 0.6 ms and 0.01 ms
+a row, or nothing, as with drafters that only look things up. Counted are the tokens of a fixed time
+in which somebody always waits.
 
 The last rows are about working ahead on a device of its own: while the target verifies, the draft
 model goes on for the likely outcomes. How many corrections it has foreseen is an assumption.
