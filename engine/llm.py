@@ -27,7 +27,15 @@ from engine.process import Builder, facts_of
 from engine.scheduling import build_scheduler
 from engine.transport import LocalEngineTransport
 from models.weights import resolve_checkpoint
-from scheduler.request import FinishReason, Load, Output, Request, SamplingParams, TokenLogprob
+from scheduler.request import (
+    FinishReason,
+    Load,
+    Output,
+    Request,
+    SamplingParams,
+    Speculation,
+    TokenLogprob,
+)
 from text.assets import TextAssets, load_text
 from text.detokenizer import Detokenizer
 from text.stops import StopMatcher, StopStrings
@@ -38,6 +46,7 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 CLIENT = b"llm"
+WILLING = Speculation()
 # Requests handed to the engine at a time, in multiples of those that can run: enough to keep it
 # busy, and far from the limit of its queue.
 WINDOW = 4
@@ -135,13 +144,19 @@ class LLM:
         n: int = 1,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        speculation: Speculation = WILLING,
         progress: bool = False,
     ) -> list[Completion]:
         """Continues each prompt (text or token ids), in order.
 
         `params`: one for all, or one per prompt. The checkpoint's end tokens end a text unless
-        `ignore_eos`. Raises `ValueError` for a prompt that does not fit the model.
+        `ignore_eos`. `speculation` never changes a text, only how fast it comes. Raises
+        `ValueError` for a prompt that does not fit the model, or a drafter that is not there.
         """
+        drafter, there = speculation.drafter, self.facts.drafters
+        if drafter is not None and drafter not in there:
+            known = f"there are {', '.join(there)}" if there else "there are none"
+            raise ValueError(f"there is no drafter {drafter!r}: {known}")
         ids = [self._ids(prompt) for prompt in _many(prompts)]
         if params is None:
             params = SamplingParams(max_tokens=256)
@@ -156,6 +171,7 @@ class LLM:
                 replace(own, stop_token_ids=own.stop_token_ids | ends),
                 arrival=time.monotonic(),
                 n=n,
+                speculation=speculation,
             )
             for prompt, own in zip(ids, each, strict=True)
         ]

@@ -11,7 +11,7 @@ import pytest
 
 from cli.config import PROJECT
 from engine.llm import LLM
-from scheduler.request import FinishReason, Request, SamplingParams
+from scheduler.request import FinishReason, Request, SamplingParams, Speculation
 from tests.engine.workers import build, model
 from tests.fakes import Script
 from text.tokenizer import Tokenizer
@@ -67,6 +67,28 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(llm):
     with pytest.raises(ValueError, match="2 sampling parameters for 1"):
         llm.generate([1], [PARAMS, PARAMS])
     assert llm.generate([1], PARAMS, ignore_eos=True)[0].choices[0].tokens == expected([1])
+
+
+def test_speculation_may_be_declined_and_changes_no_text():
+    prompts = [[1, 2, 3], [4, 5]]
+    options = {"tokenizer": str(TOKENIZER), "builder": build, "fixed_draft_tokens": 3}
+    with LLM(model(), **options) as llm:
+        plain = llm.generate(prompts, PARAMS, ignore_eos=True, speculation=Speculation(False))
+        assert llm.load().draft_tokens == 0
+        drafted = llm.generate(prompts, PARAMS, ignore_eos=True)
+        before = llm.load()
+        assert before.draft_tokens > before.accepted_tokens > 0
+        short = Speculation(max_draft_tokens=1)
+        shorter = llm.generate(prompts, PARAMS, ignore_eos=True, speculation=short)
+        after = llm.load()
+    assert after.drafts - before.drafts == after.draft_tokens - before.draft_tokens > 0
+    for made in (plain, drafted, shorter):
+        assert [c.choices[0].tokens for c in made] == [expected(p) for p in prompts]
+
+
+def test_a_drafter_that_is_not_there_is_refused(llm):
+    with pytest.raises(ValueError, match="no drafter 'oracle': there are none"):
+        llm.generate([1], PARAMS, speculation=Speculation(drafter="oracle"))
 
 
 def test_unknown_options_are_refused():
