@@ -52,8 +52,10 @@ def ops_router(services: Services, version: str) -> APIRouter:
             "host_pages_held": now.host_pages_held,
             "pages_swapped_out": now.pages_swapped_out,
             "pages_swapped_in": now.pages_swapped_in,
+            "drafts": now.drafts,
             "draft_tokens": now.draft_tokens,
             "accepted_tokens": now.accepted_tokens,
+            "draft_seconds": now.draft_seconds,
             "step_seconds": now.step_seconds,
             "step_seconds_profiled": now.step_seconds_profiled,
         }

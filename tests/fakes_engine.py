@@ -62,6 +62,7 @@ class ScriptedEngine:
     delay: float = 0.0
     group: int = 1
     cached_tokens: int = 0
+    drafts: tuple[int, int] = (0, 0)  # that each choice ends with: made, right
     healthy: bool = True
     serving: bool = True
     load: Load = field(default_factory=lambda: Load(pages_total=64))
@@ -204,6 +205,8 @@ class ScriptedEngine:
             prompt_tokens=len(request.prompt),
             completion_tokens=tokens,
             cached_tokens=self.cached_tokens,
+            drafted=self.drafts[0],
+            accepted=self.drafts[1],
             arrival=request.arrival,
             admitted=None if reason is FinishReason.QUEUE_TIMEOUT else request.arrival,
             first_token=request.arrival if tokens else None,

@@ -270,6 +270,14 @@ async def test_one_log_line_a_request_without_its_text(caplog) -> None:
     assert "max_tokens" in bad.error
 
 
+async def test_the_log_line_tells_of_drafts(caplog) -> None:
+    async with client_of(reply_engine(drafts=(7, 5))) as client:
+        with caplog.at_level(logging.INFO, "foresight.access"):
+            await client.post(PATH, json=chat(n=2))
+    (record,) = caplog.records
+    assert (record.drafted_tokens, record.accepted_tokens) == (14, 10)
+
+
 async def test_prompts_are_logged_on_demand(caplog) -> None:
     cfg = config(log_prompts=True)
     async with client_of(reply_engine("an answer"), cfg=cfg) as client:

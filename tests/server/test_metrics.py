@@ -246,6 +246,27 @@ async def test_reasons_statuses_and_ignored_fields() -> None:
     assert value(text, "foresight_num_preemptions_total") == 3
 
 
+@pytest.mark.parametrize("prefix", ["foresight_", "vllm:"])
+async def test_speculation(prefix: str) -> None:
+    load = Load(
+        drafts=4,
+        draft_tokens=9,
+        accepted_tokens=6,
+        accepted_by_position=(4, 2, 0),
+        draft_seconds=0.5,
+    )
+    async with client_of(reply_engine(load=load), cfg=config(vllm_metrics=True)) as client:
+        text = await scrape(client)
+    name = prefix + "spec_decode_num_"
+    assert value(text, f"{name}drafts_total") == 4
+    assert value(text, f"{name}draft_tokens_total") == 9
+    assert value(text, f"{name}accepted_tokens_total") == 6
+    for position, right in enumerate(load.accepted_by_position):
+        found = value(text, f"{name}accepted_tokens_per_pos_total", position=str(position))
+        assert found == right
+    assert value(text, "foresight_spec_decode_draft_seconds_total") == 0.5
+
+
 async def test_token_buckets_end_at_the_context() -> None:
     async with client_of(reply_engine()) as client:
         await client.post("/v1/completions", json=completion([5] * (FACTS.max_model_len - 1)))

@@ -33,6 +33,12 @@ async def test_version_and_load() -> None:
     assert load["server_load"] == 0
 
 
+async def test_load_has_the_counters_of_speculation() -> None:
+    counters = {"drafts": 4, "draft_tokens": 9, "accepted_tokens": 6, "draft_seconds": 0.5}
+    load = (await get("/load", load=Load(**counters))).json()
+    assert {name: load[name] for name in counters} == counters
+
+
 @pytest.mark.parametrize("prefix", ["", "/v1"])
 async def test_models(prefix: str) -> None:
     async with client_of(reply_engine()) as client:

@@ -158,6 +158,18 @@ async def test_usage_after_a_stop_string_has_the_engines_cached_tokens() -> None
     assert found[-2]["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stop", [None, "STOP"])
+async def test_usage_tells_of_the_drafts_of_all_choices(n: int, stop: str | None) -> None:
+    options = {"include_usage": True}
+    engine = reply_engine(drafts=(7, 5))
+    found = events((await stream(engine, n=n, stop=stop, stream_options=options)).content)
+    assert found[-2]["usage"]["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 5 * n,
+        "rejected_prediction_tokens": 2 * n,
+    }
+
+
 @pytest.mark.parametrize("group", [1, 3])
 async def test_logprobs_cover_the_text(group: int) -> None:
     fields = {"logprobs": True, "top_logprobs": 1, "stop": "STOP"}
