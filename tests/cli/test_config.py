@@ -111,6 +111,10 @@ def test_variables_of_a_kubernetes_service_are_not_ours():
         (["--config", "/nowhere/x.yaml"], {}, "cannot read /nowhere/x.yaml"),
         (["--port", "70000"], {}, "between 0 and 65535"),
         (["--max-num-seqs", "0"], {}, "max_num_seqs must be positive"),
+        (["--max-draft-tokens", "-1"], {}, "max_draft_tokens must not be negative, not -1"),
+        (["--fixed-draft-tokens", "-2"], {}, "fixed_draft_tokens must not be negative, not -2"),
+        (["--num-speculative-tokens", "2.5"], {}, "'2.5' is not of type int"),
+        ([], {"FORESIGHT_MAX_DRAFT_TOKENS": "-1"}, "max_draft_tokens must not be negative"),
         (["--ttft-target", "nan"], {}, "ttft_target must be positive"),
         (["--queue-timeout-seconds", "inf"], {}, "queue_timeout_seconds must be positive"),
         (["--gpu-memory-utilization", "1.5"], {}, "memory_fraction"),
@@ -131,6 +135,9 @@ def test_mistakes_are_one_sentence(arguments, environment, sentence):
         ("server: {port: '8000'}", "server.port: '8000' is not of type int"),
         ("engine: {cache: {page_size: 1.5}}", "page_size"),
         ("engine: {model: {dtype: half}}", "'half' is not one of"),
+        ("engine: {speculation: {max_draft_tokens: -1}}", "max_draft_tokens must not be negative"),
+        ("engine: {speculation: {fixed_draft_tokens: '2'}}", "'2' is not of type int"),
+        ("engine: {speculation: {drafter: suffix}}", "speculation.drafter; did you mean drafters"),
         ("server: 5", "server must be a mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -148,6 +155,29 @@ def test_yaml_lists_and_empty_sections(yaml_file):
     config = resolve(["--config", file], HOME)
     assert config.engine.model.served_model_name == ("demo",)
     assert config.server.api_keys == ("a", "b")
+
+
+def test_drafters_are_a_list_everywhere(yaml_file):
+    arguments = ["--drafters", "lookup", "model", "--speculative-model", "some/draft"]
+    speculation = resolve([*arguments, "--num-speculative-tokens", "0"], HOME).engine.speculation
+    assert speculation.drafters == ("lookup", "model")
+    assert (speculation.draft_model, speculation.max_draft_tokens) == ("some/draft", 0)
+    for text, drafters in (("[suffix]", ("suffix",)), ("suffix", ("suffix",)), ("[]", ())):
+        file = yaml_file(f"engine: {{speculation: {{drafters: {text}}}}}")
+        assert resolve(["--config", file], HOME).engine.speculation.drafters == drafters
+    environment = {**HOME, "FORESIGHT_DRAFTERS": "recycling, suffix"}
+    assert resolve([], environment).engine.speculation.drafters == ("recycling", "suffix")
+    nobody = resolve([], {**HOME, "FORESIGHT_DRAFTERS": ""})
+    assert nobody.engine.speculation.drafters == ()
+
+
+def test_the_bundled_pair_speculates_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = ["--config", str(PROJECT / "configs" / "demo.yaml")]
+    speculation = resolve(demo, HOME).engine.speculation
+    assert speculation.draft_model == str(PROJECT / "assets/demo/draft")
+    assert "model" in speculation.drafters
+    assert resolve([], HOME).engine.speculation.draft_model is None
 
 
 @pytest.mark.parametrize("file", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda f: f.name)
