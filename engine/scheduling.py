@@ -53,7 +53,8 @@ def draft_policy(config: SpeculationConfig, cost: StepCost) -> DraftPolicy:
     if not names or not config.max_draft_tokens:
         return FixedDrafts()
     if config.fixed_draft_tokens is not None:
-        return FixedDrafts(config.fixed_draft_tokens, tuple(range(len(names))))
+        most = min(config.fixed_draft_tokens, config.max_draft_tokens)
+        return FixedDrafts(most, tuple(range(len(names))), names)
     return Controller(options_of(names), names, config.max_draft_tokens, cost)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from scheduler.plan import Row, RowResult, StepPlan, StepResult
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence as Running
 
 
 class Rules(NamedTuple):
@@ -25,15 +26,15 @@ class DraftPolicy(Protocol):
     room in the step, loses nothing but time.
     """
 
-    def begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: Running) -> None:
         """It arrives."""
         ...
 
-    def plan(self, running: list[Sequence]) -> Rules:
+    def plan(self, running: list[Running]) -> Rules:
         """Decides before a step."""
         ...
 
-    def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
+    def learn(self, sequence: Running, row: Row, done: RowResult) -> None:
         """What became of the drafts of a row that was allowed some, before the sequence learns."""
         ...
 
@@ -45,18 +46,23 @@ class DraftPolicy(Protocol):
 class FixedDrafts:
     """The same number for everybody, always; 0 is plain decoding."""
 
-    def __init__(self, drafts: int = 0, drafters: tuple[int, ...] = (0,)) -> None:
+    def __init__(
+        self, drafts: int = 0, drafters: tuple[int, ...] = (0,), names: Sequence[str] = ()
+    ) -> None:
+        """`names`: those of the drafters by number, for requests that name one."""
         self._drafts = drafts
         self._drafters = drafters
+        self._alone = {name: (number,) for number, name in enumerate(names)}
 
-    def begin(self, sequence: Sequence) -> None:
+    def begin(self, sequence: Running) -> None:
         sequence.drafts = min(self._drafts, sequence.most_drafts)
-        sequence.drafters = self._drafters
+        wanted = self._alone.get(sequence.request.speculation.drafter or "")
+        sequence.drafters = wanted or self._drafters
 
-    def plan(self, running: list[Sequence]) -> Rules:
+    def plan(self, running: list[Running]) -> Rules:
         return NO_RULES
 
-    def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
+    def learn(self, sequence: Running, row: Row, done: RowResult) -> None:
         pass
 
     def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
