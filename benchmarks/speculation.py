@@ -193,13 +193,13 @@ def ceiling(modes: Sequence[Mode]) -> float:
     return best
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks.speculation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("--target", type=Path, default=Path("assets/demo/target"))
     add("--draft", type=Path, default=Path("assets/demo/draft"))
     add("--drafters", nargs="+", default=["suffix", "model"])
@@ -213,7 +213,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", default="auto")
     add("--cache-dir", help="where compiled kernels are kept")
     add("--quick", action="store_true", help="three rounds of answers at 1 and 8 streams")
-    args = parser.parse_args(argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     if args.quick:
         args.streams, args.rounds, args.work, args.lengths = [1, 8], 3, ["answers"], [2, 4]
     rows: list[Row] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scheduling, serving
+from benchmarks import scheduling, serving, speculation
 from cli import document, plan, simulate
 from cli import profile as profiling
 from cli.options import options
@@ -86,6 +86,7 @@ def test_options_exist(page: Path) -> None:
         simulate.parser(),
         plan.parser(),
         scheduling.parser(),
+        speculation.parser(),
     ):
         ours |= set(chain.from_iterable(action.option_strings for action in made._actions))
     for maker in (root / "makers").glob("*.py"):
