@@ -39,6 +39,8 @@ def drafter_names(config: SpeculationConfig) -> tuple[str, ...]:
 
     Raises `StartupError`.
     """
+    if not config.max_draft_tokens:
+        return ()
     for name in config.drafters:
         if name not in NAMES:
             raise StartupError(f"there is no drafter {name!r}; there are {', '.join(NAMES)}.")

@@ -20,6 +20,7 @@ from scheduler.sequence import Sequence
 from scheduler.spare import Room, Spare
 from scheduler.speculation import NO_RULES, DraftPolicy, Rules
 from scheduler.step_cost import StepCost
+from scheduler.wait import Waits
 from scheduler.waiting import WaitingQueue
 
 
@@ -74,6 +75,7 @@ class Decider:
         drafts: DraftPolicy,
         admission: Admission,
         cost: StepCost,
+        waits: Waits,
     ) -> None:
         self._config = config
         self._memory = memory
@@ -81,6 +83,7 @@ class Decider:
         self._drafts = drafts
         self._admission = admission
         self._cost = cost
+        self._waits = waits
 
     def decide(
         self,
@@ -206,7 +209,9 @@ class Decider:
         if target is not None:
             rows, tokens = len(d.rows), self._config.max_step_tokens - d.budget
             live = StepShape(rows, tokens, d.context, 0)
-            d.gap = GapBudget(self._cost, target, live, self._config.page_size)
+            # Between two outputs of a stream lies more than a step.
+            seconds = target / self._waits.stretch
+            d.gap = GapBudget(self._cost, seconds, live, self._config.page_size)
             d.budget = d.gap.room(0, d.budget)
 
     def _continue_prompts(self, d: Decision, served: float = math.inf) -> None:

@@ -62,10 +62,12 @@ class Scheduler:
         self._memory = Memory(config)
         self._admission = Admission(self.policy, self._memory.pool, config.page_size)
         self._drafts = drafts or FixedDrafts()
-        self._decider = Decider(config, self._memory, self._drafts, self._admission, self.cost)
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
         self._waiting = WaitingQueue()
         self._gate = Gate(config, self._memory, self._waiting, self.cost, self.policy)
+        self._decider = Decider(
+            config, self._memory, self._drafts, self._admission, self.cost, self._gate.waits
+        )
         self._running: list[Sequence] = []  # sorted by order
         self._in_flight: dict[int, list[Sequence]] = {}  # by step, oldest first: one a row
         self._unadmitted: set[str] = set()  # requests of which no choice ever got a slot

@@ -107,6 +107,14 @@ class Waits:
         return self._error
 
     @property
+    def stretch(self) -> float:
+        """Seconds from one step to the next over the predicted seconds of a step: the engine's loop
+        and whoever shares its processor come between."""
+        if not self.known or self._model <= 0.0:
+            return 1.0
+        return max(1.0, min(self._wall / self._model, _BOUND))
+
+    @property
     def known(self) -> bool:
         """Whether the time of a step is."""
         return self._steps >= KNOWN_STEPS and self._wall > 0.0

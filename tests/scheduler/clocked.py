@@ -21,9 +21,16 @@ NONE = RowResult()
 class Clocked:
     """Every token is 1, so requests end by their length."""
 
-    def __init__(self, scheduler: Scheduler, seconds: Callable[[StepShape], float]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        seconds: Callable[[StepShape], float],
+        between: Callable[[float], float] = lambda took: 0.0,
+    ) -> None:
+        """`between`: seconds that pass after a step of so many before the next one starts."""
         self.scheduler = scheduler
         self.seconds = seconds
+        self.between = between
         self.now = 0.0
         self.steps: list[tuple[StepPlan, float]] = []  # with the time each took
         self.times: dict[tuple[str, int], list[float]] = defaultdict(list)  # of every output
@@ -54,7 +61,7 @@ class Clocked:
             if plan is None:
                 return
             took = self.seconds(plan.shape)
-            self._busy_until = max(self.now, self._busy_until) + took
+            self._busy_until = max(self.now, self._busy_until) + took + self.between(took)
             self._in_flight.append((plan, self._busy_until, took))
             self.steps.append((plan, took))
 

@@ -9,6 +9,7 @@ from scheduler.profile import Profile, StepShape, chunk_pairs
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import UNLIMITED, StepCost
+from scheduler.wait import Waits
 from tests.scheduler.clocked import Clocked
 from tests.scheduler.driving import request
 
@@ -33,13 +34,19 @@ def profiled() -> StepCost:
     return StepCost.from_profile(Profile(tuple((shape, seconds(shape)) for shape in shapes)))
 
 
-def crowd(slower: float = 1.0, cost: StepCost | None = None, own: float | None = None, **config):
+def crowd(
+    slower: float = 1.0,
+    cost: StepCost | None = None,
+    own: float | None = None,
+    between: float = 0.0,
+    **config,
+):
     """Eight streams, and an 8k-token prompt that comes after a second."""
     scheduler = Scheduler(
         SchedulerConfig(num_pages=2000, max_num_seqs=16, max_model_len=9000, **config),
         cost=profiled() if cost is None else cost,
     )
-    clocked = Clocked(scheduler, lambda shape: slower * seconds(shape))
+    clocked = Clocked(scheduler, lambda shape: slower * seconds(shape), lambda took: between * took)
     items = [
         request(f"s{i}", range(i, i + 100), 700, arrival=0.0, mtpot_target=own if i == 3 else None)
         for i in range(8)
@@ -84,6 +91,13 @@ def test_a_target_below_the_step_itself_still_lets_the_prompt_advance() -> None:
 
 def test_a_slower_machine_than_the_profiles_is_noticed() -> None:
     assert gap(crowd(slower=1.6, mtpot_target=0.05)) <= 0.05
+
+
+def test_what_passes_between_two_steps_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gap(crowd(between=0.5, mtpot_target=0.05)) <= 0.05
+    # Negative control.
+    monkeypatch.setattr(Waits, "stretch", 1.0)
+    assert gap(crowd(between=0.5, mtpot_target=0.05)) > 0.06
 
 
 def test_without_a_profile_it_learns() -> None:
