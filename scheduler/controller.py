@@ -237,6 +237,11 @@ class Controller:
         """The best numbers of drafts if this option is used for all."""
         option, most, rows = self.options[number], self.most, len(live)
         survival, proposed = self.acceptance.curves(live, number)
+        for i, sequence in enumerate(live):
+            if sequence.request.speculation.drafter is not None:  # whatever is used for others
+                own = self.acceptance.number(self._drafters(sequence, number))
+                if own is not None:
+                    survival[i] = self.acceptance.curves([sequence], own).survival[0]
         # What was never tried is approached in steps: of later drafts little is known by then.
         cap = min(2 * math.ceil(self._usual) + 2, most)
         room = [min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]

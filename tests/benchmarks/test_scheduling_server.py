@@ -112,7 +112,7 @@ def test_figures() -> None:
 def test_a_slower_machine_takes_longer_in_simulation() -> None:
     setting = Setting()
     profile = Profile.parse(PROFILE.read_text())
-    trace = TRACES["chat"].make(20.0, 40, setting.max_model_len)
+    trace = TRACES["chat"].make(500.0, 40, setting.max_model_len)
     assert all(r.prompt_tokens + r.max_tokens <= setting.max_model_len for r in trace)
     seconds = []
     for factor in (1.0, 2.0):

@@ -2,83 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import pytest
 
 from benchmarks.scheduling_policies import H200_8B
-from scheduler.acceptance import Acceptance, Curves
+from benchmarks.speculation_simulated import (
+    FREE,
+    MODEL,
+    MOST,
+    Make,
+    backlog,
+    controller,
+    fixed,
+    rate,
+)
 from scheduler.controller import GAP_AIM, Controller, Option
-from scheduler.outcome import Targets
 from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
 from scheduler.scheduler import Scheduler
-from scheduler.simulate import simulate
 from scheduler.simulated_drafts import DraftingCosts
-from scheduler.speculation import DraftPolicy, FixedDrafts
 from scheduler.step_cost import StepCost
-from scheduler.trace import TraceRequest
 
-MOST = 8
-MODEL = DraftingCosts(forward=0.6e-3, token=0.01e-3)
-FREE = DraftingCosts(forward=0.0)
 COPY_CHAT_RANDOM = (0.95, 0.6, 0.0)
 SECONDS = 6.0
-
-Make = Callable[[StepCost], DraftPolicy]
-
-
-class Knowing(Acceptance):
-    """Is told how probable each request's next draft is to be right, by its number."""
-
-    def __init__(self, chances: Sequence[float]) -> None:
-        super().__init__([(0,)], MOST)
-        self._chances = chances
-
-    def curves(self, sequences, number):  # type: ignore[no-untyped-def]
-        chance = np.array(
-            [self._chances[int(s.request.id) % len(self._chances)] for s in sequences]
-        )
-        return Curves(chance[:, None] ** np.arange(1, MOST + 1), np.ones(MOST))
-
-
-def controller(computes: bool = True, knows: Sequence[float] | None = None) -> Make:
-    def make(cost: StepCost) -> Controller:
-        made = Controller([Option((0,), computes)], ["model"], MOST, cost)
-        if knows is not None:
-            made.acceptance = Knowing(knows)
-        return made
-
-    return make
-
-
-def backlog(count: int, chances: Sequence[float], tokens: int = 400) -> list[TraceRequest]:
-    """Requests that all wait from the start, in turn with each of these chances."""
-    rng = np.random.default_rng(0)
-    trace = []
-    for i in range(count):
-        hits = rng.random(tokens) < chances[i % len(chances)]
-        right = "".join("1" if hit else "0" for hit in hits)
-        trace.append(TraceRequest(0.0, 200, tokens, tokens, right=right))
-    return trace
-
-
-def rate(make: Make, trace: list[TraceRequest], streams: int, drafting: DraftingCosts) -> float:
-    """Tokens in a fixed time, during which there is always somebody waiting."""
-    cost = StepCost.from_profile(H200_8B)
-    config = SchedulerConfig(num_pages=60_000, max_num_seqs=streams, max_queued_requests=10**5)
-    scheduler = Scheduler(config, make(cost), cost=cost)
-    machine = StepCost.from_profile(H200_8B)
-    simulate(trace, scheduler, machine, Targets(), drafting=drafting, horizon=SECONDS)
-    assert scheduler.load().waiting
-    return scheduler.load().generated_tokens
-
-
-def fixed(drafts: int) -> Make:
-    return lambda cost: FixedDrafts(drafts)
-
 
 CASES = [((0.7,), 4), ((0.2,), 16), ((0.9,), 64), (COPY_CHAT_RANDOM, 32), ((0.5,), 256)]
 
@@ -90,16 +37,20 @@ def test_it_nearly_reaches_an_oracle_and_never_loses(
 ) -> None:
     trace = backlog(20 * streams + 40, chances)
     computes = drafting is MODEL
-    auto = rate(controller(computes), trace, streams, drafting)
-    assert auto >= 0.97 * rate(controller(computes, knows=chances), trace, streams, drafting)
-    assert auto >= 0.98 * rate(fixed(0), trace, streams, drafting)
-    assert auto >= 0.95 * max(rate(fixed(k), trace, streams, drafting) for k in (1, 2, 4, 8))
+
+    def of(make: Make) -> float:
+        return rate(make, trace, streams, drafting, SECONDS)
+
+    auto = of(controller(computes))
+    assert auto >= 0.97 * of(controller(computes, chances))
+    assert auto >= 0.98 * of(fixed(0))
+    assert auto >= 0.95 * max(of(fixed(k)) for k in (1, 2, 4, 8))
 
 
 def test_lengths_of_each_request_beat_any_common_one() -> None:
     trace = backlog(800, COPY_CHAT_RANDOM)
-    auto = rate(controller(computes=False), trace, 64, FREE)
-    assert auto >= 1.08 * max(rate(fixed(k), trace, 64, FREE) for k in range(MOST + 1))
+    auto = rate(controller(computes=False), trace, 64, FREE, SECONDS)
+    assert auto >= 1.08 * max(rate(fixed(k), trace, 64, FREE, SECONDS) for k in range(MOST + 1))
 
 
 WILLING = Speculation()

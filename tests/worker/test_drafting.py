@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -111,13 +109,14 @@ def test_ended_texts_cast_shadows() -> None:
     assert drafting.take_shadows() == ()
 
 
-def test_a_drafter_that_fails_ends_drafting_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_drafter_that_fails_ends_drafting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     drafting, (good, bad), _ = setting(Guess([20], [0.9]), NOTHING)
     bad.fails = True
-    with caplog.at_level(logging.ERROR):
-        (row,), _ = drafting.draft(plan((1, 0)))
+    said: list[str] = []
+    monkeypatch.setattr("worker.drafting.log.exception", said.append)
+    (row,), _ = drafting.draft(plan((1, 0)))
     assert row.drafts == 0
-    assert "nothing is drafted any more" in caplog.text
+    assert said == ["a drafter has failed: from here on nothing is drafted any more"]
     assert drafting.committed(1, [14], 0) is None
     (row,), _ = drafting.draft(plan((0,)))
     assert row.drafts == 0
