@@ -112,13 +112,13 @@ def test_figures() -> None:
 def test_a_slower_machine_takes_longer_in_simulation() -> None:
     setting = Setting()
     profile = Profile.parse(PROFILE.read_text())
-    trace = TRACES["chat"].make(500.0, 40, setting.max_model_len)
+    trace = TRACES["chat"].make(100.0, 300, setting.max_model_len)
     assert all(r.prompt_tokens + r.max_tokens <= setting.max_model_len for r in trace)
     seconds = []
     for factor in (1.0, 2.0):
         report = simulate_trace(trace, setting, Targets(), profile, factor)
         played = simulated(report, 0.0, trace[-1].arrival)
-        assert len(played.fates) == 40
+        assert len(played.fates) == 300
         assert 0 < played.used <= 1
         seconds.append(played.figures(Targets())["seconds"])
     assert 1.3 < seconds[1] / seconds[0] < 2.1
