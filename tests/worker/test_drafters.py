@@ -88,6 +88,52 @@ def test_texts_go_on_when_the_trie_was_built_up_again() -> None:
     assert len(trie) <= 2000 + 10 * (DEPTH + 1)
 
 
+def test_of_texts_side_by_side_the_newest_tokens_are_kept() -> None:
+    """Also of a text that began long ago, and that had been forgotten before it went on."""
+    trie = Trie(nodes=3000)
+    old = trie.begin()
+    old.extend(text(0, 50, alphabet=10**6))
+    for i in range(20):
+        trie.begin().extend(text(1 + i, 60, alphabet=10**6))
+    assert trie.built >= 2
+    newest = text(100, 20, alphabet=10**6)
+    old.extend(newest)
+    trie.forget_half()
+    assert trie.guess(newest[:8], 4, 0.0)[1].tokens == newest[8:12]
+
+
+def test_building_up_again_does_not_cut_texts_that_go_on() -> None:
+    trie = Trie(nodes=3000)
+    into, phrase = trie.begin(), text(0, 16, alphabet=10**6)
+    trie.begin().extend(text(1, 100, alphabet=10**6))
+    into.extend(phrase[:8])
+    trie.forget_half()
+    into.extend(phrase[8:])
+    assert trie.guess(phrase[:8], 8, 0.0)[1].tokens == phrase[8:]
+
+
+def test_text_that_repeats_itself_does_not_grow_for_ever() -> None:
+    trie = Trie(nodes=4000)
+    phrase = text(0, 100, alphabet=10**6)
+    for _ in range(200):
+        trie.begin().extend(phrase)
+        assert sum(map(len, trie._texts.values())) <= 1100
+    assert trie.built > 10
+    assert trie.guess(phrase[:8], 4, 0.0)[1].tokens == phrase[8:12]
+
+
+def test_what_followed_once_is_not_certain_when_the_own_text_was_forgotten() -> None:
+    drafter = SuffixDrafter()
+    phrase = list(range(30, 50))
+    for slot, tokens in ((1, phrase[:8]), (2, phrase)):
+        drafter.admit(slot, A)
+        ask(drafter, tokens, slot=slot)
+    drafter._groups.of(A).forget_half()
+    guess = ask(drafter, phrase[:8])
+    assert guess.tokens == phrase[8:12]
+    assert all(0 < c < 1 for c in guess.confidence)
+
+
 def test_a_text_says_what_would_have_been_guessed() -> None:
     drafter = SuffixDrafter()
     phrase = list(range(30, 50))

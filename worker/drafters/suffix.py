@@ -12,7 +12,7 @@ the number of drafts that it expects to be right.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from worker.drafters.base import LATER, NOTHING, Ask, Guess
@@ -20,6 +20,7 @@ from worker.drafters.memory import Groups
 
 DEPTH = 10  # tokens of a suffix, and of what follows it
 NODES = 400_000  # of a trie; about 60 MB
+NODES_A_TOKEN = 4  # so many nodes at least are allowed for: text that repeats itself makes fewer
 CATCH_UP = 512  # tokens read in one step, which wait for it
 LONGEST_SHADOW = 2048  # tokens of a text that is read at its end, though nobody asked about it
 LEAST = 0.1  # drafts that are less probable are not made
@@ -32,7 +33,10 @@ class Trie:
     def __init__(self, nodes: int = NODES, depth: int = DEPTH) -> None:
         self._most = nodes
         self._depth = depth
-        self._texts: deque[list[int]] = deque()  # what is in it, oldest first
+        # What is in it, by number of the text; the one that was longest not appended to first.
+        self._texts: OrderedDict[int, list[int]] = OrderedDict()
+        self._begun = 0
+        self._tokens = 0  # of all these texts
         self.built = 0  # times that it was built up again: nodes of before are others now
         self._clear()
 
@@ -47,9 +51,23 @@ class Trie:
 
     def begin(self) -> Text:
         """Another text, to be appended to."""
-        tokens: list[int] = []
-        self._texts.append(tokens)
-        return Text(self, tokens)
+        self._begun += 1
+        return Text(self, self._begun)
+
+    def note(self, number: int, text: list[int], new: Sequence[int]) -> None:
+        """A text grows: it is kept for when the trie is built up again."""
+        text += new
+        self._tokens += len(new)
+        self._texts[number] = text
+        self._texts.move_to_end(number)
+
+    def end_of(self, text: list[int]) -> list[int]:
+        """The nodes at which the runs end that end a text which is in it, the longest first."""
+        active = [0]
+        for token in text[max(len(text) - self._depth + 1, 0) :]:
+            active = [self._child[node, token] for node in active]
+            active.append(0)
+        return active
 
     def add(self, active: list[int], token: int) -> list[int]:
         """A token after runs that end at these nodes, the longest first; the new ones."""
@@ -81,24 +99,20 @@ class Trie:
         return -1
 
     def full(self) -> bool:
-        return len(self._count) > self._most
+        return len(self._count) > self._most or self._tokens > self._most // NODES_A_TOKEN
 
     def forget_half(self) -> None:
         """Builds itself up again from the newer half of its tokens."""
-        total = sum(map(len, self._texts))
-        kept = 0
-        texts: deque[list[int]] = deque()
-        for text in reversed(self._texts):
-            left = total // 2 - kept
-            if left <= 0 and texts:
-                break
+        left = self._tokens // 2
+        for number, text in reversed(list(self._texts.items())):
             del text[: max(len(text) - left, 0)]
-            kept += len(text)
-            texts.appendleft(text)
-        self._texts = texts
+            left -= len(text)
+            if not text:
+                del self._texts[number]
+        self._tokens = self._tokens // 2 - left
         self.built += 1
         self._clear()
-        for text in texts:
+        for text in self._texts.values():
             active = [0]
             for token in text:
                 active = self.add(active, token)
@@ -125,9 +139,12 @@ class Trie:
                     node, suffix = self._shorter(suffix)
                     if not node:
                         break
-                # The end of the text itself is counted too, and was not followed by anything.
-                times = count[node] - (not drafts)
-                share = most_often[node] / (times + _DOUBT)
+                often, times = most_often[node], count[node]
+                # The end of the text itself is counted too, and was not followed by anything;
+                # unless the trie was built up again without it.
+                if not drafts and times > often:
+                    times -= 1
+                share = often / (times + _DOUBT)
                 if survival * share < least:
                     break
                 token = best[node]
@@ -159,23 +176,21 @@ class Trie:
 class Text:
     """A text on its way into a trie."""
 
-    __slots__ = ("_active", "_built", "_tokens", "_trie")
+    __slots__ = ("_active", "_built", "_number", "_tokens", "_trie")
 
-    def __init__(self, trie: Trie, tokens: list[int]) -> None:
+    def __init__(self, trie: Trie, number: int) -> None:
         self._trie = trie
-        self._tokens = tokens
-        self._begin()
-
-    def _begin(self) -> None:
-        self._active, self._built = [0], self._trie.built
+        self._number = number
+        self._tokens: list[int] = []  # those that the trie has not forgotten
+        self._active, self._built = [0], trie.built
 
     def extend(self, tokens: Sequence[int]) -> list[bool]:
         """Appends; by token, whether it was what the trie would have guessed."""
         trie = self._trie
         if self._built != trie.built:
-            self._begin()
+            self._active, self._built = trie.end_of(self._tokens), trie.built
         active = self._active
-        self._tokens += tokens
+        trie.note(self._number, self._tokens, tokens)
         guessed = []
         for token in tokens:
             guessed.append(trie.next(active) == token)
