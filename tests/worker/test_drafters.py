@@ -283,6 +283,20 @@ def test_groups_forget_the_longest_unused() -> None:
     assert groups.of(B) == []
 
 
+@pytest.mark.parametrize("name", ["suffix", "recycling"])
+def test_a_group_that_is_asked_is_not_forgotten(name: str) -> None:
+    drafter = MODEL_FREE[name]()
+    phrase = list(range(50, 70))
+    drafter.admit(1, A)
+    ask(drafter, phrase)
+    for i in range(100):
+        drafter.admit(2, bytes([i]))
+        ask(drafter, [1, 2, i], slot=2)
+        ask(drafter, phrase)
+    drafter.admit(3, A)
+    assert ask(drafter, phrase[:8], slot=3).tokens == phrase[8:12]
+
+
 def test_shares_follow_what_they_are_told() -> None:
     shares = Shares(2, 0.5)
     assert shares[0] == 0.5

@@ -31,6 +31,11 @@ class Groups(Generic[T]):
             self._of.move_to_end(group)
         return found
 
+    def used(self, group: bytes) -> None:
+        """It is not to be forgotten yet, if it is known at all."""
+        if group in self._of:
+            self._of.move_to_end(group)
+
 
 class Shares:
     """How often guesses of several kinds were right, the older ones counting less."""

@@ -259,10 +259,13 @@ class SuffixDrafter:
     def _catch_up(self, ask: Ask, most: int) -> int:
         """Reads what is new, or so many tokens of it. How many it read."""
         own = self._own.get(ask.slot)
+        group = self._group.get(ask.slot, b"")
         if own is None:
-            shared = self._groups.of(self._group.get(ask.slot, b""))
+            shared = self._groups.of(group)
             own = self._own[ask.slot] = _Own(shared)
             own.text_of_all = shared.begin()
+        else:
+            self._groups.used(group)
         assert own.text_of_all is not None
         new = ask.tokens[own.known : own.known + max(most, 0)]
         own.known += len(new)
