@@ -19,7 +19,7 @@ from worker.drafters.base import LATER, NOTHING, Ask, Guess
 from worker.drafters.memory import Groups
 
 DEPTH = 10  # tokens of a suffix, and of what follows it
-NODES = 400_000  # of a trie; about 60 MB
+NODES = 400_000  # of a trie; about 77 MB
 NODES_A_TOKEN = 4  # so many nodes at least are allowed for: text that repeats itself makes fewer
 CATCH_UP = 512  # tokens read in one step, which wait for it
 LONGEST_SHADOW = 2048  # tokens of a text that is read at its end, though nobody asked about it
