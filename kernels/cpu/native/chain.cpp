@@ -75,7 +75,7 @@ class Chain {
         parallel(threads_, columns * head_.inner, [&](Share share) {
             linear(head_, hidden, logits_.data(), rows, share);
         });
-        std::vector<int64_t> staying;
+        size_t staying = 0;  // these move up, over those that were read already
         for (int64_t i = 0; i < rows; i++) {
             const int64_t r = alive_[i], count = chain_.counts[r]++;
             const float* x = logits_.data() + i * columns;
@@ -88,9 +88,9 @@ class Chain {
             chain_.tokens[r * chain_.width + count] = token;
             chain_.confidence[r * chain_.width + count] = sure;
             belief_[r] *= sure;
-            if (count + 1 < chain_.most[r] && belief_[r] >= chain_.least) staying.push_back(r);
+            if (count + 1 < chain_.most[r] && belief_[r] >= chain_.least) alive_[staying++] = r;
         }
-        alive_ = std::move(staying);
+        alive_.resize(staying);
     }
 
     // The last draft of each row that is alive goes through the model.
