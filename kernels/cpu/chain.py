@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p, pointer
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p, pointer
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -113,7 +113,7 @@ class _Chain(Structure):
         ("rows", c_int64),
         ("width", c_int64),
         ("vocab", c_int64),
-        ("least", c_float),
+        ("least", c_double),
         ("tokens", c_void_p),
         ("confidence", c_void_p),
         ("counts", c_void_p),

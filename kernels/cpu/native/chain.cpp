@@ -27,7 +27,7 @@ struct NativeChain {
     int64_t table_stride;
     int64_t rows, width;  // width: of `tokens` and `confidence`
     int64_t vocab;        // ids from here on are not drawn
-    float least;          // the product of confidences down to which a row drafts on
+    double least;         // the product of confidences down to which a row drafts on
     int64_t* tokens;      // [rows, width]
     float* confidence;    // [rows, width]
     int64_t* counts;      // drafts made
@@ -53,7 +53,7 @@ class Chain {
     Chain(const NativeModel& model, const NativeStep& first, const NativeChain& chain, int threads)
         : model_(model), chain_(chain), threads_(threads), head_{(const uint32_t*)chain.head->packed,
           chain.head->bias, chain.head->columns, chain.head->inner, chain.head->type != 0},
-          vocab_(std::min(chain.vocab, chain.head->columns)), belief_(chain.rows, 1.0f),
+          vocab_(std::min(chain.vocab, chain.head->columns)), belief_(chain.rows, 1.0),
           logits_(chain.rows * chain.head->columns) {
         for (int64_t r = 0; r < chain.rows; r++) {
             chain.counts[r] = 0;
@@ -75,7 +75,7 @@ class Chain {
         parallel(threads_, columns * head_.inner, [&](Share share) {
             linear(head_, hidden, logits_.data(), rows, share);
         });
-        std::vector<int64_t> staying;
+        size_t staying = 0;  // these move up, over those that were read already
         for (int64_t i = 0; i < rows; i++) {
             const int64_t r = alive_[i], count = chain_.counts[r]++;
             const float* x = logits_.data() + i * columns;
@@ -88,9 +88,9 @@ class Chain {
             chain_.tokens[r * chain_.width + count] = token;
             chain_.confidence[r * chain_.width + count] = sure;
             belief_[r] *= sure;
-            if (count + 1 < chain_.most[r] && belief_[r] >= chain_.least) staying.push_back(r);
+            if (count + 1 < chain_.most[r] && belief_[r] >= chain_.least) alive_[staying++] = r;
         }
-        alive_ = std::move(staying);
+        alive_.resize(staying);
     }
 
     // The last draft of each row that is alive goes through the model.
@@ -121,7 +121,8 @@ class Chain {
     const Linear head_;
     const int64_t vocab_;
     std::vector<int64_t> alive_;
-    std::vector<float> belief_, logits_, maxima_;
+    std::vector<double> belief_;  // as exact as single steps have it, to stop where they do
+    std::vector<float> logits_, maxima_;
     std::vector<T> hidden_;
     std::vector<int64_t> ids_, positions_, slots_;
     std::vector<int32_t> starts_, table_;
