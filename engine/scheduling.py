@@ -31,7 +31,8 @@ def build_scheduler(config: EngineConfig, limits: SchedulerConfig) -> Scheduler:
     file = history_file(config)
     if policy.window is not None and file is not None:
         restore(policy.window, file)
-    return Scheduler(limits, draft_policy(config.speculation, cost), policy, cost)
+    drafts = draft_policy(config.speculation, cost, schedule.mtpot_target)
+    return Scheduler(limits, drafts, policy, cost)
 
 
 def drafter_names(config: SpeculationConfig) -> tuple[str, ...]:
@@ -49,7 +50,9 @@ def drafter_names(config: SpeculationConfig) -> tuple[str, ...]:
     return tuple(n for n in config.drafters if n != MODEL or config.draft_model is not None)
 
 
-def draft_policy(config: SpeculationConfig, cost: StepCost) -> DraftPolicy:
+def draft_policy(
+    config: SpeculationConfig, cost: StepCost, mtpot_target: float | None = None
+) -> DraftPolicy:
     """How many tokens are guessed ahead. Raises `StartupError`."""
     names = drafter_names(config)
     if not names or not config.max_draft_tokens:
@@ -57,7 +60,7 @@ def draft_policy(config: SpeculationConfig, cost: StepCost) -> DraftPolicy:
     if config.fixed_draft_tokens is not None:
         most = min(config.fixed_draft_tokens, config.max_draft_tokens)
         return FixedDrafts(most, tuple(range(len(names))), names)
-    return Controller(options_of(names), names, config.max_draft_tokens, cost)
+    return Controller(options_of(names), names, config.max_draft_tokens, cost, mtpot_target)
 
 
 def options_of(names: Sequence[str]) -> list[Option]:

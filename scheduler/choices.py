@@ -19,7 +19,7 @@ def choices_of(
     """The sequences of a request: `serial` is the first one's number, `max_len` their bound,
     `account` their tenant's; without, they get one of their own."""
     account = account or Account(request.tenant)
-    root = chain_root(
+    group = root = chain_root(
         config.hash_root, request.cache_salt, request.adapter.encode(), request.tenant.encode()
     )
     sequences: list[Sequence] = []
@@ -38,6 +38,7 @@ def choices_of(
                 order=order_of(request, serial + choice, config.priority_ageing),
                 limit=min(len(request.prompt) + request.params.max_tokens, max_len),
                 chain=HashChain(root, config.page_size),
+                group=group,
                 prompt_logprobs=[None] if wanted else None,
             )
         )

@@ -91,10 +91,15 @@ class Controller:
     """A `DraftPolicy` that follows what drafts were worth and what they took."""
 
     def __init__(
-        self, options: Items[Option], names: Items[str], most: int, cost: StepCost
+        self,
+        options: Items[Option],
+        names: Items[str],
+        most: int,
+        cost: StepCost,
+        mtpot_target: float | None = None,
     ) -> None:
         """`options` must not be empty; `names` are the drafters' by number; `most` is the largest
-        number of drafts in a row."""
+        number of drafts in a row, `mtpot_target` the server's."""
         if not options or most < 1:
             raise ValueError("a controller needs somebody who drafts, at least a token")
         self.options = tuple(options)
@@ -104,6 +109,7 @@ class Controller:
         self._calibration = [Calibration() for _ in names]
         self._alone = {name: (number,) for number, name in enumerate(names)}
         self._steps = VerifyCost(cost)
+        self._mtpot_target = mtpot_target
         # In use; at first the one that asks most drafters, for one of them may know.
         self._option = max(range(len(options)), key=lambda i: len(options[i].drafters))
         self._usual = 0.0  # drafts of a sequence, on average
@@ -265,7 +271,7 @@ class Controller:
         verifying = np.interp(rows + tokens, *verify)
         seconds = verifying + drafting + self._overhead
         rates = (rows + gained) / seconds
-        rates[verifying + drafting > self._longest(live)] = 0.0
+        rates[seconds > self._longest(live)] = 0.0
         at = int(np.argmax(rates))
         depth, last = divmod(at, len(order))
         rate = float(rates.flat[at])
@@ -284,10 +290,9 @@ class Controller:
         more = float(np.interp(size + 1, *verify) - np.interp(size, *verify))
         return min(rate * (self.draft_costs[number].of_a_draft(asked) + more), MOST_CERTAIN)
 
-    @staticmethod
-    def _longest(live: list[Sequence]) -> float:
-        """Seconds a step may take by the strictest gap target of a request."""
-        target = gap_target(None, live)
+    def _longest(self, live: list[Sequence]) -> float:
+        """Seconds from one step to the next, by the strictest gap target."""
+        target = gap_target(self._mtpot_target, live)
         return math.inf if target is None else GAP_AIM * target
 
     def _probe(self, live: list[Sequence]) -> None:

@@ -44,11 +44,6 @@ class HashChain:
         self._digest = digest
         self._links: list[Link] = []
 
-    @property
-    def root(self) -> bytes:
-        """What all that may share KV have in common."""
-        return self._root
-
     def link(self, page: int, tokens: Sequence[int]) -> Link:
         """The link of the `page`-th page; `tokens` must hold that page in full."""
         links, size = self._links, self._page_size

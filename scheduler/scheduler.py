@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from dataclasses import replace
 from operator import attrgetter
 
 from scheduler.admission import Admission, Policy, make_policy
@@ -29,8 +28,8 @@ from scheduler.gate import Gate
 from scheduler.memory import Hits, Memory
 from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import swap_pays
-from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
+from scheduler.rows import launch_rows, shape_as_run
 from scheduler.sequence import Phase, Sequence, WaitForecast
 from scheduler.speculation import DraftPolicy, FixedDrafts
 from scheduler.step_cost import StepCost
@@ -188,47 +187,21 @@ class Scheduler:
         admits = tuple([self._seat(sequence, hits, now) for sequence, hits in decision.admits])
         if not decision.rows:
             return None
-        rows: list[Row] = []
-        more = pairs = 0  # tokens beyond one a row; positions attended by chunks
-        for sequence, work in zip(decision.rows, decision.work, strict=True):
-            if work is None:
-                sequence.pending_min += 1
-                sequence.pending_max += 1
-                rows.append(sequence.plain_row)
-                continue
-            drafts = work.drafts
-            new: tuple[int, ...] = ()
-            if work.pages:
-                new = self._memory.pool.take(work.pages)
-                sequence.pages += new
-            if work.tokens:
-                more += work.tokens - 1
-                pairs += chunk_pairs(work.tokens, sequence.fed)
-                row = self._chunk(sequence, work.tokens, new)
-            else:
-                more += drafts
-                drafters = sequence.drafters if drafts else ()
-                row = Row(sequence.slot, sequence.epoch, None, True, drafts, drafters, None, new)
-            if row.samples:
-                sequence.pending_min += 1
-                sequence.pending_max += 1 + drafts
-            rows.append(row)
-        shape = StepShape(len(rows), len(rows) + more, decision.context, pairs)
+        rows, shape = launch_rows(decision, self._memory.pool)
         if decision.loading:
             self._blocked = False  # the loaded pages may be hit
-        saves = self._memory.saves()
-        plan = StepPlan(self._counts.steps, admits, tuple(rows), shape, *decision.rules, saves)
+        plan = StepPlan(
+            step=self._counts.steps,
+            admits=admits,
+            rows=rows,
+            shape=shape,
+            least=decision.rules.least,
+            heard=decision.rules.heard,
+            saves=self._memory.saves(),
+        )
         self._counts.steps += 1
         self._in_flight[plan.step] = decision.rows
         return plan
-
-    def _chunk(self, sequence: Sequence, use: int, new: tuple[int, ...]) -> Row:
-        tokens, start, end = sequence.tokens, sequence.fed, sequence.fed + use
-        sequence.fed = end
-        reaches = end == len(tokens)
-        following = None if reaches or sequence.prompt_logprobs is None else tokens[end]
-        chunk = tuple(tokens[start:end])
-        return Row(sequence.slot, sequence.epoch, chunk, reaches, 0, (), following, new)
 
     def _seat(self, sequence: Sequence, hits: Hits, now: float) -> Admit:
         """Gives a waiting sequence a slot; its prefix hits are pinned already."""
@@ -253,7 +226,7 @@ class Scheduler:
             pages=tuple(sequence.pages),
             cached=tuple(sequence.tokens[:cached]),
             loads=loads,
-            group=sequence.chain.root,
+            group=sequence.group,
         )
 
     # --- settling -------------------------------------------------------------------------------
@@ -265,7 +238,7 @@ class Scheduler:
         if len(result.rows) != len(plan.rows):
             raise ValueError(f"{len(result.rows)} results for {len(plan.rows)} rows")
         outputs = self.take_outputs()
-        shape = _as_run(plan, result)
+        shape = shape_as_run(plan, result)
         if not plan.copies:
             self.cost.observe(shape, result.seconds)
         size = self.config.page_size
@@ -465,13 +438,3 @@ class Scheduler:
             sequence.check(self.config.page_size)
         unfinished = sum(map(len, self._requests.values()))
         assert unfinished == len(self._running) + len(self._waiting), "a sequence is lost"
-
-
-def _as_run(plan: StepPlan, result: StepResult) -> StepShape:
-    """The shape of a step in which rows may have drafted less than they were allowed to."""
-    unused = sum(
-        row.drafts - done.proposed
-        for row, done in zip(plan.rows, result.rows, strict=True)
-        if row.drafts
-    )
-    return replace(plan.shape, tokens=plan.shape.tokens - unused) if unused else plan.shape

@@ -57,6 +57,7 @@ class Sequence:
     limit: int  # len(tokens) at which it ends for length
     chain: HashChain
     prompt_logprobs: list[TokenLogprob | None] | None  # gathered over chunks; None: not wanted
+    group: bytes = b""  # the same for all that may learn of each other's texts
     prompt_len: int = field(init=False)
     cap: int = field(init=False)  # output tokens it can have at most
 

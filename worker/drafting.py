@@ -151,10 +151,14 @@ class Drafting:
             stop = least[number] if number < len(least) else 0.0
             guesses = self._drafters[number].propose(asks, stop)
             for row, guess in zip(group, guesses, strict=True):
-                if guess.tokens or guess is LATER:
+                if guess is LATER:
+                    # What another one has said, though it was not heard, is better than nothing.
+                    self._of_slot.setdefault(row.slot, Drafted(number, guess))
+                    continue
+                if guess.tokens:
                     self._of_slot[row.slot] = Drafted(number, guess)
                     more = choice + 1 < len(row.drafters) and number < len(heard)
-                    if guess is LATER or not more or expected(guess) >= heard[number]:
+                    if not more or expected(guess) >= heard[number]:
                         continue
                 left.append(row)
         return left

@@ -7,24 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.cpu.chain import ChainRows
+from kernels.cpu.chain import NativeChain
 from kernels.ops import AttentionBatch, Ops
 from models.model import LanguageModel
-
-
-class DraftChain(Protocol):
-    """`kernels.cpu.chain.NativeChain`."""
-
-    def draft(
-        self,
-        ids: Tensor,
-        batch: AttentionBatch,
-        kv: Sequence[Tensor],
-        read: Tensor,
-        rows: ChainRows,
-        least: float,
-        vocab_size: int,
-    ) -> tuple[list[list[int]], list[list[float]]]: ...
 
 
 class Runner(Protocol):
@@ -33,7 +18,7 @@ class Runner(Protocol):
     name: str
 
     @property
-    def chain(self) -> DraftChain | None:
+    def chain(self) -> NativeChain | None:
         """Several drafts in one call, where there is such a thing."""
         ...
 
@@ -61,7 +46,7 @@ class EagerRunner:
 
     def __init__(self, model: LanguageModel, ops: Ops) -> None:
         self.name = ops.name
-        self.chain: DraftChain | None = None
+        self.chain: NativeChain | None = None
         self._model = model
         self._ops = ops
 

@@ -143,9 +143,9 @@ def test_a_gap_target_bounds_the_step() -> None:
     cost = StepCost.from_profile(H200_8B)
     params = SamplingParams(max_tokens=500)
 
-    def drafts(target: float | None) -> tuple[int, float]:
+    def drafts(target: float | None, of_all: float | None = None) -> tuple[int, float]:
         """Drafts of all, and the seconds of their step."""
-        policy = Controller([Option((0,), False)], ["suffix"], MOST, cost)
+        policy = Controller([Option((0,), False)], ["suffix"], MOST, cost, of_all)
         config = SchedulerConfig(num_pages=4000, max_num_seqs=256)
         scheduler = Scheduler(config, policy, cost=cost)
         for i in range(100):
@@ -165,6 +165,7 @@ def test_a_gap_target_bounds_the_step() -> None:
     bounded, less = drafts(middle / GAP_AIM)
     assert 2 < bounded < free
     assert less <= middle
+    assert drafts(None, middle / GAP_AIM) == (bounded, less)
 
 
 def test_texts_written_without_drafts_say_when_drafts_would_pay() -> None:

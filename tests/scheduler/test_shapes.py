@@ -58,3 +58,17 @@ def test_the_cost_learns_from_settled_steps() -> None:
     result = replace(both.worker.launch(plan).wait(), seconds=0.25)
     both.scheduler.settle(plan, result, 0.0)
     assert both.scheduler.cost.seconds(plan.shape) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_drafters_are_told_who_may_learn_of_whom(cached: bool) -> None:
+    """Tenants and salts keep apart, with a prefix cache and without."""
+    both = pair(enable_prefix_cache=cached)
+    callers = [("a", b""), ("a", b""), ("b", b""), ("a", b"salt")]
+    for i, (tenant, salt) in enumerate(callers):
+        both.add(request(f"r{i}", range(i, i + 9), 5, tenant=tenant, cache_salt=salt))
+    plan = both.scheduler.plan(0.0)
+    assert plan is not None
+    groups = {admit.epoch: admit.group for admit in plan.admits}
+    assert len(groups) == 4
+    assert len(set(groups.values())) == 3

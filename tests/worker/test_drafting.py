@@ -90,6 +90,13 @@ def test_what_was_heard_stays_where_nobody_else_knows() -> None:
     assert slots.tokens[1, 4] == 20
 
 
+def test_what_was_not_heard_is_better_than_nothing() -> None:
+    drafting, _, slots = setting(Guess([20], [0.5]), LATER)
+    (row,), _ = drafting.draft(plan((0, 1), heard=(2.0, 0.0)))
+    assert row.drafts == 1
+    assert slots.tokens[1, 4] == 20
+
+
 def test_catching_up_is_not_silence() -> None:
     drafting, (_, second), _ = setting(LATER, Guess([30], [0.9]))
     (row,), _ = drafting.draft(plan((0, 1)))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu.chain import ChainRows
+from kernels.cpu.chain import ChainRows, NativeChain
 from kernels.ops import AttentionBatch
 from kernels.sampling import reference
 from kernels.sampling.reference import NoiseKey, Truncation
@@ -22,7 +22,6 @@ from scheduler.plan import Admit, PageCopy
 from scheduler.request import SamplingParams
 from worker.drafters.base import LATER, Ask, Guess
 from worker.drafters.model import ModelDrafter
-from worker.runner import DraftChain
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.slots import SlotTable
@@ -64,13 +63,13 @@ def step(
 
 
 class Model:
-    """A `Runner` whose keys are the tokens themselves, and its own `DraftChain`."""
+    """A `Runner` whose keys are the tokens themselves, and its own `NativeChain`."""
 
     name = "remembering"
 
     def __init__(self, vocab: int, chained: bool) -> None:
         self.vocab = vocab
-        self.chain: DraftChain | None = self if chained else None
+        self.chain: NativeChain | None = self if chained else None
         self.forwards: list[list[int]] = []  # the positions fed, forward by forward
         self.chains = 0
 

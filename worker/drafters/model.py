@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.cpu.chain import ChainRows
+from kernels.cpu.chain import ChainRows, NativeChain
 from kernels.ops import AttentionBatch
 from worker.drafters.base import LATER, Ask, Guess
-from worker.runner import DraftChain, Runner
+from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.sampling_state import Need
 from worker.slots import SlotTable
@@ -126,7 +126,7 @@ class ModelDrafter:
 
     def _in_one_call(
         self,
-        chain: DraftChain,
+        chain: NativeChain,
         rows: list[_Row],
         through: list[_Row],
         spans: list[Span],

@@ -19,7 +19,9 @@ from worker.drafters.base import LATER, NOTHING, Ask, Guess
 from worker.drafters.memory import Groups
 
 DEPTH = 10  # tokens of a suffix, and of what follows it
-NODES = 400_000  # of a trie; about 77 MB
+# Of a trie. A thousand take about 190 kB: all groups together at most 310 MB, a slot 8 MB.
+NODES, NODES_OF_A_SLOT = 200_000, 40_000
+GROUPS = 8  # that are remembered
 NODES_A_TOKEN = 4  # so many nodes at least are allowed for: text that repeats itself makes fewer
 CATCH_UP = 512  # tokens read in one step, which wait for it
 LONGEST_SHADOW = 2048  # tokens of a text that is read at its end, though nobody asked about it
@@ -206,7 +208,7 @@ class _Own:
 
     def __init__(self, shared: Trie) -> None:
         self.shared = shared
-        self.trie = Trie()
+        self.trie = Trie(NODES_OF_A_SLOT)
         self.text = self.trie.begin()
         self.text_of_all: Text | None = None
         self.known = 0  # tokens of the text that are in both
@@ -218,7 +220,7 @@ class SuffixDrafter:
     name = "suffix"
 
     def __init__(self) -> None:
-        self._groups: Groups[Trie] = Groups(Trie, most=16)
+        self._groups: Groups[Trie] = Groups(Trie, most=GROUPS)
         self._group: dict[int, bytes] = {}  # by slot
         self._own: dict[int, _Own] = {}
 
