@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler.plan import StepPlan
-from tests.scheduler.driving import Pair, pair
+from tests.scheduler.driving import Pair, pair, request
 from tests.scheduler.test_invariance import workload
 
 
