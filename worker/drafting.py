@@ -16,7 +16,7 @@ from worker.drafters.model import ModelDrafter
 from worker.slots import SlotTable
 
 SHADOW_SHARE = 0.005  # of the time may go into texts that nobody asked about
-MOST_CREDIT = 0.02  # seconds of it that can be saved up
+MOST_CREDIT = 0.004  # seconds of it that can be saved up: about a text, after which a step may wait
 
 log = logging.getLogger(__name__)
 
