@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,8 @@ from engine.errors import StartupError
 from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
+from kernels.kv.format import KVFormat
+from kernels.kv.presets import layer_formats
 from kernels.linear.prepare import LinearMode, prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
@@ -37,6 +40,9 @@ from worker.sampling_state import SlotSampling
 from worker.sizing import MIB, Budget, BudgetError, activation_bytes, plan_budget
 from worker.slots import SlotTable
 from worker.worker import Worker, WorkerFacts
+
+if TYPE_CHECKING:
+    from models.transformers_fallback import TransformersDecoder
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +89,16 @@ def _build(
         load_format=config.model.load_format,
         progress=log.debug,
     )
+    formats = _formats(config, spec)
+
+    def load_formatted() -> Decoder | TransformersDecoder:
+        loaded = load()
+        loaded.use_formats(formats)
+        return loaded
+
     load_small = load_draft(config, folder, dtype, device, max_model_len)
     before = device.available_memory()
-    model = load()
+    model = load_formatted()
     draft = None if load_small is None else load_small()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # The eager model and the native one live side by side until the last stream of the former has
@@ -101,14 +114,17 @@ def _build(
         small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
 
-    budget = _budget(
-        config, device, spec, small.spec if small else None, dtype, max_model_len, before
-    )
+    page = page_bytes(spec, config.cache.page_size, dtype, formats)
+    if small is not None:  # a page of the target's has one of the draft model's beside it
+        page += page_bytes(small.spec, config.cache.page_size, dtype)
+    budget = _budget(config, device, spec, page, dtype, max_model_len, before)
     log.info("%s", budget)
     num_slots = config.schedule.max_num_seqs + 1
     slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
     sampling = SlotSampling(num_slots, spec.vocab_size, device.torch_device)
-    kv = allocate_pool(spec, budget.num_pages, budget.page_size, dtype, device.torch_device)
+    kv = allocate_pool(
+        spec, budget.num_pages, budget.page_size, dtype, device.torch_device, formats
+    )
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
     sampler = Sampler(sampling, slots.tokens)
@@ -140,7 +156,7 @@ def _build(
     )
     if native is not None:
         if isinstance(model, Decoder) and runner.name != NativeOps.name:
-            _swap_when_built(native, load, worker.use)
+            _swap_when_built(native, load_formatted, worker.use)
         drafter = None if drafting is None else drafting.model
         if drafter and load_small and drafter.runner.name != NativeOps.name:
             use = drafter.use
@@ -156,12 +172,31 @@ def _build(
         max_model_len=max_model_len,
         enable_prefix_cache=config.cache.enable_prefix_cache,
         host_pages=budget.host_pages,
-        hash_root=chain_root(str(folder.resolve()).encode(), str(dtype).encode()),
+        hash_root=chain_root(
+            str(folder.resolve()).encode(),
+            str(dtype).encode(),
+            "/".join(form.name for form in formats).encode(),
+        ),
         max_queued_requests=config.schedule.max_queued_requests,
         max_queued_tokens=config.schedule.max_queued_tokens,
         ttft_target=config.schedule.ttft_target,
         mtpot_target=config.schedule.mtpot_target,
     )
+
+
+def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
+    cache = config.cache
+    try:
+        return layer_formats(
+            cache.kv_format,
+            spec.num_layers,
+            spec.num_kv_heads,
+            cache.page_size,
+            spec.head_dim,
+            cache.kv_boundary_layers,
+        )
+    except ValueError as error:
+        raise StartupError(f"{error}.") from error
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
@@ -186,15 +221,12 @@ def _budget(
     config: EngineConfig,
     device: Device,
     spec: ModelSpec,
-    draft: ModelSpec | None,
+    page: int,
     dtype: torch.dtype,
     max_model_len: int,
     before: int,
 ) -> Budget:
     cache = config.cache
-    page = page_bytes(spec, cache.page_size, dtype)
-    if draft is not None:  # a page of the target's has one of the draft model's beside it
-        page += page_bytes(draft, cache.page_size, dtype)
     available = device.available_memory()
     return plan_budget(
         total=device.total_memory,

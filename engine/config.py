@@ -77,11 +77,18 @@ class CacheConfig:
     page_size: int = option(
         16, "Token positions in one page of the KV pool.", aliases=("block-size",)
     )
-    kv_dtype: str = option(
+    kv_format: str = option(
         "auto",
-        "Format keys and values are kept in. `auto`: the model's dtype, the only one so far.",
-        aliases=("kv-cache-dtype",),
-        choices=("auto",),
+        "Format keys and values are kept in. `auto`: the model's dtype; int8n: 8 bits; k8v4: keys"
+        " 8, values 4; int4h: 4; int4h64: 4, a scale for every 64 dimensions; k4v2h: keys 4, values"
+        " 2; int2h: 2. See docs/kv.md.",
+        aliases=("kv-dtype", "kv-cache-dtype"),
+        choices=("auto", "int8n", "k8v4", "int4h", "int4h64", "k4v2h", "int2h"),
+    )
+    kv_boundary_layers: int | None = option(
+        None,
+        "First layers, and last, whose keys and values get 8 bits. Default: as the format asks for,"
+        " at most two.",
     )
     memory_fraction: float = option(
         0.9,

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.kv.format import DENSE, KVFormat
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -40,6 +42,7 @@ class AttentionLayer:
     k_norm: Tensor | None = None  # [head_dim]
     norm_eps: float = 1e-6
     window: int | None = None  # sliding window: a token sees this many positions, itself included
+    kv: KVFormat = DENSE  # how this layer's pages hold keys and values
 
 
 class Ops(Protocol):
@@ -66,20 +69,21 @@ class Ops(Protocol):
     ) -> Tensor:
         """Per-head norm, rotary embedding and KV append in one go.
 
-        qkv: [tokens, (heads + 2 * kv_heads) * head_dim]; kv: the layer's pool (see `attend`),
-        written in place at `batch.kv_slots`. Returns q: [tokens, heads, head_dim].
+        qkv: [tokens, (heads + 2 * kv_heads) * head_dim]; kv: the layer's pool, [pages, *page_shape]
+        of `layer.kv`, written in place at `batch.kv_slots`. Returns q: [tokens, heads, head_dim].
         """
         ...
 
-    def append(self, k: Tensor, v: Tensor, kv: Tensor, batch: AttentionBatch) -> None:
+    def append(
+        self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
+    ) -> None:
         """Writes k, v: [tokens, kv_heads, head_dim] into `kv` at `batch.kv_slots`."""
         ...
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         """Causal attention of each token over its row's pages, its own position included.
 
-        q: [tokens, heads, head_dim]; kv: [pages, 2, kv_heads, page_size, head_dim], keys at
-        index 0 and values at 1 of the second axis. Softmax in fp32. Returns
+        q: [tokens, heads, head_dim]; kv: the layer's pool. Softmax in fp32. Returns
         [tokens, heads, head_dim] in q's dtype.
         """
         ...

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kernels import activation, norm
 from kernels.attention.paged import QueryGroup, attend_group, plan_queries
-from kernels.kv import dense
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.rope import rotate
 
@@ -23,7 +22,7 @@ class TorchOps:
 
     def __init__(self) -> None:
         # The grouping of queries is the same in all layers of a step, so it is kept.
-        self._planned: tuple[AttentionBatch | None, int] = (None, 0)
+        self._planned: AttentionBatch | None = None
         self._groups: tuple[QueryGroup, ...] = ()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,23 +51,25 @@ class TorchOps:
             qk = split[:, : heads + kv_heads]
         if layer.cos_sin is not None:
             qk = rotate(qk, layer.cos_sin[batch.positions])
-        self.append(qk[:, heads:], v, kv, batch)
+        self.append(qk[:, heads:], v, layer, kv, batch)
         return qk[:, :heads]
 
-    def append(self, k: Tensor, v: Tensor, kv: Tensor, batch: AttentionBatch) -> None:
+    def append(
+        self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
+    ) -> None:
         """See `kernels.ops.Ops.append`."""
-        dense.append(k, v, kv, batch.kv_slots)
+        layer.kv.append(k, v, kv, batch.kv_slots)
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         """See `kernels.ops.Ops.attend`."""
-        # A draft model has its own number of KV heads under the same batch.
-        if self._planned[0] is not batch or self._planned[1] != layer.num_kv_heads:
-            self._groups, self._planned = plan_queries(batch, kv), (batch, layer.num_kv_heads)
+        if self._planned is not batch:
+            self._groups, self._planned = plan_queries(batch), batch
+        q = layer.kv.turn(q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in self._groups:
             if group.tokens is None:
                 blocks = q.view(*group.positions.shape, *q.shape[1:])
-                return attend_group(blocks, kv, layer, group).reshape(q.shape)
+                return layer.kv.turn_back(attend_group(blocks, kv, layer, group).reshape(q.shape))
             found = attend_group(q[group.tokens], kv, layer, group)
             out[group.tokens[group.valid]] = found[group.valid]
-        return out
+        return layer.kv.turn_back(out)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.kv.format import KVFormat
 from kernels.linear.dense import DenseLinear
 from kernels.ops import AttentionBatch, Ops
 from models.layers import Attention, Mlp, Target, linear_targets, weight
@@ -92,8 +94,8 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor], ops: Ops) -> Tensor:
         """One ragged step.
 
-        ids: [tokens] int64; kv: per layer [pages, 2, kv_heads, page_size, head_dim], appended to
-        in place. Returns hidden states after the final norm, [tokens, hidden].
+        ids: [tokens] int64; kv: per layer its pool, appended to in
+        place. Returns hidden states after the final norm, [tokens, hidden].
         """
         x = F.embedding(ids, self.embedding)
         residual: Tensor | None = None
@@ -101,6 +103,12 @@ class Decoder(nn.Module):
             x, residual = layer(x, residual, batch, pages, ops)
         assert residual is not None, "a decoder has at least one layer"
         return ops.add_rms_norm(x, residual, self.norm, self.spec.norm_eps)[0]
+
+    def use_formats(self, formats: Sequence[KVFormat]) -> None:
+        """How each layer's pages hold keys and values; dense unless something else is said."""
+        for layer, form in zip(self.layers, formats, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            layer.attention.layer = replace(layer.attention.layer, kv=form)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden] -> [rows, vocab] fp32."""

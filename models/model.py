@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.kv.format import KVFormat
 from kernels.ops import AttentionBatch, Ops
 from models.spec import ModelSpec
 
@@ -20,6 +21,10 @@ class LanguageModel(Protocol):
         self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor], ops: Ops
     ) -> Tensor:
         """One ragged step; see `models.decoder.Decoder.forward`."""
+        ...
+
+    def use_formats(self, formats: Sequence[KVFormat]) -> None:
+        """How each layer's pages hold keys and values; dense unless something else is said."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.kv.format import DENSE, Dense, KVFormat
 from kernels.ops import AttentionBatch, AttentionLayer, Ops
 from kernels.torch_ops import TorchOps
 from models.errors import CheckpointError, UnsupportedArchitecture
@@ -44,6 +45,7 @@ class PagedStep:
     kv: Sequence[Tensor]
     ops: Ops
     windows: tuple[int | None, ...]
+    formats: Sequence[KVFormat]  # of each layer's pages
     seen: list[int] = field(default_factory=list)  # layers in the order of their calls
 
     def attend(
@@ -51,8 +53,9 @@ class PagedStep:
     ) -> Tensor:
         """q, k, v: [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        pages = self.kv[layer]
-        if k.shape[1:] != (pages.shape[2], pages.shape[4]) or v.shape != k.shape:
+        pages, form = self.kv[layer], self.formats[layer]
+        page = form.page_shape(k.shape[1], form.page_size(pages), k.shape[2])
+        if pages.shape[1:] != page or v.shape != k.shape:
             raise UnsupportedArchitecture(
                 f"layer {layer} has keys of {tuple(k.shape[1:])} and values of "
                 f"{tuple(v.shape[1:])} heads and dimensions; only one shape for all is supported."
@@ -63,16 +66,19 @@ class PagedStep:
                 f"{self.windows[layer] or 'all'}."
             )
         self.seen.append(layer)
-        form = AttentionLayer(
+        shape = AttentionLayer(
             num_heads=q.shape[1],
             num_kv_heads=k.shape[1],
             head_dim=k.shape[2],
             scale=q.shape[2] ** -0.5 if scale is None else scale,
             cos_sin=None,
             window=window,
+            kv=form,
         )
-        self.ops.append(k, v, pages, self.batch)
-        return self.ops.attend(q.to(pages.dtype).contiguous(), pages, form, self.batch)[None]
+        self.ops.append(k, v, shape, pages, self.batch)
+        if isinstance(form, Dense):
+            q = q.to(pages.dtype)
+        return self.ops.attend(q.contiguous(), pages, shape, self.batch)[None]
 
 
 def paged_attention(
@@ -123,10 +129,15 @@ class TransformersDecoder(nn.Module):
         path = next(name for name, module in model.named_modules() if module is self._body)
         self._head = _replace(model, path.split("."), self._given)
         self._output: Any = None  # the class of what the body returns
+        self.formats: Sequence[KVFormat] = (DENSE,) * spec.num_layers
+
+    def use_formats(self, formats: Sequence[KVFormat]) -> None:
+        """How each layer's pages hold keys and values; dense unless something else is said."""
+        self.formats = formats
 
     def forward(self, ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor], ops: Ops) -> Tensor:
         """As `models.decoder.Decoder.forward`."""
-        return self.step(ids, PagedStep(batch, kv, ops, self.spec.windows))
+        return self.step(ids, PagedStep(batch, kv, ops, self.spec.windows, self.formats))
 
     def step(self, ids: Tensor, step: PagedStep) -> Tensor:
         """ids: [tokens] -> [tokens, hidden]."""
@@ -270,7 +281,7 @@ def _paged_logits(decoder: TransformersDecoder, dtype: torch.dtype, device: Any)
     spec = decoder.spec
 
     def run(ids: Tensor, batch: AttentionBatch, kv: Sequence[Tensor]) -> Tensor:
-        step = PagedStep(batch, kv, TorchOps(), spec.windows)
+        step = PagedStep(batch, kv, TorchOps(), spec.windows, decoder.formats)
         logits = decoder.logits(decoder.step(ids, step))
         if sorted(step.seen) != list(range(spec.num_layers)):
             raise UnsupportedArchitecture(

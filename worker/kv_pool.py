@@ -8,27 +8,47 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.kv.format import DENSE, KVFormat
+from kernels.kv.format import page_bytes as layer_page_bytes
 from models.spec import ModelSpec
 from scheduler.plan import PageCopy
 
 
-def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers: keys and values."""
-    per_layer = 2 * spec.num_kv_heads * page_size * spec.head_dim * dtype.itemsize
-    return spec.num_layers * per_layer
+def page_bytes(
+    spec: ModelSpec,
+    page_size: int,
+    dtype: torch.dtype,
+    formats: Sequence[KVFormat] | None = None,
+) -> int:
+    """Bytes of one page over all layers: keys and values. `formats`: of the layers' pages, dense
+    if nothing is said."""
+    heads, dim = spec.num_kv_heads, spec.head_dim
+    layers = formats or [DENSE] * spec.num_layers
+    return sum(layer_page_bytes(layer, heads, page_size, dim, dtype) for layer in layers)
 
 
 def allocate_pool(
-    spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    formats: Sequence[KVFormat] | None = None,
 ) -> list[Tensor]:
-    """Per layer [num_pages, 2, kv_heads, page_size, head_dim], see `kernels.ops.Ops.attend`.
+    """Per layer [num_pages, *page_shape], see `kernels.kv.format.KVFormat`. `formats`: of the
+    layers' pages, dense if nothing is said.
 
     Zero, so that a padded read of a page never written is finite.
     """
-    shape = (num_pages, 2, spec.num_kv_heads, page_size, spec.head_dim)
-    if device.type != "cpu":
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-    return [_mapped_zeros(shape, dtype) for _ in range(spec.num_layers)]
+    pool = []
+    for layer in formats or [DENSE] * spec.num_layers:
+        shape = (num_pages, *layer.page_shape(spec.num_kv_heads, page_size, spec.head_dim))
+        kind = layer.pool_dtype(dtype)
+        if device.type == "cpu":
+            pool.append(_mapped_zeros(shape, kind))
+        else:
+            pool.append(torch.zeros(shape, dtype=kind, device=device))
+    return pool
 
 
 def allocate_host_pool(kv: Sequence[Tensor], pages: int) -> list[Tensor]:

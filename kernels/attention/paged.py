@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.kv.dense import gather, page_rows
 from kernels.ops import AttentionBatch, AttentionLayer
 
 # Positions of a tile. Tiles start at multiples of it counted from position 0, never from the
@@ -40,12 +39,13 @@ def attend_reference(q: Tensor, kv: Tensor, layer: AttentionLayer, batch: Attent
     Shapes as in `kernels.ops.Ops.attend`.
     """
     out = torch.empty_like(q)
+    q = layer.kv.turn(q)
     group = layer.num_heads // layer.num_kv_heads
     starts = batch.query_starts.tolist()
     for row, length in enumerate(batch.kv_lengths.tolist()):
         tokens = slice(starts[row], starts[row + 1])
-        pages = kv[batch.page_table[row].long()].float()
-        keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+        stored = layer.kv.gather(kv, batch.page_table[row : row + 1].long())
+        keys, values = (part[0, :, :length].float() for part in stored)
         at = batch.positions[tokens, None]
         position = torch.arange(length, device=q.device)
         hidden = position > at
@@ -55,7 +55,7 @@ def attend_reference(q: Tensor, kv: Tensor, layer: AttentionLayer, batch: Attent
             scores = q[tokens, head].float() @ keys[head // group].T * layer.scale
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             out[tokens, head] = (weights @ values[head // group]).to(q.dtype)
-    return out
+    return layer.kv.turn_back(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,11 @@ class QueryGroup:
     tokens: Tensor | None  # [blocks, length] int64 token rows; None: all tokens in their order
     valid: Tensor | None  # [blocks, length] bool; None: no padding
     positions: Tensor  # [blocks, length] int64
-    rows: Tensor  # [blocks, kv_heads, pages] of `kernels.kv.dense.page_rows`
+    pages: Tensor  # [blocks, pages] int64
     max_kv: int  # no block sees more positions
 
 
-def plan_queries(batch: AttentionBatch, kv: Tensor) -> tuple[QueryGroup, ...]:
+def plan_queries(batch: AttentionBatch) -> tuple[QueryGroup, ...]:
     """Sorts a step's rows into at most two groups: short ones, and blocks of long ones.
 
     A step whose rows are all equally short, plain decoding for one, is a single group without any
@@ -82,18 +82,16 @@ def plan_queries(batch: AttentionBatch, kv: Tensor) -> tuple[QueryGroup, ...]:
     total = batch.positions.shape[0]
     if batch.max_query <= SHORT_QUERY and batch.max_query * rows == total:
         positions = batch.positions.view(rows, batch.max_query)
-        index = page_rows(batch.page_table, kv)
-        return (QueryGroup(None, None, positions, index, batch.max_kv),)
+        pages = batch.page_table.long()
+        return (QueryGroup(None, None, positions, pages, batch.max_kv),)
     starts = batch.query_starts.long()
     lengths = starts[1:] - starts[:-1]
     short = lengths <= SHORT_QUERY
     picks = (short.nonzero().flatten(), (~short).nonzero().flatten())
-    return tuple(_group(batch, kv, starts, lengths, pick) for pick in picks if pick.numel() > 0)
+    return tuple(_group(batch, starts, lengths, pick) for pick in picks if pick.numel() > 0)
 
 
-def _group(
-    batch: AttentionBatch, kv: Tensor, starts: Tensor, lengths: Tensor, pick: Tensor
-) -> QueryGroup:
+def _group(batch: AttentionBatch, starts: Tensor, lengths: Tensor, pick: Tensor) -> QueryGroup:
     device = starts.device
     picked = lengths[pick]
     longest = int(picked.max())
@@ -107,8 +105,8 @@ def _group(
     # Padding repeats a block's first token, so that it widens no block's view.
     tokens = (starts[row] + done)[:, None] + torch.where(valid, offset, 0)
     positions = batch.positions[tokens]
-    index = page_rows(batch.page_table[row], kv)
-    return QueryGroup(tokens, valid, positions, index, int(positions.max()) + 1)
+    pages = batch.page_table[row].long()
+    return QueryGroup(tokens, valid, positions, pages, int(positions.max()) + 1)
 
 
 def attend_group(q: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup) -> Tensor:
@@ -142,12 +140,12 @@ class _Tiles:
     def __init__(
         self, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int
     ) -> None:
-        page_size = kv.shape[3]
-        self._positions, self._kv, self._window = positions, kv, layer.window
-        self._rows, self._page_size = group.rows, page_size
+        page_size = layer.kv.page_size(kv)
+        self._positions, self._kv, self._layer = positions, kv, layer
+        self._table, self._page_size = group.pages, page_size
         self._pages = -(-tile // page_size)
         tile = self._pages * page_size
-        self.count = -(-min(group.rows.shape[2] * page_size, group.max_kv) // tile)
+        self.count = -(-min(group.pages.shape[1] * page_size, group.max_kv) // tile)
         self._first: Tensor | None = None  # [blocks], each block's first tile
         if layer.window is not None:
             # Blocks skip the tiles that have left their window; those of one block that others
@@ -160,25 +158,24 @@ class _Tiles:
                 self._first = lowest.clamp(min=0) // tile
 
     def __getitem__(self, i: int) -> _Tile:
-        step = torch.arange(self._pages, device=self._rows.device)
-        offset = torch.arange(self._page_size, device=self._rows.device)
+        step = torch.arange(self._pages, device=self._table.device)
+        offset = torch.arange(self._page_size, device=self._table.device)
         # A last tile is filled up with whatever page comes last: those positions are after every
         # query's, and a tile of another size would be summed in another order.
-        last = self._rows.shape[2] - 1
+        last = self._table.shape[1] - 1
         if self._first is None:
             page = i * self._pages + step
-            rows = self._rows[:, :, page.clamp(max=last)]
+            pages = self._table[:, page.clamp(max=last)]
             keys_at = (page[:, None] * self._page_size + offset).view(1, 1, -1)
         else:
             page = ((self._first + i) * self._pages)[:, None] + step
-            columns = page.clamp(max=last)[:, None].expand(-1, self._rows.shape[1], -1)
-            rows = self._rows.gather(2, columns)
+            pages = self._table.gather(1, page.clamp(max=last))
             keys_at = (page[..., None] * self._page_size + offset).flatten(1)[:, None]
-        keys, values = gather(self._kv, rows)
+        keys, values = self._layer.kv.gather(self._kv, pages)
         at = self._positions[..., None]
         visible = keys_at <= at
-        if self._window is not None:
-            visible &= keys_at > at - self._window
+        if self._layer.window is not None:
+            visible &= keys_at > at - self._layer.window
         return _Tile(keys, values, visible[:, None])
 
 

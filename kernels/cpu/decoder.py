@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.cpu.library import Library, check_batch, type_of
 from kernels.cpu.linear import NativeLinear
+from kernels.cpu.packed import native_format
 from kernels.ops import AttentionBatch, AttentionLayer
 
 
@@ -53,10 +54,14 @@ class NativeDecoder:
             shape = layer.attention
             if (shape.num_heads, shape.num_kv_heads, shape.head_dim) != heads:
                 raise ValueError("all layers of a native decoder have the same attention heads")
-        self._kept = (embedding, tuple(layers), norm)  # the structures below point into these
+        formats = [native_format(layer.attention.kv) for layer in layers]
+        self._kept = (embedding, tuple(layers), norm, formats)  # the structures point into these
         self._hidden, self._dtype = embedding.shape[1], embedding.dtype
         self._run, self._size = library.decoder_step, library.workspace_bytes
         self._layers = (_Layer * len(layers))(*(_layer(layer, embedding) for layer in layers))
+        self._pages = [layer.attention.kv for layer in layers]
+        for structure, packed in zip(self._layers, formats, strict=True):
+            structure.format = None if packed is None else addressof(packed)
         self.structure = _Model(
             layers=self._layers,
             num_layers=len(layers),
@@ -81,10 +86,10 @@ class NativeDecoder:
     ) -> Tensor:
         """One ragged step.
 
-        ids: [tokens] int64; kv: per layer [pages, 2, kv_heads, page_size, head_dim], appended to
-        in place. Returns hidden states after the final norm, [tokens, hidden]; with `read`,
-        [reads] int64 different token rows, theirs alone, [reads, hidden], which saves most of the
-        last layer's work in a prompt chunk.
+        ids: [tokens] int64; kv: per layer its pool, [pages, *page_shape], appended to in place.
+        Returns hidden states after the final norm, [tokens, hidden]; with `read`, [reads] int64
+        different token rows, theirs alone, [reads, hidden], which saves most of the last layer's
+        work in a prompt chunk.
         """
         step, out = self.step(ids, batch, kv, read)
         self._run(byref(self.structure), byref(step), torch.get_num_threads())
@@ -130,10 +135,11 @@ class NativeDecoder:
     def _attach(self, kv: Sequence[Tensor]) -> None:
         """Takes the layers' pools, which are the same ones in every step."""
         model = self.structure
-        page_size = kv[0].shape[3]
-        shape = (2, model.kv_heads, page_size, model.head_dim)
-        for layer, pool in zip(self._layers, kv, strict=True):
-            if pool.shape[1:] != shape or pool.dtype != self._dtype or not pool.is_contiguous():
+        page_size = self._pages[0].page_size(kv[0])
+        for layer, pages, pool in zip(self._layers, self._pages, kv, strict=True):
+            shape = pages.page_shape(model.kv_heads, page_size, model.head_dim)
+            dtype = pages.pool_dtype(self._dtype)
+            if pool.shape[1:] != shape or pool.dtype != dtype or not pool.is_contiguous():
                 raise ValueError(f"KV pool of shape {tuple(pool.shape)} and {pool.dtype}")
             layer.pool = pool.data_ptr()
         model.page_size = page_size
@@ -168,6 +174,7 @@ class _Layer(Structure):
         ("scale", c_float),
         ("qk_eps", c_float),
         ("pool", c_void_p),
+        ("format", c_void_p),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from kernels.cpu.chain import NativeChain
 from kernels.cpu.decoder import DecoderLayer, NativeDecoder
 from kernels.cpu.library import Library, check_batch, type_of
 from kernels.cpu.linear import NativeLinear
+from kernels.cpu.packed import NativeFormat, native_format
+from kernels.kv.format import KVFormat
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.sampling.native import NativeSampling
 
@@ -30,6 +33,7 @@ class NativeOps:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+        self._formats: dict[KVFormat, NativeFormat | None] = {}
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         """The native layer for a weight [out, in] and bias [out]; see `NativeLinear`."""
@@ -113,10 +117,10 @@ class NativeOps:
         q = qkv.new_empty((tokens, layer.num_heads, dim))
         norms = [norm for norm in (layer.q_norm, layer.k_norm) if norm is not None]
         self._library.rope_append(
-            type_of(qkv, kv, *norms),
+            type_of(qkv, *norms),
             qkv.data_ptr(),
             q.data_ptr(),
-            *_pool(kv, layer.num_kv_heads, dim),
+            *self._pool(kv, layer, qkv.dtype),
             batch.positions.data_ptr(),
             batch.kv_slots.data_ptr(),
             tokens,
@@ -130,18 +134,20 @@ class NativeOps:
         )
         return q
 
-    def append(self, k: Tensor, v: Tensor, kv: Tensor, batch: AttentionBatch) -> None:
+    def append(
+        self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
+    ) -> None:
         """See `Ops.append`. Heads and dimensions of k and v must be contiguous, tokens need not."""
-        tokens, heads, dim = k.shape
+        tokens, _, dim = k.shape
         if k.stride()[1:] != (dim, 1) or v.stride()[1:] != (dim, 1):
             k, v = k.contiguous(), v.contiguous()
         self._library.append(
-            type_of(k, v, kv),
+            type_of(k, v),
             k.data_ptr(),
             v.data_ptr(),
             k.stride(0),
             v.stride(0),
-            *_pool(kv, heads, dim),
+            *self._pool(kv, layer, k.dtype),
             batch.kv_slots.data_ptr(),
             tokens,
             torch.get_num_threads(),
@@ -155,10 +161,10 @@ class NativeOps:
             raise ValueError(f"attention shape {layer} is not supported by {self.name}")
         out = torch.empty_like(q)
         self._library.attend(
-            type_of(q, kv),
+            type_of(q),
             q.data_ptr(),
             out.data_ptr(),
-            *_pool(kv, layer.num_kv_heads, layer.head_dim),
+            *self._pool(kv, layer, q.dtype),
             batch.positions.data_ptr(),
             batch.query_starts.data_ptr(),
             batch.page_table.data_ptr(),
@@ -171,9 +177,19 @@ class NativeOps:
         )
         return out
 
-
-def _pool(kv: Tensor, heads: int, dim: int) -> tuple[int, int, int, int]:
-    """Address, KV heads, page size and head size of a pool [pages, 2, heads, page_size, dim]."""
-    if not kv.is_contiguous() or kv.shape[1:3] != (2, heads) or kv.shape[4] != dim:
-        raise ValueError(f"KV pool of shape {tuple(kv.shape)} does not fit {heads} heads of {dim}")
-    return kv.data_ptr(), heads, kv.shape[3], dim
+    def _pool(
+        self, kv: Tensor, layer: AttentionLayer, dtype: torch.dtype
+    ) -> tuple[int | None, int, int, int, int]:
+        """Format, address, KV heads, page size and head size of a layer's pool."""
+        heads, dim = layer.num_kv_heads, layer.head_dim
+        page_size = layer.kv.page_size(kv)
+        shape, expected = layer.kv.page_shape(heads, page_size, dim), layer.kv.pool_dtype(dtype)
+        if not kv.is_contiguous() or kv.shape[1:] != shape or kv.dtype != expected:
+            raise ValueError(
+                f"KV pool of shape {tuple(kv.shape)} and {kv.dtype} does not fit {heads} heads of "
+                f"{dim} in {layer.kv.name} pages"
+            )
+        if layer.kv not in self._formats:
+            self._formats[layer.kv] = native_format(layer.kv)
+        packed = self._formats[layer.kv]
+        return None if packed is None else addressof(packed), kv.data_ptr(), heads, page_size, dim

@@ -13,6 +13,8 @@ from functools import cache
 import pytest
 import torch
 
+from kernels.kv.format import KVFormat
+from kernels.kv.presets import layer_formats
 from kernels.linear.prepare import prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
@@ -71,8 +73,13 @@ SAMPLERS = {
 }
 
 
+def layers(kv_format: str) -> list[KVFormat]:
+    heads, dim = SPEC.num_kv_heads, SPEC.head_dim
+    return layer_formats(kv_format, SPEC.num_layers, heads, CONFIG.page_size, dim)
+
+
 @cache
-def decoder() -> Decoder:
+def decoder(kv_format: str = "auto") -> Decoder:
     torch.manual_seed(0)
     model = Decoder(SPEC, dtype=torch.float32, max_model_len=CONTEXT)
     for name, target in model.targets().items():
@@ -81,14 +88,16 @@ def decoder() -> Decoder:
         else:
             target.fill_(1.0)
     prepare_linears(model, "invariant")
+    model.use_formats(layers(kv_format))
     return model
 
 
-def worker(config: SchedulerConfig) -> Worker:
+def worker(config: SchedulerConfig, kv_format: str = "auto") -> Worker:
     slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
-    kv = allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU)
+    formats = layers(kv_format)
+    kv = allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU, formats)
     return Worker(
-        EagerRunner(decoder(), TorchOps()),
+        EagerRunner(decoder(kv_format), TorchOps()),
         kv,
         slots,
         Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens),
@@ -126,8 +135,9 @@ def run(
     drafts: int = 0,
     arrivals_per_step: int = 1000,
     policy: Policy | None = None,
+    kv_format: str = "auto",
 ) -> tuple[dict[tuple[str, int], Result], Scheduler]:
-    scheduler, device = Scheduler(config, FixedDrafts(drafts), policy), worker(config)
+    scheduler, device = Scheduler(config, FixedDrafts(drafts), policy), worker(config, kv_format)
     try:
         found = drive(scheduler, device, batch, depth=depth, arrivals_per_step=arrivals_per_step)
     finally:
@@ -137,17 +147,17 @@ def run(
 
 
 @cache
-def alone(sampler: str) -> dict[tuple[str, int], Result]:
+def alone(sampler: str, kv_format: str = "auto") -> dict[tuple[str, int], Result]:
     """Each choice by itself: one row, whole prompt, no prefix cache, no pipelining."""
     plain = replace(CONFIG, enable_prefix_cache=False, max_num_seqs=1)
     found: dict[tuple[str, int], Result] = {}
     for request in requests(sampler):
-        found |= run(plain, (request,), depth=0)[0]
+        found |= run(plain, (request,), depth=0, kv_format=kv_format)[0]
     return found
 
 
-def same(found: dict[tuple[str, int], Result], sampler: str) -> None:
-    expected = alone(sampler)
+def same(found: dict[tuple[str, int], Result], sampler: str, kv_format: str = "auto") -> None:
+    expected = alone(sampler, kv_format)
     assert found.keys() == expected.keys()
     for key, result in found.items():
         assert result.tokens == expected[key].tokens, key

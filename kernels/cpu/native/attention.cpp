@@ -109,19 +109,28 @@ INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lane
 }
 #endif
 
-// Where the keys and values of one tile lie: kTile vectors each, scattered over pages.
+// Where the keys and values of one tile lie: kTile vectors each, scattered over pages, or in
+// `unpacked`, [2, kTile, head_dim], where those of packed pages are put.
 template <class T>
 struct Tile {
     const T* keys[kTile];
     const T* values[kTile];
     int count = 0;  // of visible positions; what is past them repeats the last
 
-    Tile(const Pool& pool, int64_t head, const int32_t* pages, int64_t start, int64_t last) {
+    Tile(const Pool& pool, int64_t head, const int32_t* pages, int64_t start, int64_t last,
+         T* unpacked) {
         count = int(last + 1 - start < kTile ? last + 1 - start : kTile);
         int64_t page = start / pool.page_size, offset = start % pool.page_size;
         for (int i = 0; i < count; i++) {
-            keys[i] = pool.at<T>(pages[page], 0, head, offset);
-            values[i] = pool.at<T>(pages[page], 1, head, offset);
+            if (pool.format) {
+                T *key = unpacked + i * pool.head_dim, *value = key + kTile * pool.head_dim;
+                const PackedSlot slot = pool.packed(pages[page], head, offset);
+                decode(slot, 0, key), decode(slot, 1, value);
+                keys[i] = key, values[i] = value;
+            } else {
+                keys[i] = pool.at<T>(pages[page], 0, head, offset);
+                values[i] = pool.at<T>(pages[page], 1, head, offset);
+            }
             if (++offset == pool.page_size) offset = 0, page++;
         }
         for (int i = count; i < kTile; i++) {
@@ -152,12 +161,15 @@ struct Workspace {
     float* scores;       // [rows, kTile]
     uint32_t* keys;      // [kTile / kPanel][units][kPanel]
     int64_t* positions;  // [rows]
+    T* unpacked;         // [2, kTile, head_dim]
     Partial split, total;
 
     Workspace(const AttentionPlan& plan, int64_t units) {
         static thread_local Buffer buffer;
         const int64_t rows = plan.block_rows, panel_lanes = kTile * units;
-        const int64_t lanes = rows * (plan.head_dim + 2 * kTile + 2 * plan.width + 6) + panel_lanes;
+        const int64_t tile = 2 * kTile * plan.head_dim / kPack<T>;
+        const int64_t lanes =
+            rows * (plan.head_dim + 2 * kTile + 2 * plan.width + 6) + panel_lanes + tile;
         uint32_t* at = buffer.take<uint32_t>(lanes + 16 * kLanes);
         const auto cut = [&at](int64_t size) {
             uint32_t* here = at;
@@ -165,6 +177,7 @@ struct Workspace {
             return here;
         };
         keys = cut(panel_lanes);
+        unpacked = reinterpret_cast<T*>(cut(tile));
         positions = reinterpret_cast<int64_t*>(cut(2 * rows));
         scores = reinterpret_cast<float*>(cut(rows * kTile));
         weights = reinterpret_cast<Factor<T>*>(cut(rows * kTile / kPack<Factor<T>>));
@@ -258,12 +271,13 @@ void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& n
 // Writes the finished softmax of a block's rows (head of group fastest) to out.
 template <class T>
 void finish_block(const Partial& total, const AttentionPlan& plan, const Unit& unit, int64_t head,
-                  int64_t heads, T* out) {
+                  int64_t heads, const NativeFormat* format, T* out) {
     for (int64_t row = 0; row < (unit.end - unit.begin) * plan.group; row++) {
         const int64_t token = unit.begin + row / plan.group;
         const int64_t query_head = head * plan.group + row % plan.group;
         T* to = out + (token * heads + query_head) * plan.head_dim;
-        const float* from = total.values + row * plan.width;
+        float* from = total.values + row * plan.width;
+        if (format) turn_back(*format, from, plan.head_dim);
         for (int64_t i = 0; i < plan.head_dim; i += kLanes)
             store_upto(to + i, load(from + i) / total.total[row], int(plan.head_dim - i));
     }
@@ -283,22 +297,32 @@ struct Reach {
     }
 
     template <class T>
-    Tile<T> tile(const Pool& pool, int64_t head, int64_t start) const {
-        return Tile<T>(pool, head, pages, start, last);
+    Tile<T> tile(const Pool& pool, int64_t head, int64_t start, T* unpacked = nullptr) const {
+        return Tile<T>(pool, head, pages, start, last, unpacked);
     }
 };
 
-// q, out: [tokens, heads, head_dim]; upcoming: a tile likely to be read after this unit's.
+// q, out: [tokens, heads, head_dim]; upcoming: a tile likely to be read after this unit's, null for
+// packed pages, which are read as they are unpacked.
 template <class T>
 void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionPlan& plan,
                  const AttentionShape& shape, const Unit& unit, int64_t head,
-                 const Tile<T>& upcoming) {
+                 const Tile<T>* upcoming) {
     const int64_t dim = plan.head_dim, rows = (unit.end - unit.begin) * plan.group;
     const Workspace<T> work(plan, dim / kPack<T>);
     for (int64_t token = unit.begin; token < unit.end; token++) {
         const int64_t row = (token - unit.begin) * plan.group;
-        copy_as(q + (token * shape.heads + head * plan.group) * dim, work.q + row * dim,
-                plan.group * dim);
+        const T* from = q + (token * shape.heads + head * plan.group) * dim;
+        if (pool.format) {
+            for (int64_t g = 0; g < plan.group; g++) {
+                float x[kMostDim];
+                copy_as(from + g * dim, x, dim);
+                turn(*pool.format, x, dim);
+                copy_as(x, work.q + (row + g) * dim, dim);
+            }
+        } else {
+            copy_as(from, work.q + row * dim, plan.group * dim);
+        }
         for (int64_t g = 0; g < plan.group; g++) work.positions[row + g] = batch.positions[token];
     }
     const Reach reach(batch, shape, unit);
@@ -307,17 +331,22 @@ void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, Atten
         unit.partial < 0 ? work.total : plan.partial(unit.partial, pool.kv_heads, head);
     total.clear(rows, plan.width);
     split.clear(rows, plan.width);
-    Tile<T> tile = reach.tile<T>(pool, head, reach.begin);
+    Tile<T> tile = reach.tile<T>(pool, head, reach.begin, work.unpacked);
     for (int64_t start = reach.begin; start <= reach.last; start += kTile) {
         const int64_t after = start + kTile;
-        const Tile<T> next = after <= reach.last ? reach.tile<T>(pool, head, after) : upcoming;
-        attend_tile(work, tile, next, dim, start, rows, shape, plan.width);
-        tile = next;
+        if (pool.format) {
+            attend_tile(work, tile, tile, dim, start, rows, shape, plan.width);
+            if (after <= reach.last) tile = reach.tile<T>(pool, head, after, work.unpacked);
+        } else {
+            const Tile<T> next = after <= reach.last ? reach.tile<T>(pool, head, after) : *upcoming;
+            attend_tile(work, tile, next, dim, start, rows, shape, plan.width);
+            tile = next;
+        }
         if (after % kSplit && after <= reach.last) continue;
         total.merge(split, rows, plan.width);
         split.clear(rows, plan.width);
     }
-    if (unit.partial < 0) finish_block(total, plan, unit, head, shape.heads, out);
+    if (unit.partial < 0) finish_block(total, plan, unit, head, shape.heads, pool.format, out);
 }
 
 }  // namespace
@@ -327,11 +356,16 @@ void attend(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionP
             const AttentionShape& shape, std::atomic<int64_t>& next) {
     const int64_t heads = pool.kv_heads, total = int64_t(plan.units.size()) * heads;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+        const Unit& unit = plan.units[i / heads];
+        if (pool.format) {
+            attend_unit<T>(q, out, pool, batch, plan, shape, unit, i % heads, nullptr);
+            continue;
+        }
         // Most likely this thread's next piece of work.
         const int64_t j = std::min(next.load(std::memory_order_relaxed), total - 1);
         const Reach reach(batch, shape, plan.units[j / heads]);
-        attend_unit(q, out, pool, batch, plan, shape, plan.units[i / heads], i % heads,
-                    reach.tile<T>(pool, j % heads, reach.begin));
+        const Tile<T> upcoming = reach.tile<T>(pool, j % heads, reach.begin);
+        attend_unit(q, out, pool, batch, plan, shape, unit, i % heads, &upcoming);
     }
 }
 
@@ -344,7 +378,7 @@ void merge_splits(T* out, const Pool& pool, AttentionPlan& plan, int64_t heads, 
         const Partial total = plan.partial(block.partial, pool.kv_heads, head);
         for (int64_t s = 1; s <= block.last_split - block.first_split; s++)
             total.merge(plan.partial(block.partial + s, pool.kv_heads, head), rows, plan.width);
-        finish_block(total, plan, block, head, heads, out);
+        finish_block(total, plan, block, head, heads, pool.format, out);
     }
 }
 

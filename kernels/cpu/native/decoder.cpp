@@ -112,7 +112,8 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
         for (int64_t i = 0; i < model.num_layers; i++) {
             const NativeLayer& layer = model.layers[i];
             const bool last = i + 1 == model.num_layers;
-            const Pool pool{layer.pool, model.kv_heads, model.page_size, model.head_dim};
+            const Pool pool{layer.pool, model.kv_heads, model.page_size, model.head_dim,
+                            layer.format};
             AttentionPlan& plan = *plans.find(layer.window);
             Next& next = nexts[i];
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+struct NativeFormat;
+
 extern "C" {
 
 // Mirrors of the structures in `decoder.py`. Weights are packed (see `linear.h`), biases may be null.
@@ -29,6 +31,7 @@ struct NativeLayer {
     float scale;
     float qk_eps;
     void* pool;
+    const NativeFormat* format;  // of the pool's pages; null: dense
 };
 
 struct NativeModel {

@@ -51,12 +51,13 @@ void native_silu_mul(int type, const void* gate_up, void* out, int64_t rows, int
     });
 }
 
-void native_rope_append(int type, const void* qkv, void* q, void* pool, int64_t kv_heads,
-                        int64_t page_size, int64_t head_dim, const int64_t* positions,
+void native_rope_append(int type, const void* qkv, void* q, const NativeFormat* format,
+                        void* pool, int64_t kv_heads, int64_t page_size, int64_t head_dim,
+                        const int64_t* positions,
                         const int64_t* slots, int64_t tokens, int64_t heads, const float* cos_sin,
                         int64_t half, const void* q_norm, const void* k_norm, float eps,
                         int threads) {
-    const Pool kv{pool, kv_heads, page_size, head_dim};
+    const Pool kv{pool, kv_heads, page_size, head_dim, format};
     const Rotary rotary{cos_sin, half, q_norm, k_norm, eps};
     with_type(type, [&](auto tag) {
         using T = decltype(tag);
@@ -67,9 +68,9 @@ void native_rope_append(int type, const void* qkv, void* q, void* pool, int64_t 
 }
 
 void native_append(int type, const void* k, const void* v, int64_t k_stride, int64_t v_stride,
-                   void* pool, int64_t kv_heads, int64_t page_size, int64_t head_dim,
-                   const int64_t* slots, int64_t tokens, int threads) {
-    const Pool kv{pool, kv_heads, page_size, head_dim};
+                   const NativeFormat* format, void* pool, int64_t kv_heads, int64_t page_size,
+                   int64_t head_dim, const int64_t* slots, int64_t tokens, int threads) {
+    const Pool kv{pool, kv_heads, page_size, head_dim, format};
     with_type(type, [&](auto tag) {
         using T = decltype(tag);
         parallel(threads, tokens * kv_heads * head_dim, [&](Share share) {
@@ -78,11 +79,11 @@ void native_append(int type, const void* k, const void* v, int64_t k_stride, int
     });
 }
 
-void native_attend(int type, const void* q, void* out, void* pool, int64_t kv_heads,
-                   int64_t page_size, int64_t head_dim, const int64_t* positions,
+void native_attend(int type, const void* q, void* out, const NativeFormat* format, void* pool,
+                   int64_t kv_heads, int64_t page_size, int64_t head_dim, const int64_t* positions,
                    const int32_t* query_starts, const int32_t* page_table, int64_t rows,
                    int64_t table_stride, int64_t heads, float scale, int64_t window, int threads) {
-    const Pool kv{pool, kv_heads, page_size, head_dim};
+    const Pool kv{pool, kv_heads, page_size, head_dim, format};
     const Batch batch{positions, query_starts, page_table, rows, table_stride};
     const AttentionShape shape{heads, scale, window};
     AttentionPlan plan(batch, heads, kv_heads, head_dim, window, threads);

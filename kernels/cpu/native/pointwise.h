@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "packed.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -66,10 +67,11 @@ void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t width, Share share
     }
 }
 
-// The KV pool of a layer: [pages, 2, kv_heads, page_size, head_dim].
+// The KV pool of a layer: [pages, 2, kv_heads, page_size, head_dim], or [pages, page_bytes].
 struct Pool {
     void* data;
     int64_t kv_heads, page_size, head_dim;
+    const NativeFormat* format;  // null: dense
 
     // The vector of one slot and head; half 0: keys, 1: values.
     template <class T>
@@ -82,6 +84,16 @@ struct Pool {
     INLINE T* slot(int64_t slot, int half, int64_t head) const {
         return at<T>(slot / page_size, half, head, slot % page_size);
     }
+
+    INLINE PackedSlot packed(int64_t page, int64_t head, int64_t offset) const {
+        return {*format, static_cast<uint8_t*>(data) + page * format->page_bytes,
+                head * page_size + offset, kv_heads * page_size, head_dim};
+    }
+
+    // A key or value of one slot and head, as floats that may be changed.
+    INLINE void encode_slot(int64_t slot, int half, int64_t head, float* x) const {
+        encode(packed(slot / page_size, head, slot % page_size), half, head, x);
+    }
 };
 
 struct Rotary {
@@ -93,10 +105,10 @@ struct Rotary {
 };
 
 // One head: norm, then rotation of the first 2 * half dimensions, dimension i with i + half.
-template <class T>
-INLINE void rotate(const T* from, T* to, int64_t dim, const T* norm, const float* cos_sin,
+template <class T, class To>
+INLINE void rotate(const T* from, To* to, int64_t dim, const T* norm, const float* cos_sin,
                    int64_t half, float eps) {
-    float x[1024];
+    float x[kMostDim];
     const float scale = norm ? inverse_rms(from, dim, eps) : 1.0f;
     for (int64_t i = 0; i < dim; i += kLanes) {
         const int count = int(dim - i);
@@ -129,6 +141,16 @@ void rope_append(const T* qkv, T* q, Pool pool, const int64_t* positions, const 
         if (head < heads) {
             T* to = q + (token * heads + head) * dim;
             rotate(from, to, dim, static_cast<const T*>(rotary.q_norm), cos_sin, half, rotary.eps);
+        } else if (pool.format) {
+            float x[kMostDim];
+            const bool key = head < heads + pool.kv_heads;
+            if (key)
+                rotate(from, x, dim, static_cast<const T*>(rotary.k_norm), cos_sin, half,
+                       rotary.eps);
+            else
+                copy_as(from, x, dim);
+            pool.encode_slot(slots[token], key ? 0 : 1,
+                             head - heads - (key ? 0 : pool.kv_heads), x);
         } else if (head < heads + pool.kv_heads) {
             T* to = pool.slot<T>(slots[token], 0, head - heads);
             rotate(from, to, dim, static_cast<const T*>(rotary.k_norm), cos_sin, half, rotary.eps);
@@ -147,6 +169,14 @@ void append(const T* k, const T* v, int64_t k_stride, int64_t v_stride, Pool poo
     const Range range = part(tokens * pool.kv_heads, share);
     for (int64_t item = range.begin; item < range.end; item++) {
         const int64_t token = item / pool.kv_heads, head = item % pool.kv_heads;
+        if (pool.format) {
+            float x[kMostDim];
+            copy_as(k + token * k_stride + head * dim, x, dim);
+            pool.encode_slot(slots[token], 0, head, x);
+            copy_as(v + token * v_stride + head * dim, x, dim);
+            pool.encode_slot(slots[token], 1, head, x);
+            continue;
+        }
         std::memcpy(pool.slot<T>(slots[token], 0, head), k + token * k_stride + head * dim,
                     dim * sizeof(T));
         std::memcpy(pool.slot<T>(slots[token], 1, head), v + token * v_stride + head * dim,

@@ -90,11 +90,12 @@ def test_rope_append_matches_torch(
 def test_append_takes_strided_tokens(native: NativeOps, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     batch, pages = make_batch([(3, 4), (0, 6)], 4, g)
+    layer = Shape(4, 2, 32, 4).layer()
     qkv = torch.randn(10, 6, 32, generator=g).to(dtype)
     found = torch.zeros(pages, 2, 2, 4, 32, dtype=dtype)
     expected = found.clone()
-    TorchOps().append(qkv[:, 2:4], qkv[:, 4:], expected, batch)
-    native.append(qkv[:, 2:4], qkv[:, 4:], found, batch)
+    TorchOps().append(qkv[:, 2:4], qkv[:, 4:], layer, expected, batch)
+    native.append(qkv[:, 2:4], qkv[:, 4:], layer, found, batch)
     assert torch.equal(found, expected)
 
 
@@ -183,10 +184,11 @@ def test_unsupported_types_and_layouts_are_refused(native: NativeOps) -> None:
         native.rms_norm(x, torch.ones(8, dtype=torch.bfloat16), 1e-6)
     batch, pages = make_batch([(0, 2)], 4, torch.Generator())
     k = torch.zeros(2, 2, 8)
+    layer = Shape(2, 2, 8, 4).layer()
     with pytest.raises(ValueError, match="KV pool"):
-        native.append(k, k, torch.zeros(pages, 2, 3, 4, 8), batch)
+        native.append(k, k, layer, torch.zeros(pages, 2, 3, 4, 8), batch)
     with pytest.raises(ValueError, match="KV pool"):
-        native.append(k, k, torch.zeros(pages, 2, 2, 8, 4).transpose(3, 4), batch)
+        native.append(k, k, layer, torch.zeros(pages, 2, 2, 8, 4).transpose(3, 4), batch)
     q = torch.zeros(2, 2, 8)
     short = replace(batch, positions=batch.positions.int())
     with pytest.raises(ValueError, match="int64"):

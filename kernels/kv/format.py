@@ -1,0 +1,91 @@
+"""`KVFormat`: how keys and values lie in a page, and how attention gets them back.
+
+A format is chosen once, at start-up, for each layer. It is handed to the operators with the layer;
+the model's code never looks at it. A token's codes depend on that token's key and value alone, so
+pages can be shared, prompts cut anywhere and drafts overwritten, as with dense pages.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.kv import dense
+
+
+class KVFormat(Protocol):
+    """One layer's pages. `kv` below is the layer's pool, [pages, *page_shape]."""
+
+    @property
+    def name(self) -> str:
+        """With everything in it that the bytes of a page depend on, but the model."""
+        ...
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]: ...
+
+    def pool_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the pool's elements, for a model that computes in `dtype`."""
+        ...
+
+    def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+        """k, v: [tokens, kv_heads, head_dim] after the rotary embedding; kv_slots: [tokens], page *
+        page_size + offset. Writes `kv` in place."""
+        ...
+
+    def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """pages: [rows, n] int64 -> keys and values as they are stored, turned: each [rows,
+        kv_heads, n * page_size, head_dim] floats."""
+        ...
+
+    def turn(self, q: Tensor) -> Tensor:
+        """q: [..., head_dim] -> queries whose products with stored keys are those with the keys,
+        but for what is the same for all keys of a query."""
+        ...
+
+    def turn_back(self, out: Tensor) -> Tensor:
+        """Weighted sums of stored values, [..., head_dim] -> those of the values."""
+        ...
+
+    def page_size(self, kv: Tensor) -> int:
+        """Positions in a page of this pool."""
+        ...
+
+
+class Dense:
+    """Keys and values as the model computes them: pages of [2, kv_heads, page_size, head_dim]."""
+
+    name = "dense"
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
+        return (2, kv_heads, page_size, head_dim)
+
+    def pool_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+        dense.append(k, v, kv, kv_slots)
+
+    def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        return dense.gather(kv, dense.page_rows(pages, kv))
+
+    def turn(self, q: Tensor) -> Tensor:
+        return q
+
+    def turn_back(self, out: Tensor) -> Tensor:
+        return out
+
+    def page_size(self, kv: Tensor) -> int:
+        return int(kv.shape[3])
+
+
+DENSE = Dense()
+
+
+def page_bytes(
+    layer: KVFormat, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes of one page of one layer of a model that computes in `dtype`."""
+    shape = torch.Size(layer.page_shape(kv_heads, page_size, head_dim))
+    return shape.numel() * layer.pool_dtype(dtype).itemsize

@@ -1,0 +1,144 @@
+"""`Paged`: pages of codes, one codec for keys and one for values.
+
+A page of one layer holds, one behind the other and each [kv_heads, page_size, bytes],
+
+    the keys' high plane, the values', the numbers, the keys' low plane, the values',
+
+so that what a coarse reading needs lies together. The numbers of a position are the key's, then the
+value's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.kv.codec import Code, Codec, Sizes
+from kernels.kv.rotation import SEED, Rotation
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things lie in a page of `bytes`."""
+
+    kv_heads: int
+    page_size: int
+    keys: Sizes
+    values: Sizes
+
+    @property
+    def positions(self) -> int:
+        return self.kv_heads * self.page_size
+
+    @property
+    def starts(self) -> tuple[int, int, int, int, int, int]:
+        """Of the keys' high plane, the values', the numbers, the keys' low plane, the values', and
+        the end."""
+        sizes = (
+            self.keys.high,
+            self.values.high,
+            2 * (self.keys.numbers + self.values.numbers),
+            self.keys.low,
+            self.values.low,
+        )
+        found = [0]
+        for size in sizes:
+            found.append(found[-1] + self.positions * size)
+        return (found[0], found[1], found[2], found[3], found[4], found[5])
+
+    @property
+    def bytes(self) -> int:
+        return self.starts[5]
+
+
+class Paged:
+    """Keys and values by their codecs, rotated where the preset says so."""
+
+    def __init__(
+        self,
+        kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        keys: Codec,
+        values: Codec,
+        *,
+        rotated: bool,
+        key_mean: Tensor | None = None,
+    ) -> None:
+        """key_mean: [kv_heads, head_dim], subtracted from every key, which changes no softmax: all
+        scores of a query fall by the same. Raises ValueError for heads that a codec does not take.
+        """
+        self.layout = Layout(kv_heads, page_size, keys.sizes(head_dim), values.sizes(head_dim))
+        if self.layout.bytes % 2:
+            raise ValueError(f"pages of {self.layout.bytes} bytes would not keep numbers aligned")
+        self.keys, self.values = keys, values
+        self.head_dim = head_dim
+        self.rotation = Rotation(head_dim) if rotated else None
+        self.key_mean = key_mean
+        self.coarse = False
+
+    @property
+    def name(self) -> str:
+        rotated = f"r{SEED}" if self.rotation else ""
+        mean = "m" if self.key_mean is not None else ""
+        return f"{self.keys.name}-{self.values.name}{rotated}{mean}"
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
+        made_for = (self.layout.kv_heads, self.layout.page_size, self.head_dim)
+        if (kv_heads, page_size, head_dim) != made_for:
+            raise ValueError(f"made for heads, page size and head size {made_for}")
+        return (self.layout.bytes,)
+
+    def pool_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.uint8
+
+    def page_size(self, kv: Tensor) -> int:
+        return self.layout.page_size
+
+    def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+        k, v = k.float(), v.float()
+        if self.key_mean is not None:
+            k = k - self.key_mean
+        if self.rotation is not None:
+            k, v = self.rotation.forth(k), self.rotation.forth(v)
+        key, value = self.keys.encode(k), self.values.encode(v)
+        pages = torch.div(kv_slots, self.layout.page_size, rounding_mode="floor")
+        offsets = kv_slots - pages * self.layout.page_size
+        numbers = torch.cat([key.numbers, value.numbers], dim=-1)
+        found = (key.high, value.high, numbers, key.low, value.low)
+        for plane, code in zip(self._planes(kv), found, strict=True):
+            if plane.shape[-1]:
+                plane[pages, :, offsets] = code
+
+    def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        return self.read(kv, pages, self.coarse)
+
+    def read(self, kv: Tensor, pages: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor]:
+        """As `gather`; `coarse`: by the high planes alone."""
+        key_high, value_high, numbers, key_low, value_low = (
+            plane[pages].transpose(1, 2).flatten(2, 3) for plane in self._planes(kv)
+        )
+        of_key, of_value = numbers.split(
+            [self.layout.keys.numbers, self.layout.values.numbers], dim=-1
+        )
+        keys = self.keys.decode(Code(key_high, key_low, of_key), coarse)
+        return keys, self.values.decode(Code(value_high, value_low, of_value), coarse)
+
+    def turn(self, q: Tensor) -> Tensor:
+        return q if self.rotation is None else self.rotation.forth(q).to(q.dtype)
+
+    def turn_back(self, out: Tensor) -> Tensor:
+        return out if self.rotation is None else self.rotation.back(out).to(out.dtype)
+
+    def _planes(self, kv: Tensor) -> tuple[Tensor, ...]:
+        """Views of the pool, [pages, kv_heads, page_size, ·]."""
+        starts, views = self.layout.starts, []
+        for i in range(5):
+            plane = kv[:, starts[i] : starts[i + 1]]
+            if i == 2:
+                plane = plane.view(torch.float16)
+            size = plane.shape[1] // self.layout.positions
+            views.append(plane.unflatten(1, (self.layout.kv_heads, self.layout.page_size, size)))
+        return tuple(views)

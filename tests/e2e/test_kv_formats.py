@@ -1,0 +1,104 @@
+"""Every KV format against its own decoding of each request alone: token-identical.
+
+What is compared is one format with itself. Between formats texts differ, and tests of the codecs
+say by how much keys and values do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+from kernels.kv.presets import PRESETS
+from scheduler.admission import make_policy
+from tests.e2e.test_exactness import CONFIG, alone, layers, requests, run, same
+from worker.kv_pool import page_bytes
+
+SAMPLER = "temperature"
+# A head of 16 has no groups of 64; elsewhere they are tested as any other.
+FORMATS = [name for name in PRESETS if name != "int4h64"]
+every_format = pytest.mark.parametrize("kv_format", FORMATS)
+
+
+@every_format
+def test_neighbours_and_prefix_hits(kv_format: str) -> None:
+    batch = requests(SAMPLER)
+    found, scheduler = run(CONFIG, batch, arrivals_per_step=1, kv_format=kv_format)
+    assert scheduler.load().prefix_hits > 100
+    same(found, SAMPLER, kv_format)
+
+
+@every_format
+def test_small_chunks_and_drafts(kv_format: str) -> None:
+    config = replace(CONFIG, max_step_tokens=14, enable_prefix_cache=False)
+    same(run(config, requests(SAMPLER), drafts=2, kv_format=kv_format)[0], SAMPLER, kv_format)
+
+
+@every_format
+def test_preemption_and_drafts(kv_format: str) -> None:
+    config = replace(CONFIG, num_pages=34, max_step_tokens=64)
+    crowded = make_policy("aggressive", watermark=0.0)
+    found, scheduler = run(config, requests(SAMPLER), drafts=3, policy=crowded, kv_format=kv_format)
+    assert scheduler.load().preemptions > 0
+    same(found, SAMPLER, kv_format)
+
+
+@every_format
+def test_swapping(kv_format: str) -> None:
+    config = replace(CONFIG, num_pages=34, enable_prefix_cache=False, host_pages=60)
+    crowded = make_policy("aggressive", watermark=0.0)
+    found, scheduler = run(config, requests(SAMPLER), policy=crowded, kv_format=kv_format)
+    assert scheduler.load().pages_swapped_in > 0
+    same(found, SAMPLER, kv_format)
+
+
+def test_formats_are_not_all_the_same() -> None:
+    """Otherwise the tests above would compare dense pages with dense pages."""
+    texts = {
+        name: [result.tokens for _, result in sorted(alone(SAMPLER, name).items())]
+        for name in ("auto", "int4h", "int2h")
+    }
+    assert texts["int4h"] != texts["auto"]
+    assert texts["int2h"] != texts["int4h"]
+
+
+@every_format
+def test_codes_do_not_depend_on_how_tokens_come(kv_format: str) -> None:
+    """Bit for bit the same pages, token by token and in chunks, in any order."""
+    form, rng = layers(kv_format)[0], Random(kv_format)
+    generator = torch.Generator().manual_seed(1)
+    k, v = torch.randn(2, 90, 2, 16, generator=generator)
+    slots = torch.randperm(12 * 8, generator=generator)[:90]
+    pools = [torch.zeros(12, *form.page_shape(2, 8, 16), dtype=torch.uint8) for _ in range(3)]
+    form.append(k, v, pools[0], slots)
+    for i in rng.sample(range(90), 90):
+        form.append(k[i : i + 1], v[i : i + 1], pools[1], slots[i : i + 1])
+    for start in range(0, 90, 7):
+        part = slice(start, start + 7)
+        form.append(k[part], v[part], pools[2], slots[part])
+    assert torch.equal(pools[0], pools[1])
+    assert torch.equal(pools[0], pools[2])
+
+
+def test_names_tell_apart_what_bytes_depend_on() -> None:
+    names = {"/".join(form.name for form in layers(name)) for name in (*FORMATS, "auto")}
+    assert len(names) == len(FORMATS) + 1
+
+
+def test_a_head_that_does_not_suit_a_format_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="int4h64 does not fit this model: 16 numbers"):
+        layers("int4h64")
+
+
+def test_fewer_bits_take_fewer_bytes() -> None:
+    from tests.e2e.test_exactness import SPEC
+
+    sizes = [
+        page_bytes(SPEC, 8, torch.bfloat16, layers(name))
+        for name in ("auto", "int8n", "k8v4", "int4h", "k4v2h", "int2h")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes)
