@@ -19,7 +19,7 @@ from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
 from kernels.kv.format import KVFormat
-from kernels.kv.presets import layer_formats
+from kernels.kv.presets import HALVES, layer_formats
 from kernels.linear.prepare import LinearMode, prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
@@ -31,6 +31,7 @@ from models.weights import resolve_checkpoint
 from scheduler.prefix import chain_root
 from scheduler.request import SchedulerConfig
 from worker.device import DTYPES, Device, DeviceError, available_host_memory, resolve_device
+from worker.drafters.registry import COARSE
 from worker.executor import ThreadExecutor
 from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
 from worker.native import native_runner
@@ -101,6 +102,7 @@ def _build(
     model = load_formatted()
     draft = None if load_small is None else load_small()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters())
     # The eager model and the native one live side by side until the last stream of the former has
     # ended; where there is no room for both, and where text must not depend on when a build was
     # done, the build is waited for.
@@ -133,7 +135,8 @@ def _build(
         slots,
         sampler,
         small,
-        budget.num_pages,
+        Draft(runner, spec, dtype, size),
+        kv,
         _step_tokens(config, device),
     )
     worker = Worker(
@@ -154,10 +157,16 @@ def _build(
         host,
         drafting,
     )
+    drafter = None if drafting is None else drafting.model
+
+    def use_runner(built: Runner) -> None:
+        worker.use(built)
+        if drafter and drafter.is_target:
+            worker.call(lambda: drafter.use(built.coarse()))
+
     if native is not None:
         if isinstance(model, Decoder) and runner.name != NativeOps.name:
-            _swap_when_built(native, load_formatted, worker.use)
-        drafter = None if drafting is None else drafting.model
+            _swap_when_built(native, load_formatted, use_runner)
         if drafter and load_small and drafter.runner.name != NativeOps.name:
             use = drafter.use
             _swap_when_built(native, load_small, lambda r: worker.call(lambda: use(r)))
@@ -186,6 +195,11 @@ def _build(
 
 def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
     cache = config.cache
+    if COARSE in drafter_names(config.speculation) and cache.kv_format not in HALVES:
+        raise StartupError(
+            f"the drafter `{COARSE}` reads the upper halves of 8-bit pages: serve with --kv-format "
+            f"{' or '.join(HALVES)}."
+        )
     try:
         return layer_formats(
             cache.kv_format,

@@ -193,7 +193,8 @@ class SpeculationConfig:
         "Who may guess, each row's first choice first: `suffix`, what followed the same words"
         " before, in this text or another of the tenant; `lookup`, in this text alone;"
         " `recycling`, what followed the last token or two lately; `model`, the draft model,"
-        " where there is one. Empty: nobody.",
+        " where there is one; `coarse`, the target itself by the upper halves of 8-bit pages"
+        " (kv_format int8n or k8v4). Empty: nobody.",
     )
     draft_model: str | None = option(
         None,

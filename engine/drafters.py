@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.config import EngineConfig, SpeculationConfig
 from engine.errors import StartupError
@@ -22,7 +23,7 @@ from models.weights import resolve_checkpoint
 from worker.device import Device
 from worker.drafters.base import Drafter
 from worker.drafters.model import ModelDrafter
-from worker.drafters.registry import MODEL, MODEL_FREE
+from worker.drafters.registry import COARSE, COMPUTING, MODEL, MODEL_FREE
 from worker.drafting import Drafting
 from worker.kv_pool import allocate_pool
 from worker.runner import Runner
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A loaded draft model."""
+    """A loaded model, draft model or target, as a drafter needs it."""
 
     runner: Runner
     spec: ModelSpec
@@ -74,28 +75,40 @@ def build_drafting(
     slots: SlotTable,
     sampler: Sampler,
     draft: Draft | None,
-    num_pages: int,
+    target: Draft,
+    kv: Sequence[Tensor],
     step_tokens: int,
 ) -> Drafting | None:
-    """None where nobody guesses."""
+    """None where nobody guesses. `target`: the model that is served, `kv` its pool."""
     names = drafter_names(config)
     if not names:
         return None
     model: ModelDrafter | None = None
     if draft is not None:
-        kv = allocate_pool(draft.spec, num_pages, slots.page_size, draft.dtype, slots.tokens.device)
+        pages, device = kv[0].shape[0], slots.tokens.device
         model = ModelDrafter(
             draft.runner,
-            kv,
+            allocate_pool(draft.spec, pages, slots.page_size, draft.dtype, device),
             slots,
             sampler,
             draft.parameters,
             draft.spec.vocab_size,
             step_tokens,
         )
+    elif COARSE in names:
+        model = ModelDrafter(
+            target.runner.coarse(),
+            kv,
+            slots,
+            sampler,
+            target.parameters,
+            target.spec.vocab_size,
+            step_tokens,
+            coarse=True,
+        )
     drafters: list[Drafter] = []
     for name in names:
-        if name == MODEL:
+        if name in COMPUTING:
             assert model is not None
             drafters.append(model)
         else:

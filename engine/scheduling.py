@@ -15,7 +15,7 @@ from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.speculation import DraftPolicy, FixedDrafts
 from scheduler.step_cost import Profile, ProfileError, StepCost
-from worker.drafters.registry import MODEL, NAMES
+from worker.drafters.registry import COARSE, COMPUTING, MODEL, NAMES
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ def drafter_names(config: SpeculationConfig) -> tuple[str, ...]:
             raise StartupError(f"there is no drafter {name!r}; there are {', '.join(NAMES)}.")
     if config.draft_model is not None and MODEL not in config.drafters and config.drafters:
         raise StartupError("a draft_model is given, but `model` is not among the drafters.")
+    if config.draft_model is not None and COARSE in config.drafters:
+        raise StartupError("of the drafters `model` and `coarse` only one can be used.")
     return tuple(n for n in config.drafters if n != MODEL or config.draft_model is not None)
 
 
@@ -68,7 +70,7 @@ def options_of(names: Sequence[str]) -> list[Option]:
     so that each may be the last one who is asked, and each alone."""
     orders = [tuple(range(i + 1)) for i in range(len(names))]
     orders += [(i,) for i in range(1, len(names))]
-    computes = [name == MODEL for name in names]
+    computes = [name in COMPUTING for name in names]
     return [Option(order, any(computes[i] for i in order)) for order in orders]
 
 

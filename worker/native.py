@@ -21,11 +21,12 @@ from worker.runner import EagerRunner, Runner
 class NativeRunner:
     """A dense decoder, a whole step in one native call."""
 
-    def __init__(self, decoder: NativeDecoder, head: NativeLinear, chain: NativeChain) -> None:
-        self.name = "native-cpu"
-        self.chain = chain
+    def __init__(self, decoder: NativeDecoder, head: NativeLinear, ops: NativeOps) -> None:
+        self.name = ops.name
+        self.chain: NativeChain | None = ops.chain(decoder, head)
         self._decoder = decoder
         self._head = head
+        self._ops = ops
 
     def forward(
         self,
@@ -38,6 +39,9 @@ class NativeRunner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden, wide=True)
+
+    def coarse(self) -> Runner:
+        return NativeRunner(self._decoder.coarse(), self._head, self._ops)
 
 
 def native_runner(decoder: Decoder, ops: NativeOps) -> Runner:
@@ -67,8 +71,7 @@ def native_runner(decoder: Decoder, ops: NativeOps) -> Runner:
             )
         )
     native = ops.decoder(decoder.embedding, layers, decoder.norm, decoder.spec.norm_eps)
-    head = _native(decoder.head)
-    return NativeRunner(native, head, ops.chain(native, head))
+    return NativeRunner(native, _native(decoder.head), ops)
 
 
 def _native(linear: nn.Module) -> NativeLinear:

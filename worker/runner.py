@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.coarse import CoarseOps
 from kernels.cpu.chain import NativeChain
 from kernels.ops import AttentionBatch, Ops
 from models.model import LanguageModel
@@ -40,6 +41,10 @@ class Runner(Protocol):
         """hidden: [rows, hidden] -> [rows, vocab] fp32."""
         ...
 
+    def coarse(self) -> Runner:
+        """The same model, reading the same pages with fewer bits (`KVFormat.coarse`)."""
+        ...
+
 
 class EagerRunner:
     """Any model, operation by operation, on one implementation of `Ops`."""
@@ -62,3 +67,6 @@ class EagerRunner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._model.logits(hidden)
+
+    def coarse(self) -> Runner:
+        return EagerRunner(self._model, CoarseOps(self._ops))

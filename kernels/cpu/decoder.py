@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -55,7 +55,8 @@ class NativeDecoder:
             if (shape.num_heads, shape.num_kv_heads, shape.head_dim) != heads:
                 raise ValueError("all layers of a native decoder have the same attention heads")
         formats = [native_format(layer.attention.kv) for layer in layers]
-        self._kept = (embedding, tuple(layers), norm, formats)  # the structures point into these
+        self._kept = formats  # the structures point into these, and into the weights
+        self._library, self._all = library, (embedding, tuple(layers), norm, eps)
         self._hidden, self._dtype = embedding.shape[1], embedding.dtype
         self._run, self._size = library.decoder_step, library.workspace_bytes
         self._layers = (_Layer * len(layers))(*(_layer(layer, embedding) for layer in layers))
@@ -76,6 +77,15 @@ class NativeDecoder:
         )
         self._kv: Sequence[Tensor] = ()
         self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def coarse(self) -> NativeDecoder:
+        """The same decoder, reading the same pages by fewer bits (`KVFormat.coarse`)."""
+        embedding, layers, norm, eps = self._all
+        halves = [
+            replace(layer, attention=replace(layer.attention, kv=layer.attention.kv.coarse()))
+            for layer in layers
+        ]
+        return NativeDecoder(self._library, embedding, halves, norm, eps)
 
     def forward(
         self,

@@ -50,7 +50,7 @@ def native_format(kv: KVFormat) -> NativeFormat | None:
         block=0 if rotation is None else rotation.block,
         signs=None if rotation is None else rotation.signs.data_ptr(),
         mean=_floats(kv.key_mean),
-        coarse=kv.coarse,
+        coarse=kv.reads_coarsely,
     )
 
 

@@ -52,6 +52,10 @@ class KVFormat(Protocol):
         """Positions in a page of this pool."""
         ...
 
+    def coarse(self) -> KVFormat:
+        """The same pages, read with fewer bits where that is possible."""
+        ...
+
 
 class Dense:
     """Keys and values as the model computes them: pages of [2, kv_heads, page_size, head_dim]."""
@@ -78,6 +82,9 @@ class Dense:
 
     def page_size(self, kv: Tensor) -> int:
         return int(kv.shape[3])
+
+    def coarse(self) -> KVFormat:
+        return self
 
 
 DENSE = Dense()

@@ -10,6 +10,7 @@ value's.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class Paged:
         self.head_dim = head_dim
         self.rotation = Rotation(head_dim) if rotated else None
         self.key_mean = key_mean
-        self.coarse = False
+        self.reads_coarsely = False
 
     @property
     def name(self) -> str:
@@ -113,7 +114,7 @@ class Paged:
                 plane[pages, :, offsets] = code
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        return self.read(kv, pages, self.coarse)
+        return self.read(kv, pages, self.reads_coarsely)
 
     def read(self, kv: Tensor, pages: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor]:
         """As `gather`; `coarse`: by the high planes alone."""
@@ -125,6 +126,12 @@ class Paged:
         )
         keys = self.keys.decode(Code(key_high, key_low, of_key), coarse)
         return keys, self.values.decode(Code(value_high, value_low, of_value), coarse)
+
+    def coarse(self) -> Paged:
+        """Eight bits are read by their upper halves alone, fewer as they are."""
+        other = copy(self)
+        other.reads_coarsely = True
+        return other
 
     def turn(self, q: Tensor) -> Tensor:
         return q if self.rotation is None else self.rotation.forth(q).to(q.dtype)

@@ -33,6 +33,8 @@ PRESETS = {
     "int2h": Preset(lambda: Affine(2, clip=1.5), lambda: Affine(2, clip=1.5), boundary=True),
 }
 
+HALVES = ("int8n", "k8v4")  # of which a coarse reading is another one
+
 
 def layer_formats(
     name: str,

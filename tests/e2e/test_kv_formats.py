@@ -12,10 +12,19 @@ from random import Random
 import pytest
 import torch
 
-from kernels.kv.presets import PRESETS
+from kernels.kv.presets import HALVES, PRESETS
+from kernels.torch_ops import TorchOps
 from scheduler.admission import make_policy
-from tests.e2e.test_exactness import CONFIG, alone, layers, requests, run, same
+from scheduler.plan import Row, RowResult
+from scheduler.scheduler import Scheduler
+from scheduler.sequence import Sequence
+from scheduler.speculation import FixedDrafts
+from tests.e2e.driving import drive
+from tests.e2e.test_exactness import CONFIG, alone, decoder, layers, requests, run, same, worker
+from worker.drafters.model import ModelDrafter
+from worker.drafting import Drafting
 from worker.kv_pool import page_bytes
+from worker.runner import EagerRunner
 
 SAMPLER = "temperature"
 # A head of 16 has no groups of 64; elsewhere they are tested as any other.
@@ -53,6 +62,39 @@ def test_swapping(kv_format: str) -> None:
     found, scheduler = run(config, requests(SAMPLER), policy=crowded, kv_format=kv_format)
     assert scheduler.load().pages_swapped_in > 0
     same(found, SAMPLER, kv_format)
+
+
+class Watched(FixedDrafts):
+    """Notes what became of drafts."""
+
+    proposed = accepted = 0
+
+    def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
+        self.proposed += done.proposed
+        self.accepted += max(len(done.tokens) - 1, 0)
+
+
+@pytest.mark.parametrize("pages", [200, 34])
+@pytest.mark.parametrize("sampler", ["greedy", "temperature", "penalties"])
+@pytest.mark.parametrize("kv_format", HALVES)
+def test_drafts_by_half_of_the_bits_change_nothing(
+    kv_format: str, sampler: str, pages: int
+) -> None:
+    """The mode that stays exact: the target drafts for itself on the upper halves of its pages."""
+    config = replace(CONFIG, num_pages=pages)
+    device, drafts = worker(config, kv_format), Watched(4, (0,), ("coarse",))
+    slots, sampling = device._slots, device._sampler
+    runner = EagerRunner(decoder(kv_format), TorchOps()).coarse()
+    coarse = ModelDrafter(runner, device.kv, slots, sampling, 10**6, 160, 20, coarse=True)
+    device._drafting = Drafting(slots, [coarse], coarse)
+    scheduler = Scheduler(config, drafts, make_policy("aggressive", watermark=0.0))
+    try:
+        found = drive(scheduler, device, requests(sampler), arrivals_per_step=2)
+    finally:
+        device.close()
+    same(found, sampler, kv_format)
+    assert drafts.accepted > 0.5 * drafts.proposed > 100
+    assert (scheduler.load().preemptions > 0) == (pages == 34)
 
 
 def test_formats_are_not_all_the_same() -> None:

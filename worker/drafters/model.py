@@ -52,8 +52,6 @@ class ModelDrafter:
     another sequence that shares its first pages, is made use of.
     """
 
-    name = "model"
-
     def __init__(
         self,
         runner: Runner,
@@ -63,10 +61,16 @@ class ModelDrafter:
         parameters: int,
         vocab_size: int,
         most_tokens: int,
+        *,
+        coarse: bool = False,
     ) -> None:
         """kv: the draft model's pool, see `kv_pool.allocate_pool`; `parameters` and `vocab_size`
         of the model; `most_tokens` of known text are caught up with in one step, by rows that do
-        not draft in it."""
+        not draft in it. `coarse`: the model is the target itself, reading its own pages by fewer
+        bits. So there is nothing to catch up with, and what it writes for its drafts is written
+        over when they are verified."""
+        self.name = "coarse" if coarse else "model"
+        self.is_target = coarse
         self.runner = runner
         self._kv = kv
         self._slots = slots
@@ -84,6 +88,8 @@ class ModelDrafter:
         self.runner = runner
 
     def admit(self, slot: int, group: bytes) -> None:
+        if self.is_target:
+            return
         computed, writer = 0, self._slots.writer
         for page in self._slots.pages[slot]:
             if self._whole.get(page) != writer[page]:
@@ -96,6 +102,9 @@ class ModelDrafter:
 
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         rows = [_Row(ask) for ask in asks]
+        if self.is_target:
+            for ask in asks:
+                self._computed[ask.slot] = len(ask.tokens) - 1
         through, spans = self._behind(rows)
         needs = self._sampler.slots.needs
         chain = self.runner.chain
@@ -105,8 +114,9 @@ class ModelDrafter:
             self._in_one_call(chain, rows, through, spans, least)
         elif spans:
             self._forward(self._ids(rows, spans), spans, None)
-        for slot, _, end in spans:
-            self._advance(slot, end)
+        if not self.is_target:
+            for slot, _, end in spans:
+                self._advance(slot, end)
         return [Guess(row.tokens, row.confidence) if row.tokens else LATER for row in rows]
 
     def _one_by_one(
@@ -160,6 +170,8 @@ class ModelDrafter:
         self._fed += len(ids) + sum(made) - count
 
     def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
+        if self.is_target:
+            return
         # The last draft was drawn, but not fed.
         right = 0
         while right < len(fed) - 2 and fed[right + 1] == chosen[right]:

@@ -10,6 +10,8 @@ from worker.drafters.recycling import RecyclingDrafter
 from worker.drafters.suffix import SuffixDrafter
 
 MODEL = "model"  # the one that needs a checkpoint
+COARSE = "coarse"  # the target, by the upper halves of its own pages
+COMPUTING = (MODEL, COARSE)  # forwards of a model, not looking up of text
 
 # Those that need nothing but the text.
 MODEL_FREE: dict[str, Callable[[], Drafter]] = {
@@ -18,4 +20,4 @@ MODEL_FREE: dict[str, Callable[[], Drafter]] = {
     "recycling": RecyclingDrafter,
 }
 
-NAMES = (*MODEL_FREE, MODEL)
+NAMES = (*MODEL_FREE, *COMPUTING)

@@ -121,18 +121,13 @@ def test_bf16_and_coarse_readings(ops: NativeOps, name: str) -> None:
     layer = layer_of(shape, name)
     kv, q = written(ops, layer, spans, torch.bfloat16)
     assert isinstance(layer.kv, Paged)
-    layer.kv.coarse = True  # before its first use by another set of operators
-    coarse = attend_reference(q.float(), kv, layer, batch)
-    found = load_again(ops).attend(q, kv, layer, batch)
+    half = replace(layer, kv=layer.kv.coarse())
+    coarse = attend_reference(q.float(), kv, half, batch)
+    found = ops.attend(q, kv, half, batch)
     torch.testing.assert_close(found.float(), coarse, rtol=2e-2, atol=2e-2)
-    layer.kv.coarse = False
     fine = attend_reference(q.float(), kv, layer, batch)
     torch.testing.assert_close(ops.attend(q, kv, layer, batch).float(), fine, rtol=2e-2, atol=2e-2)
     assert torch.equal(coarse, fine) == (name != "int8n")
-
-
-def load_again(ops: NativeOps) -> NativeOps:
-    return NativeOps(ops._library)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
