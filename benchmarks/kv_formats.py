@@ -12,6 +12,8 @@ the output projection undoing it; in exact arithmetic that changes nothing. "own
 tokens that the model sampled with the format in use, read again with both. Boundary layers are as
 the server sets them.
 
+"exact mode" is int8n with drafts by the upper halves of its own pages.
+
 Capacity is counted in bytes of pages for Qwen3-8B. Attention is timed on native kernels in bf16:
 one sequence, in turns, medians.
 """
@@ -19,82 +21,46 @@ one sequence, in turns, medians.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from benchmarks.report import Row, json_line, rows_table, table
+from engine.build import build_worker
 from engine.llm import LLM
 from kernels.cpu.build import start_build
 from kernels.cpu.ops import NativeOps
-from kernels.kv.format import page_bytes
+from kernels.kv.codec import Affine
+from kernels.kv.format import KVFormat, page_bytes
 from kernels.kv.presets import AUTO, PRESETS, layer_formats
-from kernels.ops import AttentionBatch, AttentionLayer
+from kernels.ops import AttentionLayer
 from makers.demo_data import Corpus, Mixture
 from makers.demo_recall import lookup, needles
 from models.decoder import Decoder, DecoderLayer
 from models.loader import load_decoder
 from scheduler.request import SamplingParams
-from worker.kv_pool import allocate_pool
-from worker.runner import EagerRunner
+from worker.kv_quality import PAGE, Distance, Reader, one_row
 
-PAGE, CHUNK, CPU = 16, 256, torch.device("cpu")
+CPU = torch.device("cpu")
 BUCKETS = (0, 256, 1024, 4096)  # positions
 # Wanted: at most this rise of the loss, and at least this share of the same first choices.
 LOSS = {"int8n": 0.001, "int4h": 0.01, "int4h64": 0.01, "k4v2h": 0.03}
 SAME = {"int8n": 0.995}
 CAPACITY = {"int8n": 1.9, "int4h": 3.3, "k4v2h": 3.8}
+AFFINE = [name for name, preset in PRESETS.items() if isinstance(preset.keys(), Affine)]
+HALF_BITS, WHOLE_BITS = 4.25, 8.25  # of int8n's numbers in a head of 128, with their scales
 SLOWER = 2.5  # times the time of dense attention, at most
 QWEN3_8B = {"layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128}
-
-
-@dataclass(slots=True)
-class Reader:
-    """Reads text with one format."""
-
-    decoder: Decoder
-    ops: NativeOps
-    formats: list[str]
-    longest: int
-
-    def logits(self, tokens: Sequence[int], kv_format: str) -> Tensor:
-        """[len(tokens), vocab] fp32 log-probabilities of what follows each token."""
-        spec = self.decoder.spec
-        forms = layer_formats(kv_format, spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
-        self.decoder.use_formats(forms)
-        pages = -(-len(tokens) // PAGE)
-        kv = allocate_pool(spec, pages + 1, PAGE, torch.float32, CPU, forms)
-        runner = EagerRunner(self.decoder, self.ops)
-        found = []
-        for start in range(0, len(tokens), CHUNK):
-            ids = torch.tensor(tokens[start : start + CHUNK])
-            hidden = runner.forward(ids, one_row(start, len(ids), pages), kv)
-            found.append(runner.logits(hidden).log_softmax(-1))
-        return torch.cat(found)
-
-
-def one_row(start: int, count: int, pages: int) -> AttentionBatch:
-    """A step of one sequence on pages 1, 2, ..."""
-    positions = torch.arange(start, start + count)
-    return AttentionBatch(
-        positions=positions,
-        token_rows=torch.zeros(count, dtype=torch.int64),
-        query_starts=torch.tensor([0, count], dtype=torch.int32),
-        kv_lengths=torch.tensor([start + count], dtype=torch.int32),
-        page_table=torch.arange(1, pages + 1, dtype=torch.int32)[None],
-        kv_slots=positions + PAGE,
-        max_query=count,
-        max_kv=start + count,
-    )
 
 
 def inject_outliers(decoder: Decoder, seed: int = 0) -> None:
@@ -119,46 +85,22 @@ def inject_outliers(decoder: Decoder, seed: int = 0) -> None:
         output /= value.repeat_interleave(group, 0).flatten()
 
 
-@dataclass(slots=True)
-class Distance:
-    """Of one format from dense pages, over tokens."""
-
-    tokens: int = 0
-    loss: float = 0.0  # sums over tokens
-    dense_loss: float = 0.0
-    same: int = 0
-    divergence: float = 0.0
-
-    def add(self, found: Tensor, dense: Tensor, following: Tensor) -> None:
-        self.tokens += len(following)
-        self.loss -= float(found.gather(1, following[:, None]).sum())
-        self.dense_loss -= float(dense.gather(1, following[:, None]).sum())
-        self.same += int((found.argmax(-1) == dense.argmax(-1)).sum())
-        self.divergence += float((dense.exp() * (dense - found)).sum())
-
-    @property
-    def rise(self) -> float:
-        """Of the loss, relative."""
-        return self.loss / self.dense_loss - 1.0
-
-    def cells(self) -> tuple[str, ...]:
-        agreed = f"{self.same / self.tokens:.2%}"
-        return (f"{self.rise:+.3%}", f"{self.divergence / self.tokens:.2g}", agreed)
+def formats_of(reader: Reader, name: str) -> list[KVFormat]:
+    spec = reader.model.spec
+    return layer_formats(name, spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
 
 
 def quality(
-    reader: Reader, texts: Sequence[Sequence[int]], label: str
+    reader: Reader, names: Sequence[str], texts: Sequence[Sequence[int]], label: str
 ) -> tuple[list[tuple[str, ...]], list[Row]]:
     """Lines by format and position, and the rows that have a target."""
-    found = {
-        (name, bucket): Distance() for name in reader.formats for bucket in range(len(BUCKETS) - 1)
-    }
-    whole = {name: Distance() for name in reader.formats}
+    found = {(name, bucket): Distance() for name in names for bucket in range(len(BUCKETS) - 1)}
+    whole = {name: Distance() for name in names}
     for tokens in texts:
         following = torch.tensor(tokens[1:])
-        dense = reader.logits(tokens, AUTO)[:-1]
-        for name in reader.formats:
-            other = reader.logits(tokens, name)[:-1]
+        dense = reader.log_probabilities(tokens, formats_of(reader, AUTO))[:-1]
+        for name in names:
+            other = reader.log_probabilities(tokens, formats_of(reader, name))[:-1]
             whole[name].add(other, dense, following)
             for bucket in range(len(BUCKETS) - 1):
                 part = slice(BUCKETS[bucket], BUCKETS[bucket + 1])
@@ -166,7 +108,7 @@ def quality(
                     found[name, bucket].add(other[part], dense[part], following[part])
         print(f"{label}: {len(tokens)} tokens", file=sys.stderr, flush=True)
     lines, rows = [], []
-    for name in reader.formats:
+    for name in names:
         for bucket in range(len(BUCKETS) - 1):
             if found[name, bucket].tokens:
                 span = f"{BUCKETS[bucket]} to {BUCKETS[bucket + 1]}"
@@ -220,6 +162,43 @@ def recall(
         done = llm.generate(prompts, params)
     texts = [completion.choices[0].text.strip() for completion in done]
     return sum(a == b for a, b in zip(texts, answers, strict=True)) / count
+
+
+def exact_mode(model: Path, lengths: Sequence[int], cache: str | None) -> list[Row]:
+    """int8n drafted by the upper halves of its own pages, in bfloat16 after 6,000 tokens: whether
+    the text is that of int8n alone, drafts accepted a step, and the bits of a cached number that
+    are read for each token, when every draft reads the halves of four bits and every verification
+    all eight, with their scales."""
+    text, rows, expected = inspect.getsource(argparse), [], {}
+    options = {"kv_format": "int8n", "cache_dir": cache, "max_num_seqs": 1}
+    for length in (0, *lengths):
+        drafting: dict[str, Any] = {"drafters": ()}
+        if length:
+            drafting = {"drafters": ("coarse",), "fixed_draft_tokens": length}
+        patient = partial(build_worker, patient=True)
+        with LLM(str(model), builder=patient, **options, **drafting) as llm:
+            for temperature in (0.0, 1.0):
+                params = SamplingParams(max_tokens=256, temperature=temperature, seed=1)
+                before = llm.load()
+                done = llm.generate([llm.tokenize(text)[:6000]], [params], ignore_eos=True)[0]
+                after = llm.load()
+                tokens = done.choices[0].tokens
+                if not length:
+                    expected[temperature] = tokens
+                    continue
+                label = f"exact mode, {length} drafts, temperature {temperature:g}"
+                drafts = after.draft_tokens - before.draft_tokens
+                taken = after.accepted_tokens - before.accepted_tokens
+                verified = len(tokens) - taken
+                bits = (drafts * HALF_BITS + verified * WHOLE_BITS) / len(tokens)
+                same = tokens == expected[temperature]
+                rows += [
+                    Row(f"{label}: the same text", float(same), 1.0),
+                    Row(f"{label}: accepted a step", taken / verified),
+                    Row(f"{label}: share accepted", taken / drafts),
+                    Row(f"{label}: bits read a number and token", bits, 6.0, "at most"),
+                ]
+    return rows
 
 
 def capacity(formats: Sequence[str]) -> list[Row]:
@@ -281,12 +260,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--model", type=Path, default=Path("assets/demo/target"))
-    add("--formats", nargs="+", choices=list(PRESETS), default=list(PRESETS))
+    add("--formats", nargs="+", choices=list(PRESETS), default=AFFINE)
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--length", type=int, default=2048, help="tokens of each")
     add("--own", type=int, default=4000, help="tokens of the text that the model writes itself")
     add("--own-formats", nargs="*", choices=list(PRESETS), default=["int8n", "int4h", "k4v2h"])
     add("--needles", type=int, default=20, help="questions about hidden facts; 0: none")
+    add("--exact-lengths", type=int, nargs="*", default=[4, 8], help="of drafts on half pages")
     add("--rounds", type=int, default=15, help="of timing")
     add("--cache-dir", help="where compiled kernels are kept")
     add("--quick", action="store_true", help="two texts of 512 tokens, nothing generated")
@@ -297,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.quick:
         args.texts, args.length, args.own_formats, args.needles = 2, 512, [], 0
+        args.exact_lengths = [8]
     ops = start_build(Path(args.cache_dir) if args.cache_dir else None).result()
     corpus = Corpus.load()
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
@@ -304,26 +285,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines: list[tuple[str, ...]] = []
     rows: list[Row] = []
     decoder = load_decoder(args.model, dtype=torch.float32, device=CPU)
-    reader = Reader(decoder, ops, args.formats, args.length)
-    plain = quality(reader, texts, "held-out")
-    exact = reader.logits(texts[0], AUTO)
+    reader = Reader(decoder, ops, torch.float32, CPU)
+    plain = quality(reader, args.formats, texts, "held-out")
+    exact = reader.log_probabilities(texts[0], formats_of(reader, AUTO))
     for name in args.own_formats:
         own = own_text(args.model, name, args.own, args.cache_dir)
-        alone = replace(reader, formats=[name])
-        found = quality(alone, [own], "own text")
+        found = quality(reader, [name], [own], "own text")
         lines += found[0]
     inject_outliers(decoder)
-    changed = float((reader.logits(texts[0], AUTO).exp() - exact.exp()).abs().max())
-    outliers = quality(reader, texts, "outliers")
+    changed = reader.log_probabilities(texts[0], formats_of(reader, AUTO)).exp() - exact.exp()
+    outliers = quality(reader, args.formats, texts, "outliers")
     lines = [*plain[0], *outliers[0], *lines]
     rows += [*plain[1], *outliers[1]]
-    rows.append(Row("outliers: largest change of a dense probability", changed, 1e-3, "at most"))
+    rows.append(
+        Row(
+            "outliers: largest change of a dense probability",
+            float(changed.abs().max()),
+            1e-3,
+            "at most",
+        )
+    )
     if args.needles:
         dense = recall(args.model, AUTO, corpus, tokenizer, args.needles, args.cache_dir)
         rows.append(Row("dense: hidden facts told", dense))
         for name in args.own_formats:
             told = recall(args.model, name, corpus, tokenizer, args.needles, args.cache_dir)
-            rows.append(Row(f"{name}: hidden facts told", told, dense if name == "int4h" else None))
+            rows.append(Row(f"{name}: hidden facts told", told))
+    if args.exact_lengths:
+        rows += exact_mode(args.model, args.exact_lengths, args.cache_dir)
     rows += capacity(args.formats)
     rows += attention_times(ops, args.formats, 8192, args.rounds)
     header = ("text", "format", "positions", "loss", "KL, nats", "same first choice")

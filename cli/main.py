@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": ("cli.plan", "find how many replicas a load needs"),
     "chat": ("cli.chat", "talk to a server from the terminal"),
     "profile": ("cli.profile", "measure what steps cost on this machine"),
+    "calibrate": ("cli.calibrate", "choose a KV format, and fit it to a model, by your prompts"),
     "version": ("cli.version", "print the version"),
 }
 
@@ -40,5 +41,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<11}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: foresight COMMAND ...", "", *lines, "", "foresight COMMAND --help"])

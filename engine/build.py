@@ -18,6 +18,7 @@ from engine.errors import StartupError
 from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
+from kernels.kv.calibration import Calibration
 from kernels.kv.format import KVFormat
 from kernels.kv.presets import HALVES, layer_formats
 from kernels.linear.prepare import LinearMode, prepare_linears
@@ -77,9 +78,8 @@ def _build(
 
     folder = resolve_checkpoint(config.model.model, config.model.revision)
     spec = read_spec(folder)
-    max_model_len = _max_model_len(config, spec)
-    name = config.model.dtype
-    dtype = DTYPES[name] if name != "auto" else device.default_dtype(DTYPES[spec.dtype])
+    max_model_len = context_of(config, spec)
+    dtype = dtype_of(config, device, spec)
 
     load = partial(
         load_model,
@@ -208,12 +208,25 @@ def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
             cache.page_size,
             spec.head_dim,
             cache.kv_boundary_layers,
+            None if cache.kv_calibration is None else _calibration(Path(cache.kv_calibration)),
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
 
 
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+def _calibration(file: Path) -> Calibration:
+    try:
+        return Calibration.parse(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"the calibration {file} cannot be read: {error}.") from error
+
+
+def dtype_of(config: EngineConfig, device: Device, spec: ModelSpec) -> torch.dtype:
+    name = config.model.dtype
+    return DTYPES[name] if name != "auto" else device.default_dtype(DTYPES[spec.dtype])
+
+
+def context_of(config: EngineConfig, spec: ModelSpec) -> int:
     asked = config.model.max_model_len
     if asked is None:
         return spec.max_position

@@ -81,9 +81,18 @@ class CacheConfig:
         "auto",
         "Format keys and values are kept in. `auto`: the model's dtype; int8n: 8 bits; k8v4: keys"
         " 8, values 4; int4h: 4; int4h64: 4, a scale for every 64 dimensions; k4v2h: keys 4, values"
-        " 2; int2h: 2. See docs/kv.md.",
+        " 2; int2h: 2; fp8; turbo4, turbo3, turbo2 and octopus: tables of 4, 3, 2 and 2.7 bits, not"
+        " in native code. See docs/kv.md.",
         aliases=("kv-dtype", "kv-cache-dtype"),
-        choices=("auto", "int8n", "k8v4", "int4h", "int4h64", "k4v2h", "int2h"),
+        choices=(
+            *("auto", "int8n", "k8v4", "int4h", "int4h64", "k4v2h", "int2h"),
+            *("fp8", "turbo4", "turbo3", "turbo2", "octopus"),
+        ),
+    )
+    kv_calibration: str | None = option(
+        None,
+        "File that `foresight calibrate` wrote for this model and format: key means, and which"
+        " layers get 8 bits.",
     )
     kv_boundary_layers: int | None = option(
         None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -72,18 +73,18 @@ class Paged:
         scores of a query fall by the same. Raises ValueError for heads that a codec does not take.
         """
         self.layout = Layout(kv_heads, page_size, keys.sizes(head_dim), values.sizes(head_dim))
-        if self.layout.bytes % 2:
+        if self.layout.bytes % 2 or self.layout.starts[2] % 2:
             raise ValueError(f"pages of {self.layout.bytes} bytes would not keep numbers aligned")
         self.keys, self.values = keys, values
         self.head_dim = head_dim
         self.rotation = Rotation(head_dim) if rotated else None
-        self.key_mean = key_mean
+        self.key_mean = None if key_mean is None else key_mean.float().contiguous()
         self.reads_coarsely = False
 
     @property
     def name(self) -> str:
         rotated = f"r{SEED}" if self.rotation else ""
-        mean = "m" if self.key_mean is not None else ""
+        mean = "" if self.key_mean is None else f"m{_digest(self.key_mean)}"
         return f"{self.keys.name}-{self.values.name}{rotated}{mean}"
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
@@ -101,7 +102,7 @@ class Paged:
     def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
         k, v = k.float(), v.float()
         if self.key_mean is not None:
-            k = k - self.key_mean
+            k = k - self.key_mean.to(k.device)
         if self.rotation is not None:
             k, v = self.rotation.forth(k), self.rotation.forth(v)
         key, value = self.keys.encode(k), self.values.encode(v)
@@ -149,3 +150,7 @@ class Paged:
             size = plane.shape[1] // self.layout.positions
             views.append(plane.unflatten(1, (self.layout.kv_heads, self.layout.page_size, size)))
         return tuple(views)
+
+
+def _digest(numbers: Tensor) -> str:
+    return sha256(numbers.cpu().numpy().tobytes()).hexdigest()[:16]

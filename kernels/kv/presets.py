@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from kernels.kv.calibration import Calibration
 from kernels.kv.codec import Affine, Codec
 from kernels.kv.format import DENSE, KVFormat
 from kernels.kv.paged import Paged
+from kernels.kv.table import Float8, LloydMax, Octopus
 
 AUTO = "auto"  # dense, in the model's dtype
 BOUNDARY = "int8n"  # what the first and last layers get where a format asks for it
@@ -31,6 +35,11 @@ PRESETS = {
     "int4h64": Preset(lambda: Affine(4, group=64), lambda: Affine(4, group=64), boundary=True),
     "k4v2h": Preset(lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=True),
     "int2h": Preset(lambda: Affine(2, clip=1.5), lambda: Affine(2, clip=1.5), boundary=True),
+    "fp8": Preset(Float8, Float8, rotated=False),
+    "turbo4": Preset(lambda: LloydMax(4), lambda: LloydMax(4), boundary=True),
+    "turbo3": Preset(lambda: LloydMax(3), lambda: LloydMax(3), boundary=True),
+    "turbo2": Preset(lambda: LloydMax(2), lambda: LloydMax(2), boundary=True),
+    "octopus": Preset(Octopus, Octopus, boundary=True),
 }
 
 HALVES = ("int8n", "k8v4")  # of which a coarse reading is another one
@@ -43,23 +52,31 @@ def layer_formats(
     page_size: int,
     head_dim: int,
     boundary_layers: int | None = None,
+    calibration: Calibration | None = None,
 ) -> list[KVFormat]:
-    """One for each layer. `boundary_layers` at each end get eight bits; None: as many as the format
-    asks for. Raises ValueError, in a sentence, where a head does not suit the format."""
+    """One for each layer. `boundary_layers` at each end get eight bits; None: those that the
+    calibration names, or as many as the format asks for. Raises ValueError, in a sentence, where a
+    head does not suit the format, or the calibration the model."""
+    if calibration is not None:
+        calibration.check(name, (num_layers, kv_heads, head_dim))
     if name == AUTO:
         return [DENSE] * num_layers
-    if boundary_layers is None:
-        asked = min(2, num_layers // FEW_LAYERS)
-        boundary_layers = asked if PRESETS[name].boundary else 0
-    ends = {i for i in range(num_layers) if min(i, num_layers - 1 - i) < boundary_layers}
-    made = {
-        preset: _paged(preset, kv_heads, page_size, head_dim)
-        for preset in {name, *([BOUNDARY] if ends else [])}
-    }
-    return [made[BOUNDARY if i in ends else name] for i in range(num_layers)]
+    ends = boundary_layers
+    if ends is None:
+        ends = min(2, num_layers // FEW_LAYERS) if PRESETS[name].boundary else 0
+    wide = {i for i in range(num_layers) if min(i, num_layers - 1 - i) < ends}
+    if boundary_layers is None and calibration is not None:
+        wide = set(calibration.eight_bit_layers)
+    means = [None] * num_layers if calibration is None else list(calibration.key_means)
+    return [
+        _paged(BOUNDARY if i in wide else name, kv_heads, page_size, head_dim, means[i])
+        for i in range(num_layers)
+    ]
 
 
-def _paged(name: str, kv_heads: int, page_size: int, head_dim: int) -> Paged:
+def _paged(
+    name: str, kv_heads: int, page_size: int, head_dim: int, key_mean: Tensor | None
+) -> Paged:
     preset = PRESETS[name]
     try:
         return Paged(
@@ -69,6 +86,7 @@ def _paged(name: str, kv_heads: int, page_size: int, head_dim: int) -> Paged:
             preset.keys(),
             preset.values(),
             rotated=preset.rotated,
+            key_mean=key_mean,
         )
     except ValueError as error:
         raise ValueError(f"the KV format {name} does not fit this model: {error}") from error

@@ -1,0 +1,208 @@
+"""Fit a KV format to a model by your own prompts.
+
+    foresight calibrate --model FOLDER --prompts FILE --kv-format int4h --output kv.json
+
+reads the prompts with dense pages and with pages of every format, and says how far the words that
+the model would choose move. For the format asked for it takes the mean of each layer's keys, which
+is subtracted before they are stored, and gives eight bits to as many layers as the limit needs,
+those first whose own error is largest. The result is a file for `foresight serve --kv-calibration`.
+A format that stays above the limit with a third of the layers in eight bits is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cli.config import resolve
+from cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.kv.calibration import Calibration
+    from kernels.kv.format import KVFormat
+    from worker.kv_quality import Distance, Reader
+
+MOST_WIDE = 3  # of so many layers one may get eight bits
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measures, prints, chooses and writes the file."""
+    given, rest = parser().parse_known_args(arguments)
+    config = resolve(rest, os.environ).engine
+    name = config.cache.kv_format
+    if name == "auto":
+        raise CommandError("say which format to fit, for example --kv-format int4h.")
+    logging.getLogger("engine").setLevel(logging.WARNING)
+    console = Console(highlight=False)
+    from engine.calibrating import build_reader
+    from engine.errors import StartupError
+
+    try:
+        reader, tokenize, chosen = build_reader(config)
+        texts = pieces(prompts_of(Path(given.prompts)), tokenize, given.length, given.tokens)
+    except (StartupError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    console.print(f"{sum(map(len, texts)):,} tokens in {len(texts)} pieces, {chosen}")
+    trial = Trial(reader, texts, console)
+    trial.compare()
+    calibration = trial.fit(name, given.limit)
+    try:
+        Path(given.output).write_text(calibration.dump())
+    except OSError as error:
+        raise CommandError(f"cannot write {given.output}: {error.strerror}.") from error
+    console.print(f"written to {given.output}", soft_wrap=True)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's own flags; all others are those of `foresight serve`."""
+    made = argparse.ArgumentParser(
+        prog="foresight calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All options of foresight serve are taken too.",
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--prompts", metavar="FILE", required=True, help="text, or JSON lines with a `prompt`")
+    add("--output", metavar="FILE", required=True, help="where the calibration goes")
+    add(
+        "--limit",
+        type=float,
+        default=0.05,
+        help="nats that the next token's distribution may move, on average (%(default)s)",
+    )
+    add("--tokens", type=int, default=8192, help="of prompts to read, at most (%(default)s)")
+    add("--length", type=int, default=2048, help="of a piece of text, in tokens (%(default)s)")
+    return made
+
+
+def prompts_of(file: Path) -> list[str]:
+    """Raises ValueError."""
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompts {file} cannot be read: {error}.") from error
+    if file.suffix != ".jsonl":
+        return [text]
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            found.append(str(json.loads(line)["prompt"]))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f'{file}, line {number}: not an object with a "prompt".') from None
+    return found
+
+
+def pieces(
+    texts: Sequence[str], tokenize: Callable[[str], Sequence[int]], length: int, most: int
+) -> list[list[int]]:
+    """At most `most` tokens in pieces of `length` and less. Raises ValueError for hardly any."""
+    found: list[list[int]] = []
+    for text in texts:
+        tokens = tokenize(text)
+        for start in range(0, len(tokens), length):
+            room = most - sum(map(len, found))
+            piece = list(tokens[start : start + min(length, room)])
+            if len(piece) > 1:
+                found.append(piece)
+    if sum(map(len, found)) < 256:
+        raise ValueError("the prompts have fewer than 256 tokens, too few to learn anything from.")
+    return found
+
+
+class Trial:
+    """Dense pages and others on the same texts."""
+
+    def __init__(self, reader: Reader, texts: Sequence[Sequence[int]], console: Console) -> None:
+        self._reader, self._texts, self._console = reader, texts, console
+        spec = reader.model.spec
+        self._shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
+        self._dense = [self._read(tokens, "auto") for tokens in texts]
+        self._means = reader.key_means(texts)
+
+    def compare(self) -> None:
+        """Prints what every format does with the layers that it asks for."""
+        from kernels.kv.format import page_bytes
+        from kernels.kv.presets import PRESETS
+        from worker.kv_quality import PAGE
+
+        table = Table("format", "bytes a token", "loss", "KL, nats", "same first choice")
+        _, heads, dim = self._shape
+        refused: list[str] = []
+        for name in track(PRESETS, "formats", console=self._console, transient=True):
+            try:
+                found = self.distance(name)
+            except ValueError as error:  # of the head, or of the kernels
+                refused.append(f"{name} is left out: {error}")
+                continue
+            forms = self._formats(name)
+            size = sum(page_bytes(f, heads, PAGE, dim, self._reader.dtype) for f in forms) / PAGE
+            table.add_row(name, f"{size:,.0f}", *found.cells())
+        self._console.print(table)
+        for line in refused:
+            self._console.print(line, soft_wrap=True)
+
+    def fit(self, name: str, limit: float) -> Calibration:
+        """Raises `CommandError` if the limit is not met."""
+        from kernels.kv.calibration import Calibration
+
+        layers = self._shape[0]
+        alone = []
+        table = Table("layer", f"KL of {name} in it alone, nats", "same first choice")
+        for layer in track(range(layers), "layers", console=self._console, transient=True):
+            wide = set(range(layers)) - {layer}
+            found = self.distance(name, wide)
+            alone.append(found.divergence / found.tokens)
+            table.add_row(str(layer), found.cells()[1], found.cells()[2])
+        self._console.print(table)
+        order = sorted(range(layers), key=lambda layer: -alone[layer])
+        for count in range(layers // MOST_WIDE + 1):
+            wide = set(order[:count])
+            found = self.distance(name, wide)
+            moved = found.divergence / found.tokens
+            self._console.print(f"{count} layers in eight bits: {moved:.3g} nats")
+            if moved <= limit:
+                return Calibration(name, tuple(sorted(wide)), self._means)
+        raise CommandError(
+            f"{name} moves the next token's distribution by {moved:.3g} nats with {count} layers "
+            f"in eight bits, more than the limit of {limit:g}: take a format of more bits."
+        )
+
+    def distance(self, name: str, wide: Collection[int] | None = None) -> Distance:
+        """`wide`: the layers in eight bits, with key means; None: as without a calibration."""
+        import torch
+
+        from worker.kv_quality import Distance
+
+        found = Distance()
+        for tokens, dense in zip(self._texts, self._dense, strict=True):
+            other = self._read(tokens, name, wide)
+            following = torch.tensor(tokens[1:], device=dense.device)
+            found.add(other[:-1], dense[:-1], following)
+        return found
+
+    def _read(
+        self, tokens: Sequence[int], name: str, wide: Collection[int] | None = None
+    ) -> Tensor:
+        return self._reader.log_probabilities(tokens, self._formats(name, wide))
+
+    def _formats(self, name: str, wide: Collection[int] | None = None) -> list[KVFormat]:
+        from kernels.kv.calibration import Calibration
+        from kernels.kv.presets import layer_formats
+        from worker.kv_quality import PAGE
+
+        layers, heads, dim = self._shape
+        fitted = None if wide is None else Calibration(name, tuple(wide), self._means)
+        return layer_formats(name, layers, heads, PAGE, dim, None, fitted)

@@ -1,0 +1,63 @@
+"""`Calibration`: what `foresight calibrate` found out about one model's keys and values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """For one format and one model."""
+
+    kv_format: str
+    eight_bit_layers: tuple[int, ...]  # that the format is too coarse for
+    key_means: Tensor  # [layers, kv_heads, head_dim] fp32
+
+    def dump(self) -> str:
+        means = [[[float(f"{x:.6g}") for x in head] for head in layer] for layer in self._lists()]
+        data = {
+            "version": VERSION,
+            "kv_format": self.kv_format,
+            "eight_bit_layers": list(self.eight_bit_layers),
+            "key_means": means,
+        }
+        return json.dumps(data)
+
+    def _lists(self) -> list[list[list[float]]]:
+        lists: list[list[list[float]]] = self.key_means.tolist()
+        return lists
+
+    @classmethod
+    def parse(cls, text: str) -> Calibration:
+        """The inverse of `dump`. Raises ValueError, in a sentence."""
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise ValueError(f"the calibration is of version {data['version']}, not {VERSION}")
+            means = torch.tensor(data["key_means"], dtype=torch.float32)
+            layers = tuple(int(layer) for layer in data["eight_bit_layers"])
+            found = cls(str(data["kv_format"]), layers, means)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no calibration: {error}") from error
+        if means.dim() != 3 or not means.isfinite().all():
+            raise ValueError("the calibration's key means are not [layers, kv_heads, head_dim]")
+        return found
+
+    def check(self, kv_format: str, shape: Sequence[int]) -> None:
+        """Raises ValueError unless it is for this format and layers, KV heads and head size."""
+        if self.kv_format != kv_format:
+            raise ValueError(f"the calibration is for {self.kv_format}, not {kv_format}")
+        if tuple(self.key_means.shape) != tuple(shape):
+            raise ValueError(
+                f"the calibration is for layers, KV heads and head size "
+                f"{tuple(self.key_means.shape)}, the model has {tuple(shape)}"
+            )
+        if not set(self.eight_bit_layers) <= set(range(shape[0])):
+            raise ValueError("the calibration names layers that the model has not")
