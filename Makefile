@@ -68,5 +68,6 @@ $(VENV)/.runtime: pyproject.toml Makefile | $(VENV)/bin/python
 
 $(VENV)/.development: $(VENV)/.runtime
 	@echo '== tools for development'
-	@$(PIP) install -e '.[dev]'
+	@if $(VENV)/bin/python -c 'import triton' 2>/dev/null; then $(PIP) install -e '.[dev]'; \
+	  else $(PIP) install -e '.[dev,interpreter]'; fi
 	@touch $@

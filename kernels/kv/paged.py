@@ -73,7 +73,7 @@ class Paged:
         scores of a query fall by the same. Raises ValueError for heads that a codec does not take.
         """
         self.layout = Layout(kv_heads, page_size, keys.sizes(head_dim), values.sizes(head_dim))
-        if self.layout.bytes % 2 or self.layout.starts[2] % 2:
+        if self.layout.bytes % 4 or self.layout.starts[2] % 4:  # numbers are read in pairs
             raise ValueError(f"pages of {self.layout.bytes} bytes would not keep numbers aligned")
         self.keys, self.values = keys, values
         self.head_dim = head_dim

@@ -6,12 +6,15 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from cli.config import PROJECT
 from engine.build import build_worker
 from engine.config import EngineConfig
 from engine.errors import StartupError
 from engine.process import facts_of
+from kernels.kv.calibration import Calibration
+from tests.models.checkpoints import save
 
 DRAFT = PROJECT / "assets" / "demo" / "draft"
 
@@ -59,7 +62,43 @@ def test_unknown_architecture(checkpoint):
 
 def test_unknown_drafter():
     said = refusal(DRAFT, drafters=("suffix", "oracle"))
-    assert said == "there is no drafter 'oracle'; there are suffix, lookup, recycling, model."
+    assert (
+        said == "there is no drafter 'oracle'; there are suffix, lookup, recycling, model, coarse."
+    )
+
+
+def test_coarse_drafts_of_pages_without_halves():
+    said = refusal(DRAFT, drafters=("coarse",), kv_format="int4h")
+    assert said == (
+        "the drafter `coarse` reads the upper halves of 8-bit pages: serve with --kv-format int8n "
+        "or k8v4."
+    )
+
+
+def test_two_drafters_that_compute():
+    said = refusal(DRAFT, draft_model=str(DRAFT), drafters=("coarse", "model"))
+    assert said == "of the drafters `model` and `coarse` only one can be used."
+
+
+def test_a_head_that_a_kv_format_does_not_take(tmp_path):
+    save(tmp_path, "llama")
+    said = refusal(tmp_path, kv_format="int4h64")
+    assert said == (
+        "the KV format int4h64 does not fit this model: 16 numbers do not make groups of 64."
+    )
+
+
+def test_a_calibration_of_something_else(tmp_path):
+    file = tmp_path / "kv.json"
+    assert "cannot be read" in refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))
+    file.write_text("{}")
+    said = refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))
+    assert said == "this is no calibration: 'version'."
+    file.write_text(Calibration("int8n", (), torch.zeros(2, 2, 2)).dump())
+    said = refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))
+    assert said == "the calibration is for int8n, not int4h."
+    file.write_text(Calibration("int4h", (), torch.zeros(2, 2, 2)).dump())
+    assert "(2, 2, 2)" in refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))
 
 
 def test_no_folder_of_a_draft_model():

@@ -1,0 +1,715 @@
+"""Attention over `Paged` pages of affine codes, as Triton kernels.
+
+Codes are multiplied as they lie: a byte's parts belong to runs of dimensions, so the query's runs
+are multiplied by them one after another, and no key or value is ever put together. Scales and
+zeros are applied to the scores and to the weights, once a position:
+
+    q . key = scale * (q . codes) + zero * sum(q)
+    sum p * value = sum (p * scale) * codes + sum p * zero
+
+Positions are cut into splits, each of which makes an output and a log-sum-exp of its own, and these
+are merged. Splits and tiles start at multiples of their lengths counted from position 0, so that a
+token's sums have the same order whatever it is batched with, as long as splits are of one length.
+
+Not run on hardware yet: it compiles for sm_90 and is tested under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.kv.codec import LARGEST, Affine, Codec
+from kernels.kv.paged import Paged
+from kernels.kv.rotation import signs
+from kernels.ops import AttentionBatch, AttentionLayer
+
+SPLIT = 512  # positions, unless the splits' outputs would be too many numbers
+PARTIALS = 1 << 23  # fp32 numbers of all splits' outputs that are still fine
+TILE = 64  # positions
+# Query rows of a matrix product: query tokens x the query heads of a KV head. Sixteen rows are
+# multiplied by each warp for itself, 64 by four warps together; what lies between suits neither.
+FEW, MANY = 16, 64
+STAGES = 3  # in which a tile's page numbers, then its codes, are on their way
+APPEND_ROWS = 16  # keys, and values, that one program encodes
+MERGE_TILE = 16  # splits
+SMALLEST_RUN = 16  # dimensions: what a matrix product takes
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no assembler
+
+
+class Partials(NamedTuple):
+    """Of each split. Where a split has nothing that a token may see, its `lse` is -inf and its
+    `out` is not written."""
+
+    out: Tensor  # [splits, tokens, heads, head_dim] fp32
+    # [splits, tokens, heads] fp32, base 2, of the scaled scores with keys as they are stored: where
+    # a mean is subtracted from keys, that is less than with the keys by the query's score with it.
+    lse: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is compiled, apart from its types."""
+
+    constants: dict[str, int | float]
+    warps: int
+    stages: int
+
+
+def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    """As `Paged.append`: k, v: [tokens, kv_heads, head_dim]; kv: [pages, bytes] uint8, written in
+    place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
+    copying of the signs. Raises ValueError for codecs and heads that the kernels do not take."""
+    tokens, kv_heads, head_dim = k.shape
+    if tokens == 0:
+        return
+    launch = append_launch(paged)
+    k, v = _dense_heads(k), _dense_heads(v)
+    _append[(triton.cdiv(tokens * kv_heads, APPEND_ROWS),)](
+        k,
+        v,
+        kv,
+        kv_slots,
+        kv if paged.key_mean is None else paged.key_mean.contiguous(),
+        kv if paged.rotation is None else _signs(head_dim, k.device),
+        tokens,
+        k.stride(0),
+        v.stride(0),
+        kv.stride(0),
+        **launch.constants,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        # A fused multiply-add would round other numbers than the torch form.
+        enable_fp_fusion=False,
+    )
+
+
+def attend(
+    q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch, split: int | None = None
+) -> Partials:
+    """q: [tokens, heads, head_dim], already turned; kv: [pages, bytes] uint8, of `layer.kv`.
+
+    The outputs are still to be merged, and turned back. `split`: positions, a multiple of TILE; by
+    default what `split_length` says. Does not synchronise with the host. Rows of tokens that belong
+    to no row of the batch are not written. Raises ValueError as `append` does.
+    """
+    paged = layer.kv
+    if not isinstance(paged, Paged):
+        raise TypeError(f"these kernels read pages of codes, not of {paged.name}")
+    tokens, heads, head_dim = q.shape
+    rows = batch.page_table.shape[0]
+    group = heads // layer.num_kv_heads
+    launch = attend_launch(paged, group, batch.max_query, layer.window is not None, q.dtype)
+    split = split or split_length(tokens * heads * head_dim, batch.max_kv)
+    if split % TILE:
+        raise ValueError(f"splits of {split} positions are not whole tiles of {TILE}")
+    splits = max(triton.cdiv(batch.max_kv, split), 1)
+    out = torch.empty(splits, tokens, heads, head_dim, device=q.device)
+    lse = torch.empty(splits, tokens, heads, device=q.device)
+    block_tokens = int(launch.constants["block"]) // group
+    blocks = rows if launch.constants["whole_rows"] else tokens // block_tokens + rows
+    q = _dense_heads(q)
+    _attend[(blocks, layer.num_kv_heads, splits)](
+        q,
+        kv,
+        batch.positions,
+        batch.query_starts,
+        batch.kv_lengths,
+        batch.page_table,
+        out,
+        lse,
+        rows,
+        tokens,
+        q.stride(0),
+        kv.stride(0),
+        batch.page_table.stride(0),
+        split,
+        layer.window or 0,
+        layer.scale * math.log2(math.e),
+        **launch.constants,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return Partials(out, lse)
+
+
+def merge(parts: Partials, dtype: torch.dtype) -> Tensor:
+    """[tokens, heads, head_dim] in `dtype`; zeros for tokens that see nothing."""
+    splits, tokens, heads, head_dim = parts.out.shape
+    out = torch.empty(tokens, heads, head_dim, dtype=dtype, device=parts.out.device)
+    if tokens:
+        _merge[(tokens * heads,)](
+            parts.out,
+            parts.lse,
+            out,
+            splits,
+            tokens * heads,
+            head_dim,
+            MERGE_TILE if splits > 1 else 1,
+            num_warps=1 if splits == 1 else 4,
+        )
+    return out
+
+
+def split_length(numbers: int, max_kv: int) -> int:
+    """Positions of a split for a step of so many numbers of output.
+
+    By no means by the lengths of rows: a token's result would then depend on its batch. Steps with
+    long chunks have programs enough without many splits, and too many numbers for them.
+    """
+    split = SPLIT
+    while split < max_kv and triton.cdiv(max_kv, split) * numbers > PARTIALS:
+        split *= 2
+    return split
+
+
+def append_launch(paged: Paged) -> Launch:
+    keys, values = _affine(paged.keys), _affine(paged.values)
+    head_dim = paged.head_dim
+    constants = {
+        **_layout(paged),
+        "rotated": paged.rotation is not None,
+        "with_mean": paged.key_mean is not None,
+        "stages": head_dim.bit_length() - 1,
+        "norm": 1.0 / math.sqrt(head_dim),
+        "key_clip": keys.clip,
+        "value_clip": values.clip,
+        "largest": LARGEST,
+        "block": APPEND_ROWS,
+    }
+    return Launch(constants, warps=4, stages=1)
+
+
+def attend_launch(
+    paged: Paged, group: int, max_query: int, windowed: bool, dtype: torch.dtype
+) -> Launch:
+    """`group`: query heads of a KV head; `dtype`: of queries."""
+    block = FEW if max_query * group <= FEW else max(MANY, triton.next_power_of_2(group))
+    constants = {
+        **_layout(paged),
+        "coarse": paged.reads_coarsely,
+        "group": group,
+        "block": block,
+        "tile": TILE,
+        "whole_rows": max_query * group <= block,
+        "windowed": windowed,
+    }
+    # Warps share few rows by dimensions of a run, and have the less to do for each position the
+    # fewer they are; with less than sixteen dimensions, they would repeat each other's work.
+    run = paged.head_dim // (4 if constants["value_bits"] == 2 else 2)
+    warps = 4 if block > FEW else 2 if run >= 32 else 1
+    return Launch(constants, warps * (2 if dtype == torch.float32 else 1), STAGES)
+
+
+def _layout(paged: Paged) -> dict[str, int | float]:
+    """Constants of both kernels. Raises ValueError for what they do not take."""
+    head_dim, keys, values = paged.head_dim, _affine(paged.keys), _affine(paged.values)
+    if head_dim & (head_dim - 1):
+        raise ValueError(f"these kernels take heads of a power of two, not of {head_dim} numbers")
+    for codec in (keys, values):
+        runs = 8 // min(codec.bits, 4)
+        if head_dim // runs < SMALLEST_RUN or runs % codec.groups(head_dim):
+            raise ValueError(f"these kernels do not take {codec.name} of {head_dim} numbers")
+    layout = paged.layout
+    _, value_start, numbers_start, key_low, value_low, _ = layout.starts
+    return {
+        "kv_heads": layout.kv_heads,
+        "head_dim": head_dim,
+        "page_size": layout.page_size,
+        "key_bits": keys.bits,
+        "key_groups": keys.groups(head_dim),
+        "value_bits": values.bits,
+        "value_groups": values.groups(head_dim),
+        "value_start": value_start,
+        "numbers_start": numbers_start,
+        "key_low_start": key_low,
+        "value_low_start": value_low,
+    }
+
+
+def _affine(codec: Codec) -> Affine:
+    if not isinstance(codec, Affine):
+        raise ValueError(f"these kernels read affine codes, not {codec.name}")
+    return codec
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """x: [tokens, heads, head_dim], as a view if only the distance of tokens is unusual."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+@lru_cache(maxsize=16)
+def _signs(head_dim: int, device: torch.device) -> Tensor:
+    return signs(head_dim).to(device)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _append(
+    k: tl.tensor,  # [tokens, kv_heads, head_dim]
+    v: tl.tensor,
+    kv: tl.tensor,  # [pages, bytes] uint8, written
+    kv_slots: tl.tensor,  # [tokens] int64
+    key_mean: tl.tensor,  # [kv_heads, head_dim]
+    signs: tl.tensor,  # [head_dim] fp32
+    tokens: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    page_stride: tl.tensor,
+    kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    page_size: tl.constexpr,
+    key_bits: tl.constexpr,
+    key_groups: tl.constexpr,
+    value_bits: tl.constexpr,
+    value_groups: tl.constexpr,
+    value_start: tl.constexpr,
+    numbers_start: tl.constexpr,
+    key_low_start: tl.constexpr,
+    value_low_start: tl.constexpr,
+    rotated: tl.constexpr,
+    with_mean: tl.constexpr,
+    stages: tl.constexpr,
+    norm: tl.constexpr,
+    key_clip: tl.constexpr,
+    value_clip: tl.constexpr,
+    largest: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    token, head = row // kv_heads, row % kv_heads
+    valid = token < tokens
+    dim = tl.arange(0, head_dim)
+    slot = tl.load(kv_slots + token, mask=valid, other=0)
+    place = head * page_size + slot % page_size  # in the planes of its page
+    page = kv + slot // page_size * page_stride
+    numbers = 4 * (key_groups + value_groups)  # bytes of a position
+
+    at = head[:, None] * head_dim + dim[None, :]
+    x = tl.load(k + (token * k_stride)[:, None] + at, mask=valid[:, None], other=0.0)
+    x = x.to(tl.float32)
+    if with_mean:
+        x -= tl.load(key_mean + at).to(tl.float32)
+    if rotated:
+        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+    _write(
+        x,
+        page,
+        place,
+        valid,
+        numbers_start + place * numbers,
+        0,
+        key_low_start,
+        block,
+        head_dim,
+        key_bits,
+        key_groups,
+        key_clip,
+        largest,
+    )
+    x = tl.load(v + (token * v_stride)[:, None] + at, mask=valid[:, None], other=0.0)
+    x = x.to(tl.float32)
+    if rotated:
+        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+    _write(
+        x,
+        page,
+        place,
+        valid,
+        numbers_start + place * numbers + 4 * key_groups,
+        value_start,
+        value_low_start,
+        block,
+        head_dim,
+        value_bits,
+        value_groups,
+        value_clip,
+        largest,
+    )
+
+
+@triton.jit
+def _hadamard(
+    x: tl.tensor, rows: tl.constexpr, n: tl.constexpr, stages: tl.constexpr, norm: tl.constexpr
+) -> tl.tensor:
+    """Of [rows, n] fp32: butterflies in the order of `rotation.hadamard`, for the same bits."""
+    for i in tl.static_range(stages):
+        pairs = tl.reshape(x, (rows, n >> (i + 1), 2, 1 << i))
+        low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        pairs = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
+        x = tl.reshape(pairs, (rows, n))
+    return x * norm
+
+
+@triton.jit
+def _write(
+    x: tl.tensor,  # [rows, n] fp32
+    page: tl.tensor,  # [rows] pointers
+    place: tl.tensor,  # [rows] of the plane
+    valid: tl.tensor,  # [rows]
+    numbers_at: tl.tensor,  # [rows], bytes
+    start: tl.constexpr,
+    low_start: tl.constexpr,
+    rows: tl.constexpr,
+    n: tl.constexpr,
+    bits: tl.constexpr,
+    groups: tl.constexpr,
+    clip: tl.constexpr,
+    largest: tl.constexpr,
+) -> None:
+    """As `Affine.encode`, operation by operation."""
+    count: tl.constexpr = 1 << bits
+    parts = tl.reshape(x, (rows, groups, n // groups))
+    if clip > 0:
+        rms = tl.sqrt_rn(tl.sum(parts * parts, 2) * (groups / n))
+        scale, zero = rms * (2 * clip / (count - 1)), rms * -clip
+    else:
+        lowest, highest = tl.min(parts, 2), tl.max(parts, 2)
+        scale = (highest - lowest) * (1.0 / count)
+        zero = lowest + scale * 0.5
+    scale = tl.minimum(scale, largest).to(tl.float16)
+    zero = tl.minimum(tl.maximum(zero, -largest), largest).to(tl.float16)
+    at = (page + numbers_at).to(tl.pointer_type(tl.float16))[:, None] + 2 * tl.arange(0, groups)
+    tl.store(at, scale, mask=valid[:, None])
+    tl.store(at + 1, zero, mask=valid[:, None])
+
+    wide = scale.to(tl.float32)
+    one = tl.full((rows, groups), 1.0, tl.float32)
+    inverse = tl.where(wide > 0, tl.div_rn(one, tl.where(wide > 0, wide, 1.0)), 0.0)
+    codes = (parts - zero.to(tl.float32)[:, :, None]) * inverse[:, :, None]
+    codes = tl.minimum(tl.maximum(codes, 0.0), count - 1.0)
+    # Rounds halves to even: next to this number the distance of floats is 1.
+    codes = ((codes + 12582912.0) - 12582912.0).to(tl.int32)
+    flat = tl.reshape(codes, (rows, n))
+    if bits == 8:
+        _store_plane(flat >> 4, page + start, place, valid, rows, n, 4)
+        _store_plane(flat & 15, page + low_start, place, valid, rows, n, 4)
+    else:
+        _store_plane(flat, page + start, place, valid, rows, n, bits)
+
+
+@triton.jit
+def _store_plane(
+    codes: tl.tensor,  # [rows, n] int32
+    plane: tl.tensor,  # [rows] pointers
+    place: tl.tensor,
+    valid: tl.tensor,
+    rows: tl.constexpr,
+    n: tl.constexpr,
+    bits: tl.constexpr,
+) -> None:
+    runs: tl.constexpr = 8 // bits
+    size: tl.constexpr = n // runs
+    shifts = tl.arange(0, runs) * bits
+    packed = tl.sum(tl.reshape(codes, (rows, runs, size)) << shifts[None, :, None], 1)
+    at = (plane + place * size)[:, None] + tl.arange(0, size)[None, :]
+    tl.store(at, packed.to(tl.uint8), mask=valid[:, None])
+
+
+# No number that changes with steps is worth a kernel of its own while requests wait for it.
+@triton.jit(do_not_specialize=["rows", "tokens", "table_stride", "window"])
+def _attend(
+    q: tl.tensor,  # [tokens, heads, head_dim]
+    kv: tl.tensor,  # [pages, bytes] uint8
+    positions: tl.tensor,  # [tokens] int64
+    query_starts: tl.tensor,  # [rows + 1] int32
+    kv_lengths: tl.tensor,  # [rows] int32
+    page_table: tl.tensor,  # [rows, pages] int32
+    out: tl.tensor,  # [splits, tokens, heads, head_dim] fp32, written
+    lse: tl.tensor,  # [splits, tokens, heads] fp32, written
+    rows: tl.tensor,
+    tokens: tl.tensor,
+    q_stride: tl.tensor,
+    page_stride: tl.tensor,
+    table_stride: tl.tensor,
+    split: tl.tensor,
+    window: tl.tensor,
+    scale: tl.tensor,  # of scores, for powers of two
+    kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    page_size: tl.constexpr,
+    key_bits: tl.constexpr,
+    key_groups: tl.constexpr,
+    value_bits: tl.constexpr,
+    value_groups: tl.constexpr,
+    value_start: tl.constexpr,
+    numbers_start: tl.constexpr,
+    key_low_start: tl.constexpr,
+    value_low_start: tl.constexpr,
+    coarse: tl.constexpr,
+    group: tl.constexpr,
+    block: tl.constexpr,  # query rows
+    tile: tl.constexpr,  # positions
+    whole_rows: tl.constexpr,  # a program has all tokens of a row
+    windowed: tl.constexpr,
+) -> None:
+    key_runs: tl.constexpr = 4 if key_bits == 2 else 2
+    key_run: tl.constexpr = head_dim // key_runs
+    value_runs: tl.constexpr = 4 if value_bits == 2 else 2
+    value_run: tl.constexpr = head_dim // value_runs
+    pairs: tl.constexpr = key_groups + value_groups
+    block_tokens: tl.constexpr = block // group
+
+    program, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if whole_rows:
+        row = program
+        first = tl.load(query_starts + row)
+    else:
+        # Row r's programs begin at query_starts[r] // block_tokens + r: that leaves room for every
+        # row's blocks, whatever their lengths, and takes no reading of lengths on the host.
+        row, above = tl.full((), 0, tl.int32), rows
+        while above - row > 1:
+            middle = (row + above) // 2
+            begin = tl.load(query_starts + middle) // block_tokens + middle
+            row = tl.where(begin <= program, middle, row)
+            above = tl.where(begin <= program, above, middle)
+        first = tl.load(query_starts + row)
+        first += (program - (first // block_tokens + row)) * block_tokens
+    behind = tl.load(query_starts + row + 1)
+    if first >= behind:
+        return
+
+    m = tl.arange(0, block)
+    token = first + m // group
+    head = kv_head * group + m % group
+    valid = (m < block_tokens * group) & (token < behind)
+    position = tl.load(positions + token, mask=valid, other=-1).to(tl.int32)
+
+    last = tl.minimum(tl.max(position, 0) + 1, tl.load(kv_lengths + row))
+    start = part * split
+    stop = tl.minimum(last, start + split)
+    if windowed:
+        lowest = tl.min(tl.where(valid, position, last), 0) - window + 1
+        start = tl.maximum(start, tl.maximum(lowest, 0) // tile * tile)
+
+    q_at = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * head_dim
+    run_at = q_at + tl.arange(0, key_run)[None, :]
+    see = valid[:, None]
+    q0 = tl.load(run_at, mask=see, other=0.0)
+    q1 = tl.load(run_at + key_run, mask=see, other=0.0)
+    t0, t1 = tl.sum(q0.to(tl.float32), 1), tl.sum(q1.to(tl.float32), 1)
+    total = t0 + t1
+    if key_runs == 4:
+        q2 = tl.load(run_at + 2 * key_run, mask=see, other=0.0)
+        q3 = tl.load(run_at + 3 * key_run, mask=see, other=0.0)
+        t2, t3 = tl.sum(q2.to(tl.float32), 1), tl.sum(q3.to(tl.float32), 1)
+        total = (t0 + t1) + (t2 + t3)
+
+    # Weights times scales can be too small for fp16.
+    weight_type: tl.constexpr = tl.float32 if q0.dtype == tl.float32 else tl.bfloat16
+    best = tl.full((block,), -1e30, tl.float32)  # finite: no infinity is taken from another
+    norm = tl.zeros((block,), tl.float32)
+    a0 = tl.zeros((block, value_run), tl.float32)
+    a1 = tl.zeros((block, value_run), tl.float32)
+    if value_runs == 4:
+        a2 = tl.zeros((block, value_run), tl.float32)
+        a3 = tl.zeros((block, value_run), tl.float32)
+
+    table = page_table + row.to(tl.int64) * table_stride
+    for begin in range(start, stop, tile):
+        at = begin + tl.arange(0, tile)
+        known = at < stop
+        page = tl.load(table + at // page_size, mask=known, other=0).to(tl.int64) * page_stride
+        place = kv_head * page_size + at % page_size  # in the planes of a page
+        # What lies behind the row's last position may be anything, even a NaN.
+        numbers_at = (kv + page + numbers_start).to(tl.pointer_type(tl.int32)) + place * pairs
+
+        key_at = (page + place * key_run)[None, :] + tl.arange(0, key_run)[:, None]
+        high = tl.load(kv + key_at)
+        low = high
+        if key_bits == 8 and not coarse:
+            low = tl.load(kv + key_low_start + key_at)
+        s, z = _numbers(numbers_at, 0, known, key_bits, coarse)
+        d0 = _dot(q0, _codes(high, low, 0, key_bits, coarse), None)
+        if key_groups == 1:
+            scores = _dot(q1, _codes(high, low, 1, key_bits, coarse), d0)
+            if key_runs == 4:
+                scores = _dot(q2, _codes(high, low, 2, key_bits, coarse), scores)
+                scores = _dot(q3, _codes(high, low, 3, key_bits, coarse), scores)
+            scores = scores * (s * scale)[None, :] + total[:, None] * (z * scale)[None, :]
+        else:
+            scores = d0 * s[None, :] + t0[:, None] * z[None, :]
+            s, z = _numbers(numbers_at, key_groups // key_runs, known, key_bits, coarse)
+            d1 = _dot(q1, _codes(high, low, 1, key_bits, coarse), None)
+            scores += d1 * s[None, :] + t1[:, None] * z[None, :]
+            if key_runs == 4:
+                s, z = _numbers(numbers_at, 2 * key_groups // key_runs, known, key_bits, coarse)
+                d2 = _dot(q2, _codes(high, low, 2, key_bits, coarse), None)
+                scores += d2 * s[None, :] + t2[:, None] * z[None, :]
+                s, z = _numbers(numbers_at, 3 * key_groups // key_runs, known, key_bits, coarse)
+                d3 = _dot(q3, _codes(high, low, 3, key_bits, coarse), None)
+                scores += d3 * s[None, :] + t3[:, None] * z[None, :]
+            scores *= scale
+
+        seen = known[None, :] & (at[None, :] <= position[:, None])
+        if windowed:
+            seen &= at[None, :] > position[:, None] - window
+        scores = tl.where(seen, scores, -float("inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        decay = tl.exp2(best - higher)
+        norm = norm * decay + tl.sum(weights, 1)
+        best = higher
+
+        value_at = (page + place * value_run)[:, None] + tl.arange(0, value_run)[None, :]
+        high = tl.load(kv + value_start + value_at)
+        low = high
+        if value_bits == 8 and not coarse:
+            low = tl.load(kv + value_low_start + value_at)
+        numbers_at += key_groups
+        s, z = _numbers(numbers_at, 0, known, value_bits, coarse)
+        scaled = (weights * s[None, :]).to(weight_type)
+        zeros = tl.sum(weights * z[None, :], 1)
+        a0 = a0 * decay[:, None] + zeros[:, None]
+        a0 = _dot(scaled, _codes(high, low, 0, value_bits, coarse), a0)
+        if value_groups > 1:
+            s, z = _numbers(numbers_at, value_groups // value_runs, known, value_bits, coarse)
+            scaled = (weights * s[None, :]).to(weight_type)
+            zeros = tl.sum(weights * z[None, :], 1)
+        a1 = a1 * decay[:, None] + zeros[:, None]
+        a1 = _dot(scaled, _codes(high, low, 1, value_bits, coarse), a1)
+        if value_runs == 4:
+            if value_groups > 1:
+                s, z = _numbers(
+                    numbers_at, 2 * value_groups // value_runs, known, value_bits, coarse
+                )
+                scaled = (weights * s[None, :]).to(weight_type)
+                zeros = tl.sum(weights * z[None, :], 1)
+            a2 = a2 * decay[:, None] + zeros[:, None]
+            a2 = _dot(scaled, _codes(high, low, 2, value_bits, coarse), a2)
+            if value_groups > 1:
+                s, z = _numbers(
+                    numbers_at, 3 * value_groups // value_runs, known, value_bits, coarse
+                )
+                scaled = (weights * s[None, :]).to(weight_type)
+                zeros = tl.sum(weights * z[None, :], 1)
+            a3 = a3 * decay[:, None] + zeros[:, None]
+            a3 = _dot(scaled, _codes(high, low, 3, value_bits, coarse), a3)
+
+    heads = group * kv_heads
+    found = norm > 0
+    norm = tl.where(found, norm, 1.0)
+    out_row = (part * tokens + token).to(tl.int64) * heads + head
+    tl.store(lse + out_row, tl.where(found, best + tl.log2(norm), -float("inf")), mask=valid)
+    out_at = out + (out_row * head_dim)[:, None] + tl.arange(0, value_run)[None, :]
+    written = (valid & found)[:, None]
+    tl.store(out_at, a0 / norm[:, None], mask=written)
+    tl.store(out_at + value_run, a1 / norm[:, None], mask=written)
+    if value_runs == 4:
+        tl.store(out_at + 2 * value_run, a2 / norm[:, None], mask=written)
+        tl.store(out_at + 3 * value_run, a3 / norm[:, None], mask=written)
+
+
+@triton.jit
+def _numbers(
+    at: tl.tensor, group: tl.constexpr, known: tl.tensor, bits: tl.constexpr, coarse: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Scale and zero of one group, fp32, for codes as `_codes` gives them."""
+    pair = tl.load(at + group, mask=known, other=0)
+    scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    zero = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if bits == 8 and coarse:
+        zero += 127.5 * scale  # 16 * 7.5 for the code, 7.5 for the middle of its sixteen cells
+    elif bits == 8:
+        zero += 128.0 * scale
+    else:
+        zero += ((1 << bits) - 1) * 0.5 * scale
+        scale *= 1.0 / (1 << (8 - bits))
+    return scale, zero
+
+
+@triton.jit
+def _codes(
+    high: tl.tensor, low: tl.tensor, run: tl.constexpr, bits: tl.constexpr, coarse: tl.constexpr
+) -> tl.tensor:
+    """One run's codes of packed planes, as int8: at the upper end of a byte, with half a step
+    added, less 128.
+
+    So they lie about zero, and what rounding does to a weight adds no constant to all dimensions,
+    which turning back would gather in one. And they are signed: Triton turns int8 into bf16 four at
+    a time by moving bytes, but each uint8 with a conversion, at a quarter of the speed or less.
+    """
+    if bits == 2:
+        codes = (_shift(high, 6 - 2 * run) & 192) ^ 160
+    elif bits == 4 or coarse:
+        upper = _shift(high, 4) if run == 0 else high
+        codes = (upper & 240) ^ 136
+    elif run == 0:
+        codes = ((_shift(high, 4) & 240) | (low & 15)) ^ 128
+    else:
+        codes = ((high & 240) | (_shift(low, -4) & 15)) ^ 128
+    return codes.to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _shift(x: tl.tensor, left: tl.constexpr) -> tl.tensor:
+    """x: uint8, shifted to the left, or by -4 to the right; what comes in is anything.
+
+    Four bytes at once: the compiler does so by itself for masks, but not for shifts.
+    """
+    if left == 0:
+        shifted = x
+    elif _INTERPRETED:
+        shifted = (x << left) if left > 0 else (x >> -left)
+    elif left == 2:
+        shifted = _word_op(x, "shl.b32 $0, $1, 2;")
+    elif left == 4:
+        shifted = _word_op(x, "shl.b32 $0, $1, 4;")
+    elif left == 6:
+        shifted = _word_op(x, "shl.b32 $0, $1, 6;")
+    else:
+        tl.static_assert(left == -4)
+        shifted = _word_op(x, "shr.b32 $0, $1, 4;")
+    return shifted
+
+
+@triton.jit
+def _word_op(x: tl.tensor, asm: tl.constexpr) -> tl.tensor:
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.uint8, is_pure=True, pack=4)
+
+
+@triton.jit
+def _dot(a: tl.tensor, codes: tl.tensor, sums: tl.tensor) -> tl.tensor:
+    """a: [m, k] floats of a type in which codes are exact; sums: [m, n] fp32 or None.
+
+    fp32 is multiplied in three parts of tf32, which loses next to nothing, for codes have one.
+    """
+    return tl.dot(a, codes.to(a.dtype), acc=sums, input_precision="tf32x3")
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def _merge(
+    parts: tl.tensor,  # [splits, rows, n] fp32; a row is one head of one token
+    lse: tl.tensor,  # [splits, rows] fp32
+    out: tl.tensor,  # [rows, n], written
+    splits: tl.tensor,
+    rows: tl.tensor,
+    n: tl.constexpr,
+    tile: tl.constexpr,  # splits; always the same, for the same order of sums
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, n)
+    best = -float("inf")
+    for begin in range(0, splits, tile):
+        split = begin + tl.arange(0, tile)
+        found = tl.load(lse + split * rows + row, mask=split < splits, other=-float("inf"))
+        best = tl.maximum(best, tl.max(found, 0))
+    best = tl.where(best == -float("inf"), 0.0, best)
+    norm = 0.0
+    total = tl.zeros((n,), tl.float32)
+    for begin in range(0, splits, tile):
+        split = begin + tl.arange(0, tile)
+        found = tl.load(lse + split * rows + row, mask=split < splits, other=-float("inf"))
+        weight = tl.exp2(found - best)
+        at = (split * rows + row)[:, None] * n + dim[None, :]
+        x = tl.load(parts + at, mask=(found > -float("inf"))[:, None], other=0.0)
+        norm += tl.sum(weight, 0)
+        total += tl.sum(x * weight[:, None], 0)
+    total = total / tl.where(norm > 0, norm, 1.0)
+    tl.store(out + row * n + dim, total.to(out.dtype.element_ty))

@@ -1,0 +1,95 @@
+"""`foresight calibrate` on the bundled draft model, and what serving does with the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.calibrate import pieces, prompts_of
+from cli.config import PROJECT
+from cli.main import main
+from engine.build import build_worker
+from engine.config import EngineConfig
+from kernels.kv.calibration import Calibration
+from kernels.kv.paged import Paged
+
+DRAFT = PROJECT / "assets" / "demo" / "draft"
+TEXT = (PROJECT / "cli" / "main.py").read_text()
+
+
+def calibrate(folder: Path, *more: str, kv_format: str = "k4v2h") -> int:
+    prompts = folder / "prompts.txt"
+    prompts.write_text(TEXT)
+    return main(
+        [
+            *("calibrate", "--model", str(DRAFT), "--prompts", str(prompts)),
+            *("--output", str(folder / "kv.json"), "--kv-format", kv_format),
+            *("--device", "cpu", "--dtype", "float32", "--no-compile", "--tokens", "270"),
+            *more,
+        ]
+    )
+
+
+def test_a_format_is_fitted_and_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate(tmp_path, "--limit", "10") == 0
+    shown = capsys.readouterr().out
+    assert "int4h" in shown
+    assert "turbo3" in shown
+    found = Calibration.parse((tmp_path / "kv.json").read_text())
+    assert found.kv_format == "k4v2h"
+    assert found.eight_bit_layers == ()
+    config = EngineConfig.of(
+        model=str(DRAFT),
+        kv_format="k4v2h",
+        kv_calibration=str(tmp_path / "kv.json"),
+        device="cpu",
+        compile=False,
+        num_pages=100,
+        max_model_len=512,
+    )
+    worker, _ = build_worker(config, lambda phase: None)
+    worker.close()
+
+
+def test_a_format_above_its_limit_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate(tmp_path, "--limit", "1e-9") == 1
+    assert "take a format of more bits" in capsys.readouterr().err
+    assert not (tmp_path / "kv.json").exists()
+
+
+def test_layers_of_eight_bits_are_those_that_the_limit_needs(tmp_path: Path) -> None:
+    assert calibrate(tmp_path, "--limit", "10") == 0
+    assert calibrate(tmp_path, "--limit", "10", kv_format="auto") == 1
+    means = Calibration.parse((tmp_path / "kv.json").read_text()).key_means
+    from kernels.kv.presets import layer_formats
+
+    layers, heads, dim = means.shape
+    fitted = Calibration("k4v2h", (layers - 1,), means)
+    forms = layer_formats("k4v2h", layers, heads, 16, dim, None, fitted)
+    assert all(isinstance(form, Paged) and form.key_mean is not None for form in forms)
+    assert [form.name.startswith("a8") for form in forms] == [False] * (layers - 1) + [True]
+
+
+def test_prompts_are_text_or_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert prompts_of(tmp_path / "a.txt") == ["one\n\ntwo"]
+    lines = [json.dumps({"prompt": text}) for text in ("one", "two")]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    assert prompts_of(tmp_path / "b.jsonl") == ["one", "two"]
+    (tmp_path / "c.jsonl").write_text(lines[0] + "\n{}")
+    with pytest.raises(ValueError, match="line 2"):
+        prompts_of(tmp_path / "c.jsonl")
+    with pytest.raises(ValueError, match="cannot be read"):
+        prompts_of(tmp_path / "nowhere.txt")
+
+
+def test_pieces_are_as_long_as_asked_and_no_more_than_asked() -> None:
+    texts = ["a" * 700, "b", "c" * 100]
+    found = pieces(texts, lambda text: [ord(c) for c in text], 300, 750)
+    assert [len(piece) for piece in found] == [300, 300, 100, 50]
+    with pytest.raises(ValueError, match="fewer than 256"):
+        pieces(["a" * 100], lambda text: [1] * len(text), 300, 750)

@@ -1,0 +1,116 @@
+"""A server of every KV format: built, budgeted, and kept apart from the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.build import build_worker
+from engine.config import EngineConfig
+from engine.llm import LLM
+from kernels.kv.calibration import Calibration
+from kernels.kv.presets import AUTO, PRESETS
+from scheduler.request import SamplingParams
+from tests.e2e.serving import REPOSITORY
+from tests.engine.test_build import CACHE, build, config, greedy
+from tests.models.checkpoints import save
+
+DEMO = REPOSITORY / "assets" / "demo" / "target"
+FORMATS = [name for name in PRESETS if name != "int4h64"]  # heads of 16 have no groups of 64
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2}),
+        ("gpt_neox", {"num_key_value_heads": None}),  # by the transformers library
+    ],
+)
+def test_eight_bits_say_the_same_in_torch_and_in_native_code(
+    tmp_path: Path, model_type: str, changes: dict
+) -> None:
+    """And as dense pages do, at first: random models choose between words hardly apart."""
+    save(tmp_path, model_type, **changes)
+    dense, eight = greedy(*build(tmp_path)), greedy(*build(tmp_path, kv_format="int8n"))
+    assert eight[0] == dense[0]
+    native = build(tmp_path, kv_format="int8n", compile=True, cache_dir=CACHE)
+    assert greedy(*native) == eight
+
+
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_every_format_serves(tmp_path: Path, kv_format: str) -> None:
+    save(tmp_path, "llama")
+    worker, limits = build(tmp_path, kv_format=kv_format, compile=True, cache_dir=CACHE)
+    assert len(greedy(worker, limits)) == 12
+    worker.close()
+
+
+def test_the_same_bytes_hold_more_pages(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    pages = {}
+    for name in (AUTO, "int8n", "int4h", "k4v2h"):
+        options = {"kv_format": name, "kv_bytes": 4_000_000, "num_pages": None}
+        worker, limits = build(tmp_path, **options)
+        pages[name] = limits.num_pages
+        assert sum(layer.nbytes for layer in worker.kv) <= 4_000_000
+        worker.close()
+    assert pages[AUTO] < pages["int8n"] < pages["int4h"] < pages["k4v2h"]
+
+
+def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> None:
+    save(tmp_path / "model", "llama")
+    roots = set()
+    for name in (AUTO, *FORMATS):
+        worker, limits = build(tmp_path / "model", kv_format=name)
+        roots.add(limits.hash_root)
+        worker.close()
+    assert len(roots) == len(FORMATS) + 1
+    for number in range(2):
+        means = torch.full((3, 2, 16), float(number))
+        (tmp_path / "kv.json").write_text(Calibration("int4h", (number,), means).dump())
+        calibrated = {"kv_format": "int4h", "kv_calibration": str(tmp_path / "kv.json")}
+        worker, limits = build(tmp_path / "model", **calibrated)
+        roots.add(limits.hash_root)
+        worker.close()
+    assert len(roots) == len(FORMATS) + 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_drafts_by_half_of_the_bits_through_the_whole_engine(compiled: bool) -> None:
+    """bf16, where no text may differ either, though it is not promised by arithmetic."""
+    options = {"kv_format": "int8n", "compile": compiled, "cache_dir": CACHE, "num_pages": 200}
+    texts = {}
+    for drafters in ((), ("coarse",)):
+        with LLM(
+            str(DEMO),
+            dtype="float32",
+            drafters=drafters,
+            fixed_draft_tokens=5 if drafters else None,
+            max_model_len=1024,
+            max_num_seqs=4,
+            **options,
+        ) as llm:
+            prompts = [llm.tokenize(text) for text in ("def main(", "The list is", "import os")]
+            params = [
+                SamplingParams(max_tokens=40, temperature=t, seed=i)
+                for i, t in enumerate((0.0, 1.0, 0.7))
+            ]
+            done = llm.generate(prompts, params, ignore_eos=True)
+            texts[drafters] = [completion.choices[0].tokens for completion in done]
+            load = llm.load()
+            if drafters:
+                assert load.accepted_tokens > 0.5 * load.draft_tokens > 20
+    assert texts[()] == texts["coarse",]
+
+
+def test_the_configuration_knows_every_preset() -> None:
+    from engine.config import CacheConfig
+
+    assert CacheConfig().kv_format == AUTO
+    for name in PRESETS:
+        assert EngineConfig.of(model="m", kv_format=name).cache.kv_format == name
+    assert config(Path("m")).cache.kv_format == AUTO
+    assert callable(build_worker)

@@ -1,0 +1,319 @@
+"""The Triton kernels over packed pages against the torch forms: on a GPU, or interpreted."""
+
+import dataclasses
+import math
+import os
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention.paged import attend_reference
+from kernels.kv.codec import Affine
+from kernels.kv.pack import unpack
+from kernels.kv.paged import Paged
+from kernels.ops import AttentionBatch, AttentionLayer
+from tests.kernels.batches import Rows
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
+pytest.importorskip("triton")
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+from kernels.kv import affine_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CODECS = {
+    "int8n": (Affine(8), Affine(8)),
+    "k8v4": (Affine(8), Affine(4)),
+    "int4h": (Affine(4), Affine(4)),
+    "int4h64": (Affine(4, group=64), Affine(4, group=64)),
+    "k4v2h": (Affine(4), Affine(2, clip=1.5)),
+    "int2h": (Affine(2, clip=1.5), Affine(2, clip=1.5)),
+    "k8v2g32": (Affine(8), Affine(2, group=32, clip=1.5)),
+    "k2g32v8": (Affine(2, group=32), Affine(8)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _mended_interpreter(monkeypatch: pytest.MonkeyPatch):
+    """The interpreter keeps bf16 as uint16, which its products and its casts of integers take for
+    numbers, and some versions cannot make a loop's bounds of numpy's newer arrays."""
+    builder = interpreter.InterpreterBuilder
+    dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor
+
+    def wide(x):
+        if x.dtype != tl.bfloat16:
+            return x
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def cast_by_way_of_fp32(self, x, to):
+        if to.scalar == tl.bfloat16 and x.dtype.scalar != tl.float32:
+            x = interpreter.TensorHandle(x.data.astype(np.float32), tl.float32)
+        return cast(self, x, to)
+
+    def patch_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(
+        builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
+    )
+    monkeypatch.setattr(builder, "cast_impl", cast_by_way_of_fp32)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)
+
+
+@dataclasses.dataclass
+class Case:
+    """A layer with filled pages."""
+
+    layer: AttentionLayer
+    rows: Rows
+    kv: Tensor
+    generator: torch.Generator
+    dtype: torch.dtype
+
+    @classmethod
+    def make(
+        cls,
+        codecs: str,
+        lengths: list[int],
+        *,
+        kv_heads: int = 2,
+        group: int = 2,
+        head_dim: int = 64,
+        page_size: int = 16,
+        window: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> "Case":
+        generator = torch.Generator().manual_seed(seed)
+        keys, values = CODECS[codecs]
+        paged = Paged(kv_heads, page_size, head_dim, keys, values, rotated=True)
+        rows = Rows.shuffled(lengths, page_size, generator)
+        # Whatever was there before: numbers that are NaN among it.
+        shape = (rows.num_pages, paged.layout.bytes)
+        kv = torch.full(shape, 255, dtype=torch.uint8, device=DEVICE)
+        heads = kv_heads * group
+        layer = AttentionLayer(
+            heads, kv_heads, head_dim, head_dim**-0.5, None, window=window, kv=paged
+        )
+        case = cls(layer, rows, kv, generator, dtype)
+        batch = case.step([(row, 0, length) for row, length in enumerate(lengths)])
+        k, v = case.keys_and_values(sum(lengths))
+        paged.append(k, v, kv, batch.kv_slots)
+        return case
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(DEVICE, self.dtype)
+
+    def keys_and_values(self, tokens: int) -> tuple[Tensor, Tensor]:
+        shape = (tokens, self.layer.num_kv_heads, self.layer.head_dim)
+        return self.random(*shape), self.random(*shape)
+
+    def queries(self, batch: AttentionBatch) -> Tensor:
+        tokens = batch.positions.shape[0]
+        return self.random(tokens, self.layer.num_heads, self.layer.head_dim)
+
+    def step(self, spans: list[tuple[int, int, int]]) -> AttentionBatch:
+        batch = self.rows.step(spans)
+        tensors = {
+            field.name: getattr(batch, field.name).to(DEVICE)
+            for field in dataclasses.fields(batch)
+            if isinstance(getattr(batch, field.name), Tensor)
+        }
+        return dataclasses.replace(batch, **tensors)
+
+    def attend(self, q: Tensor, batch: AttentionBatch, split: int | None = None) -> Tensor:
+        paged = self.layer.kv
+        parts = affine_triton.attend(paged.turn(q), self.kv, self.layer, batch, split)
+        return paged.turn_back(affine_triton.merge(parts, q.dtype))
+
+    def check(self, spans: list[tuple[int, int, int]], split: int | None = None) -> None:
+        batch = self.step(spans)
+        q = self.queries(batch)
+        expected = attend_reference(q, self.kv, self.layer, batch).float()
+        within = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}[self.dtype]
+        found = self.attend(q, batch, split).float()
+        torch.testing.assert_close(found, expected, atol=within, rtol=within)
+
+
+@pytest.mark.parametrize("codecs", CODECS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_drafts_and_a_chunk(codecs: str, head_dim: int):
+    if head_dim == 64 and "g" in codecs and "g32" not in codecs:
+        pytest.skip("one group, as without")
+    case = Case.make(codecs, [33, 70, 17], head_dim=head_dim, group=2)
+    case.check([(0, 32, 33), (1, 66, 70), (2, 14, 17)], split=64)
+    case.check([(1, 60, 70), (0, 32, 33)], split=64)
+
+
+@pytest.mark.parametrize("codecs", ["int8n", "int4h64", "k4v2h"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits(codecs: str, dtype: torch.dtype):
+    case = Case.make(codecs, [33, 70], head_dim=128, dtype=dtype)
+    case.check([(0, 32, 33), (1, 65, 70)], split=64)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_steps(seed: int):
+    """Lengths about pages' ends, any groups, page sizes and windows."""
+    rng = random.Random(seed)
+    page_size = rng.choice([16, 32, 64])
+    lengths = [
+        rng.choice([1, 2, page_size - 1, page_size, page_size + 1, rng.randint(1, 150)])
+        for _ in range(rng.randint(1, 4))
+    ]
+    case = Case.make(
+        rng.choice(list(CODECS)),
+        lengths,
+        kv_heads=rng.choice([1, 2]),
+        group=rng.choice([1, 2, 3, 4]),
+        page_size=page_size,
+        head_dim=128,
+        window=rng.choice([None, 1, 7, 70]),
+        seed=seed,
+    )
+    spans = []
+    for row, length in enumerate(lengths):
+        count = rng.choice([1, 1, 3, 20])
+        spans.append((row, max(length - count, 0), length))
+    rng.shuffle(spans)
+    case.check(spans, rng.choice([64, 128, None]))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_chunks_of_several_blocks_after_a_history(window: int | None):
+    case = Case.make("k8v4", [100, 30, 90], kv_heads=1, group=4, window=window)
+    case.check([(0, 40, 100), (1, 29, 30), (2, 0, 45)], split=64)
+
+
+def test_few_dimensions():
+    case = Case.make("k8v4", [20, 3], head_dim=32)
+    case.check([(0, 19, 20), (1, 0, 3)])
+
+
+def test_what_is_read_coarsely():
+    fine = Case.make("int8n", [40, 20])
+    layer = dataclasses.replace(fine.layer, kv=fine.layer.kv.coarse())
+    coarse = dataclasses.replace(fine, layer=layer)
+    coarse.check([(0, 38, 40), (1, 19, 20)])
+    batch = fine.step([(0, 39, 40)])
+    q = fine.queries(batch)
+    assert not torch.allclose(coarse.attend(q, batch), fine.attend(q, batch), atol=1e-3)
+
+
+def test_several_splits_are_one():
+    case = Case.make("int4h", [150, 10], kv_heads=1)
+    batch = case.step([(0, 148, 150), (1, 9, 10)])
+    q = case.layer.kv.turn(case.queries(batch))
+    one = affine_triton.attend(q, case.kv, case.layer, batch, 192)
+    several = affine_triton.attend(q, case.kv, case.layer, batch, 64)
+    assert several.out.shape[0] == 3
+    assert (several.lse[1:, 2] == -torch.inf).all(), "the short row has nothing there"
+    together = (several.lse * math.log(2)).logsumexp(0) / math.log(2)
+    torch.testing.assert_close(together, one.lse[0])
+    torch.testing.assert_close(
+        affine_triton.merge(several, q.dtype), affine_triton.merge(one, q.dtype)
+    )
+
+
+def test_nothing_of_a_merge_is_nan():
+    out = torch.full((3, 2, 1, 16), torch.nan, device=DEVICE)
+    out[1, 0] = 2.0
+    lse = torch.full((3, 2, 1), -torch.inf, device=DEVICE)
+    lse[1, 0] = -3.0
+    merged = affine_triton.merge(affine_triton.Partials(out, lse), torch.float32)
+    assert torch.equal(merged[0], torch.full_like(merged[0], 2.0))
+    assert torch.equal(merged[1], torch.zeros_like(merged[1]))
+
+
+@pytest.mark.parametrize("codecs", ["int8n", "int4h"])
+def test_a_token_does_not_depend_on_its_batch(codecs: str):
+    """Nor on whether there are few rows to be multiplied together."""
+    case = Case.make(codecs, [100, 130], kv_heads=1)
+    alone = case.step([(0, 99, 100)])
+    q = case.queries(alone)
+    with_others = case.step([(1, 120, 130), (0, 99, 100)])
+    both = torch.cat([case.random(10, *q.shape[1:]), q])
+    found = case.attend(both, with_others, 64)[10]
+    torch.testing.assert_close(found, case.attend(q, alone, 64)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_chunk_is_its_parts(window: int | None):
+    case = Case.make("k8v4", [90], kv_heads=1, group=4, window=window)
+    q = case.queries(case.step([(0, 20, 90)]))
+    whole = case.attend(q, case.step([(0, 20, 90)]), 64)
+    first = case.attend(q[:37], case.step([(0, 20, 57)]), 64)
+    second = case.attend(q[37:], case.step([(0, 57, 90)]), 64)
+    torch.testing.assert_close(torch.cat([first, second]), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_splits_are_whole_tiles():
+    case = Case.make("k8v4", [20])
+    batch = case.step([(0, 19, 20)])
+    with pytest.raises(ValueError, match="whole tiles"):
+        case.attend(case.queries(batch), batch, 100)
+
+
+@pytest.mark.parametrize("codecs", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_append_writes_the_bytes_of_the_torch_form(codecs: str, dtype: torch.dtype):
+    case = Case.make(codecs, [21, 30], head_dim=128, dtype=dtype)
+    paged = case.layer.kv
+    paged.key_mean = torch.randn(2, 128, generator=case.generator).to(DEVICE)
+    batch = case.step([(0, 3, 21), (1, 29, 30)])
+    # Keys and values as they come: side by side, so that tokens lie further apart than heads.
+    wide = case.random(19, 3 * 2, 128)
+    wide[0] = 0.0
+    wide[1] *= 1e4
+    wide[2] *= 1e-4
+    k, v = wide[:, 2:4], wide[:, 4:]
+    expected, found = case.kv.clone(), case.kv.clone()
+    paged.append(k, v, expected, batch.kv_slots)
+    affine_triton.append(paged, k, v, found, batch.kv_slots)
+    check_pages(paged, found, expected)
+
+
+def check_pages(paged: Paged, found: Tensor, expected: Tensor) -> None:
+    """Equal but for roundings that the order of sums decides."""
+    ours, theirs = ([*paged._planes(pool)] for pool in (found, expected))
+    numbers = [planes.pop(2).contiguous().view(torch.int16).int() for planes in (ours, theirs)]
+    assert (numbers[0] - numbers[1]).abs().max() <= 1
+    for side, codec in enumerate((paged.keys, paged.values)):
+        bits = min(codec.bits, 4)
+        codes = [unpack(planes[side], bits).int() for planes in (ours, theirs)]
+        if codec.bits == 8:
+            low = (unpack(planes[2 + side], bits) for planes in (ours, theirs))
+            codes = [16 * high + rest for high, rest in zip(codes, low, strict=True)]
+        off = (codes[0] - codes[1]).abs()
+        assert off.max() <= 1
+        assert (off > 0).float().mean() <= 1e-3
+
+
+def test_append_without_rotation():
+    case = Case.make("k8v4", [21])
+    plain = Paged(2, 16, 64, *CODECS["k8v4"], rotated=False)
+    batch = case.step([(0, 3, 21)])
+    k, v = case.keys_and_values(18)
+    expected, found = case.kv.clone(), case.kv.clone()
+    plain.append(k, v, expected, batch.kv_slots)
+    affine_triton.append(plain, k, v, found, batch.kv_slots)
+    check_pages(plain, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "codecs"),
+    [(96, "k8v4"), (16, "int4h"), (32, "int2h")],
+)
+def test_what_it_does_not_take(head_dim: int, codecs: str):
+    paged = Paged(2, 16, head_dim, *CODECS[codecs], rotated=True)
+    with pytest.raises(ValueError, match=r"do not take|power of two"):
+        affine_triton.attend_launch(paged, 1, 1, False, torch.float32)
