@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scheduling, serving, speculation
-from cli import document, plan, simulate
+from cli import calibrate, document, plan, simulate
 from cli import profile as profiling
 from cli.options import options
 from docs import tables
@@ -83,6 +83,7 @@ def test_options_exist(page: Path) -> None:
         serving.parser(),
         loadtest.parser(),
         profiling.parser(),
+        calibrate.parser(),
         simulate.parser(),
         plan.parser(),
         scheduling.parser(),
@@ -94,7 +95,7 @@ def test_options_exist(page: Path) -> None:
     # Other programs' options stand in fenced commands and inline code of their own.
     foreign = {"--target", "--gpus", "--rm", "--build", "--headless"}
     foreign |= {"--storage", "--web", "--disable-pip-version-check", "--no-start"}
-    foreign |= {"--continuous-batching", "--format"}
+    foreign |= {"--continuous-batching", "--format", "--plot"}
     text = re.sub(r"\bvllm serve.*?(?=```|\n\n)", "", page.read_text(), flags=re.DOTALL)
     asked = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?!-…)\b(?!-…)", text))
     assert asked <= ours | foreign, sorted(asked - ours - foreign)
