@@ -85,13 +85,17 @@ def inject_outliers(decoder: Decoder, seed: int = 0) -> None:
         output /= value.repeat_interleave(group, 0).flatten()
 
 
-def formats_of(reader: Reader, name: str) -> list[KVFormat]:
+def formats_of(reader: Reader, name: str, boundary: int | None = None) -> list[KVFormat]:
     spec = reader.model.spec
-    return layer_formats(name, spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
+    return layer_formats(name, spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim, boundary)
 
 
 def quality(
-    reader: Reader, names: Sequence[str], texts: Sequence[Sequence[int]], label: str
+    reader: Reader,
+    names: Sequence[str],
+    texts: Sequence[Sequence[int]],
+    label: str,
+    boundary: int | None = None,
 ) -> tuple[list[tuple[str, ...]], list[Row]]:
     """Lines by format and position, and the rows that have a target."""
     found = {(name, bucket): Distance() for name in names for bucket in range(len(BUCKETS) - 1)}
@@ -100,7 +104,7 @@ def quality(
         following = torch.tensor(tokens[1:])
         dense = reader.log_probabilities(tokens, formats_of(reader, AUTO))[:-1]
         for name in names:
-            other = reader.log_probabilities(tokens, formats_of(reader, name))[:-1]
+            other = reader.log_probabilities(tokens, formats_of(reader, name, boundary))[:-1]
             whole[name].add(other, dense, following)
             for bucket in range(len(BUCKETS) - 1):
                 part = slice(BUCKETS[bucket], BUCKETS[bucket + 1])
@@ -263,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
     add("--formats", nargs="+", choices=list(PRESETS), default=AFFINE)
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--length", type=int, default=2048, help="tokens of each")
+    add("--boundary", type=int, help="layers at each end in 8 bits; default: as the server has it")
     add("--own", type=int, default=4000, help="tokens of the text that the model writes itself")
     add("--own-formats", nargs="*", choices=list(PRESETS), default=["int8n", "int4h", "k4v2h"])
     add("--needles", type=int, default=20, help="questions about hidden facts; 0: none")
@@ -286,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     decoder = load_decoder(args.model, dtype=torch.float32, device=CPU)
     reader = Reader(decoder, ops, torch.float32, CPU)
-    plain = quality(reader, args.formats, texts, "held-out")
+    plain = quality(reader, args.formats, texts, "held-out", args.boundary)
     exact = reader.log_probabilities(texts[0], formats_of(reader, AUTO))
     for name in args.own_formats:
         own = own_text(args.model, name, args.own, args.cache_dir)
@@ -294,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += found[0]
     inject_outliers(decoder)
     changed = reader.log_probabilities(texts[0], formats_of(reader, AUTO)).exp() - exact.exp()
-    outliers = quality(reader, args.formats, texts, "outliers")
+    outliers = quality(reader, args.formats, texts, "outliers", args.boundary)
     lines = [*plain[0], *outliers[0], *lines]
     rows += [*plain[1], *outliers[1]]
     rows.append(

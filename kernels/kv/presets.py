@@ -15,7 +15,8 @@ from kernels.kv.table import Float8, LloydMax, Octopus
 
 AUTO = "auto"  # dense, in the model's dtype
 BOUNDARY = "int8n"  # what the first and last layers get where a format asks for it
-FEW_LAYERS = 8  # a layer at each end for every so many, at most two
+EVERY_LAYERS = 8  # a layer at each end for every so many, at most two
+LEAST_LAYERS = 4  # a model of fewer has no ends to speak of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +26,22 @@ class Preset:
     keys: Callable[[], Codec]
     values: Callable[[], Codec]
     rotated: bool = True
-    boundary: bool = False  # the first and last layers want more bits
+    # The first and last layers want more bits: at least so many of them at each end. None: no.
+    boundary: int | None = None
 
 
 PRESETS = {
     "int8n": Preset(lambda: Affine(8), lambda: Affine(8)),
     "k8v4": Preset(lambda: Affine(8), lambda: Affine(4)),
-    "int4h": Preset(lambda: Affine(4), lambda: Affine(4), boundary=True),
-    "int4h64": Preset(lambda: Affine(4, group=64), lambda: Affine(4, group=64), boundary=True),
-    "k4v2h": Preset(lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=True),
-    "int2h": Preset(lambda: Affine(2, clip=1.5), lambda: Affine(2, clip=1.5), boundary=True),
+    "int4h": Preset(lambda: Affine(4), lambda: Affine(4), boundary=0),
+    "int4h64": Preset(lambda: Affine(4, group=64), lambda: Affine(4, group=64), boundary=0),
+    "k4v2h": Preset(lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=1),
+    "int2h": Preset(lambda: Affine(2, clip=1.5), lambda: Affine(2, clip=1.5), boundary=1),
     "fp8": Preset(Float8, Float8, rotated=False),
-    "turbo4": Preset(lambda: LloydMax(4), lambda: LloydMax(4), boundary=True),
-    "turbo3": Preset(lambda: LloydMax(3), lambda: LloydMax(3), boundary=True),
-    "turbo2": Preset(lambda: LloydMax(2), lambda: LloydMax(2), boundary=True),
-    "octopus": Preset(Octopus, Octopus, boundary=True),
+    "turbo4": Preset(lambda: LloydMax(4), lambda: LloydMax(4), boundary=0),
+    "turbo3": Preset(lambda: LloydMax(3), lambda: LloydMax(3), boundary=1),
+    "turbo2": Preset(lambda: LloydMax(2), lambda: LloydMax(2), boundary=1),
+    "octopus": Preset(Octopus, Octopus, boundary=1),
 }
 
 HALVES = ("int8n", "k8v4")  # of which a coarse reading is another one
@@ -63,7 +65,7 @@ def layer_formats(
         return [DENSE] * num_layers
     ends = boundary_layers
     if ends is None:
-        ends = min(2, num_layers // FEW_LAYERS) if PRESETS[name].boundary else 0
+        ends = _ends(PRESETS[name].boundary, num_layers)
     wide = {i for i in range(num_layers) if min(i, num_layers - 1 - i) < ends}
     if boundary_layers is None and calibration is not None:
         wide = set(calibration.eight_bit_layers)
@@ -72,6 +74,12 @@ def layer_formats(
         _paged(BOUNDARY if i in wide else name, kv_heads, page_size, head_dim, means[i])
         for i in range(num_layers)
     ]
+
+
+def _ends(least: int | None, num_layers: int) -> int:
+    if least is None or num_layers < LEAST_LAYERS:
+        return 0
+    return max(min(2, num_layers // EVERY_LAYERS), least)
 
 
 def _paged(

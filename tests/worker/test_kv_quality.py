@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from kernels.kv.calibration import Calibration
@@ -59,6 +60,30 @@ def test_means_change_no_score_but_what_rounding_does() -> None:
     plain = reader().log_probabilities(TOKENS, formats("int8n"))
     moved = reader().log_probabilities(TOKENS, formats("int8n", fitted))
     assert (plain.exp() - moved.exp()).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "layers", "ends"),
+    [
+        ("int8n", 36, 0),
+        ("k8v4", 36, 0),
+        ("int4h", 36, 2),
+        ("int4h", 12, 1),
+        ("int4h", 6, 0),
+        ("k4v2h", 6, 1),
+        ("k4v2h", 36, 2),
+        ("int2h", 3, 0),
+    ],
+)
+def test_first_and_last_layers_have_eight_bits(kv_format: str, layers: int, ends: int) -> None:
+    wide = layer_formats("int8n", 1, 2, PAGE, 64)[0].name
+    names = [form.name for form in layer_formats(kv_format, layers, 2, PAGE, 64)]
+    if kv_format != "int8n":
+        assert [name == wide for name in names] == [
+            min(i, layers - 1 - i) < ends for i in range(layers)
+        ]
+    asked = [form.name for form in layer_formats(kv_format, layers, 2, PAGE, 64, 1)]
+    assert asked[0] == asked[-1] == wide
 
 
 def test_a_calibration_survives_its_file() -> None:
