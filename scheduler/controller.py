@@ -30,6 +30,7 @@ from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
 from scheduler.gap import gap_target
 from scheduler.plan import Row, RowResult, StepPlan, StepResult
+from scheduler.profile import StepShape
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import StepCost
@@ -48,6 +49,7 @@ PATIENCE = 64  # steps over which drafting must not be slower than plain decodin
 TOLERATED = 0.98  # of what plain decoding would have brought: such counts are noisy
 PAUSE = 64  # plans without drafts after it was; doubled each time in a row
 LONGEST_PAUSE = 8 * PAUSE
+REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
@@ -133,6 +135,8 @@ class Controller:
 
     def plan(self, running: list[Sequence]) -> Rules:
         self._plans += 1
+        if self._steps.stale and not self._resting:
+            self._resting = REFRESH
         if self._resting:
             self._resting -= 1
             for sequence in running:
@@ -333,12 +337,15 @@ class Controller:
         if wall < 4 * computed:  # else nobody was there for a while
             self._overhead += 0.05 * (max(wall - computed, 0.0) - self._overhead)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
-        if any(row.chunk for row in plan.rows):
+        chunks = sum(len(row.chunk) for row in plan.rows if row.chunk)
+        live = sum(row.chunk is None for row in plan.rows)
+        if not live:
             return
         rows, context = len(plan.rows), plan.shape.decode_context
-        tokens = rows + sum(done.proposed for done in result.rows)
-        self._steps.observe(rows, tokens, context, result.seconds)
-        if not asked or self._probing:
+        drafts = sum(done.proposed for done in result.rows)
+        shape = StepShape(rows, live + drafts + chunks, context, plan.shape.chunk_pairs)
+        self._steps.observe(shape, drafts > 0, result.seconds)
+        if chunks or not asked or self._probing:
             return
         plain = self._steps.plain(rows, context) + self._overhead
         net = self._net

@@ -10,23 +10,32 @@ from __future__ import annotations
 from scheduler.profile import StepShape
 from scheduler.step_cost import StepCost
 
+LEAST_PLAIN = 6  # steps without drafts before there are any
+STALE = 512  # steps with drafts after which plain ones have to be seen again
 _RATE = 0.05  # smoothing, per step
 _CLIP = 2.0  # of a factor: steps that were so much slower or faster were disturbed
 
 
 class VerifyCost:
-    """Of live rows alone; steps with chunks of prompts are left to `StepCost`."""
+    """Of live rows alone. Steps with chunks of prompts are learnt from like any other, by what they
+    took over what their whole shape was predicted to."""
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
         self._plain = 1.0  # observed over predicted, without drafts
         self._drafted = 1.0  # the same with drafts, over that
-        self._steps = 0
+        self._plain_steps = 0
+        self._since_plain = 0
 
     @property
     def ready(self) -> bool:
-        """Whether plain steps were seen: what a step costs is known only against them."""
-        return self._cost.ready
+        """Whether plain steps were seen: what drafts bring is known only against them."""
+        return self._cost.ready and self._plain_steps >= LEAST_PLAIN
+
+    @property
+    def stale(self) -> bool:
+        """Whether they were seen too long ago."""
+        return self._since_plain >= STALE
 
     def plain(self, rows: int, context: int) -> float:
         """Of a step without drafts; `context` are the positions that its rows attend."""
@@ -36,16 +45,17 @@ class VerifyCost:
         """Of a step that verifies so many tokens, those of the rows included."""
         return self._of(rows, tokens, context) * self._plain * self._drafted
 
-    def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
+    def observe(self, shape: StepShape, drafts: bool, seconds: float) -> None:
         """A step has taken so long."""
-        predicted = self._of(rows, tokens, context) * self._plain
+        predicted = self._cost.uncorrected(shape) * self._plain
         if predicted <= 0.0 or seconds <= 0.0:
             return
-        self._steps += 1
-        if tokens == rows:
-            rate = max(_RATE, 1.0 / self._steps)
+        if not drafts:
+            self._plain_steps, self._since_plain = self._plain_steps + 1, 0
+            rate = max(_RATE, 1.0 / self._plain_steps)
             self._plain *= 1.0 + rate * (_clipped(seconds / predicted) - 1.0)
         else:
+            self._since_plain += 1
             self._drafted += _RATE * (_clipped(seconds / predicted) - self._drafted)
 
     def _of(self, rows: int, tokens: int, context: int) -> float:

@@ -23,6 +23,7 @@ from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculat
 from scheduler.scheduler import Scheduler
 from scheduler.simulated_drafts import DraftingCosts
 from scheduler.step_cost import StepCost
+from scheduler.verify_cost import LEAST_PLAIN
 
 COPY_CHAT_RANDOM = (0.95, 0.6, 0.0)
 SECONDS = 6.0
@@ -124,6 +125,50 @@ def test_it_follows_a_sudden_change_within_64_steps_and_does_not_flap() -> None:
     assert changes <= 10
 
 
+@pytest.mark.parametrize("chance", [0.95, 0.99])
+def test_what_plain_steps_take_is_seen_before_and_between_drafts(chance: float) -> None:
+    """Each token costs its full time, drafts cost more: nothing is won however many are right. A
+    cost that is learnt while serving knows no better if it only ever sees steps with drafts."""
+    cost = StepCost.learning()
+    policy = Controller([Option((0,), True)], ["model"], MOST, cost)
+    scheduler = Scheduler(SchedulerConfig(num_pages=20000), policy, cost=cost)
+    scheduler.add(Request("0", (1,) * 40, SamplingParams(max_tokens=9000), 0.0), 0.0)
+    ((sequence,),) = scheduler._requests.values()
+    sequence.fed = len(sequence.tokens)
+    rng, now, lengths = np.random.default_rng(2), 0.0, []
+    for _ in range(1500):
+        policy.plan([sequence])
+        drafts = sequence.drafts
+        lengths.append(drafts)
+        right = 0
+        while right < drafts and rng.random() < chance:
+            right += 1
+        row = Row(1, 1, None, True, drafts, sequence.drafters)
+        done = RowResult((1,) * (right + 1), proposed=drafts)
+        if drafts:
+            done.drafter = 0
+            done.confidence = (0.9,) * drafts
+            policy.learn(sequence, row, done)
+        shape = StepShape(1, 1 + drafts, 40, 0)
+        seconds, work = 0.5e-3 * (1 + drafts), DraftTime()
+        if drafts:
+            work = DraftTime(0.3e-3 * drafts, drafts, drafts)
+        cost.observe(shape, seconds)
+        now += seconds + work.seconds + 0.05e-3
+        plan = StepPlan(0, (), (row,), shape=shape)
+        policy.settled(plan, StepResult(0, (done,), seconds, work), now)
+    assert set(lengths[:6]) == {0}
+    assert sum(lengths[-500:]) <= 25
+
+
+def test_plain_steps_are_not_forgotten_while_drafts_pay() -> None:
+    alone = Alone(WILLING, Option((1,), True))
+    for _ in range(1300):
+        alone.step(0.95)
+    without = [i for i, drafts in enumerate(alone.lengths[100:]) if not drafts]
+    assert 2 <= len(without) <= 2 * 12
+
+
 def test_a_request_may_forbid_bound_or_choose() -> None:
     off, bounded, chosen = (
         Alone(Speculation(enabled=False)),
@@ -154,6 +199,9 @@ def test_a_gap_target_bounds_the_step() -> None:
         live = [s for group in scheduler._requests.values() for s in group]
         for sequence in live:
             sequence.fed = len(sequence.tokens)
+        shape = StepShape(100, 100, 4000, 0)
+        for _ in range(LEAST_PLAIN):
+            policy._steps.observe(shape, False, cost.uncorrected(shape))
         policy.plan(live)
         made = sum(s.drafts for s in live)
         return made, float(np.interp(100 + made, *policy._verify(live)))
