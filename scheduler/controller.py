@@ -30,7 +30,6 @@ from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
 from scheduler.gap import gap_target
 from scheduler.plan import Row, RowResult, StepPlan, StepResult
-from scheduler.profile import StepShape
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import StepCost
@@ -337,15 +336,14 @@ class Controller:
         if wall < 4 * computed:  # else nobody was there for a while
             self._overhead += 0.05 * (max(wall - computed, 0.0) - self._overhead)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
-        chunks = sum(len(row.chunk) for row in plan.rows if row.chunk)
-        live = sum(row.chunk is None for row in plan.rows)
-        if not live:
+        if any(row.chunk for row in plan.rows):
+            if not asked and any(row.chunk is None for row in plan.rows):
+                self._steps.saw_chunks()
             return
         rows, context = len(plan.rows), plan.shape.decode_context
-        drafts = sum(done.proposed for done in result.rows)
-        shape = StepShape(rows, live + drafts + chunks, context, plan.shape.chunk_pairs)
-        self._steps.observe(shape, drafts > 0, result.seconds)
-        if chunks or not asked or self._probing:
+        tokens = rows + sum(done.proposed for done in result.rows)
+        self._steps.observe(rows, tokens, context, result.seconds)
+        if not asked or self._probing:
             return
         plain = self._steps.plain(rows, context) + self._overhead
         net = self._net

@@ -17,8 +17,7 @@ _CLIP = 2.0  # of a factor: steps that were so much slower or faster were distur
 
 
 class VerifyCost:
-    """Of live rows alone. Steps with chunks of prompts are learnt from like any other, by what they
-    took over what their whole shape was predicted to."""
+    """Of live rows alone; steps with chunks of prompts are left to `StepCost`."""
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
@@ -26,6 +25,7 @@ class VerifyCost:
         self._drafted = 1.0  # the same with drafts, over that
         self._plain_steps = 0
         self._since_plain = 0
+        self._steps = 0
 
     @property
     def ready(self) -> bool:
@@ -45,14 +45,19 @@ class VerifyCost:
         """Of a step that verifies so many tokens, those of the rows included."""
         return self._of(rows, tokens, context) * self._plain * self._drafted
 
-    def observe(self, shape: StepShape, drafts: bool, seconds: float) -> None:
+    def saw_chunks(self) -> None:
+        """A step without drafts, which had chunks: what `StepCost` learns from it serves here."""
+        self._plain_steps, self._since_plain = self._plain_steps + 1, 0
+
+    def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
         """A step has taken so long."""
-        predicted = self._cost.uncorrected(shape) * self._plain
+        predicted = self._of(rows, tokens, context) * self._plain
         if predicted <= 0.0 or seconds <= 0.0:
             return
-        if not drafts:
+        if tokens == rows:
             self._plain_steps, self._since_plain = self._plain_steps + 1, 0
-            rate = max(_RATE, 1.0 / self._plain_steps)
+            self._steps += 1
+            rate = max(_RATE, 1.0 / self._steps)
             self._plain *= 1.0 + rate * (_clipped(seconds / predicted) - 1.0)
         else:
             self._since_plain += 1

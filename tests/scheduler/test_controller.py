@@ -201,7 +201,7 @@ def test_a_gap_target_bounds_the_step() -> None:
             sequence.fed = len(sequence.tokens)
         shape = StepShape(100, 100, 4000, 0)
         for _ in range(LEAST_PLAIN):
-            policy._steps.observe(shape, False, cost.uncorrected(shape))
+            policy._steps.observe(100, 100, 4000, cost.uncorrected(shape))
         policy.plan(live)
         made = sum(s.drafts for s in live)
         return made, float(np.interp(100 + made, *policy._verify(live)))
