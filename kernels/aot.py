@@ -22,9 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.kv import affine_triton
+from kernels.attention import packed_triton
+from kernels.kv import append_triton
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS
+from kernels.kv.triton_launch import Launch
 from kernels.sampling import gumbel_triton
 from kernels.sampling.philox import GUMBEL_SPAN, NOISE_VERSION
 
@@ -140,7 +142,7 @@ def _paged(preset: str, head_dim: int) -> Paged:
 
 
 def _append(name: str, paged: Paged) -> Job:
-    launch = affine_triton.append_launch(paged)
+    launch = append_triton.append_launch(paged)
     types = {
         "k": "*bf16",
         "v": "*bf16",
@@ -154,7 +156,7 @@ def _append(name: str, paged: Paged) -> Job:
         "page_stride": "i32",
     }
     options = {"enable_fp_fusion": False}
-    return _job(name, affine_triton._append, types, launch, {"tokens"}, options)
+    return _job(name, append_triton._append, types, launch, {"tokens"}, options)
 
 
 def _attend(
@@ -164,7 +166,7 @@ def _attend(
     window: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Job:
-    launch = affine_triton.attend_launch(paged, GROUP, queries, window, dtype)
+    launch = packed_triton.attend_launch(paged, GROUP, queries, window, dtype)
     types = {
         "q": NAMES[dtype],
         "kv": "*u8",
@@ -184,20 +186,20 @@ def _attend(
         "scale": "fp32",
     }
     odd = {"rows", "tokens", "table_stride", "window", "scale"}
-    return _job(name, affine_triton._attend, types, launch, odd)
+    return _job(name, packed_triton._attend, types, launch, odd)
 
 
 def _merge(head_dim: int) -> Job:
-    launch = affine_triton.Launch({"n": head_dim, "tile": affine_triton.MERGE_TILE}, 4, 3)
+    launch = Launch({"n": head_dim, "tile": packed_triton.MERGE_TILE}, 4, 3)
     types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "splits": "i32", "rows": "i32"}
-    return _job(f"merge {head_dim}", affine_triton._merge, types, launch, {"splits", "rows"})
+    return _job(f"merge {head_dim}", packed_triton._merge, types, launch, {"splits", "rows"})
 
 
 def _draw(blocks: int) -> Iterator[Job]:
     size = gumbel_triton._BLOCK
     numbers = {"vocab": "i32", "blocks": "i32"}
     types = {"logits": "*fp32", "maxima": "*fp32"} | numbers
-    launch = affine_triton.Launch({"size": size}, 4, 3)
+    launch = Launch({"size": size}, 4, 3)
     yield _job("draw: maxima", gumbel_triton._block_maxima, types, launch, {"blocks"})
     types = {
         "logits": "*fp32",
@@ -215,7 +217,7 @@ def _draw(blocks: int) -> Iterator[Job]:
         "span": GUMBEL_SPAN,
         "version": NOISE_VERSION,
     }
-    launch = affine_triton.Launch(constants, 4, 3)
+    launch = Launch(constants, 4, 3)
     yield _job("draw: noise", gumbel_triton._draw_block, types, launch, {"blocks"})
 
 
@@ -223,7 +225,7 @@ def _job(
     name: str,
     kernel: Any,
     types: dict[str, str],
-    launch: affine_triton.Launch,
+    launch: Launch,
     odd: set[str],
     options: Mapping[str, Any] | None = None,
 ) -> Job:

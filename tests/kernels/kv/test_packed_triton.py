@@ -24,7 +24,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from kernels.kv import affine_triton
+from kernels.attention import packed_triton
+from kernels.kv import append_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -132,8 +133,8 @@ class Case:
 
     def attend(self, q: Tensor, batch: AttentionBatch, split: int | None = None) -> Tensor:
         paged = self.layer.kv
-        parts = affine_triton.attend(paged.turn(q), self.kv, self.layer, batch, split)
-        return paged.turn_back(affine_triton.merge(parts, q.dtype))
+        parts = packed_triton.attend(paged.turn(q), self.kv, self.layer, batch, split)
+        return paged.turn_back(packed_triton.merge(parts, q.dtype))
 
     def check(self, spans: list[tuple[int, int, int]], split: int | None = None) -> None:
         batch = self.step(spans)
@@ -213,14 +214,14 @@ def test_several_splits_are_one():
     case = Case.make("int4h", [150, 10], kv_heads=1)
     batch = case.step([(0, 148, 150), (1, 9, 10)])
     q = case.layer.kv.turn(case.queries(batch))
-    one = affine_triton.attend(q, case.kv, case.layer, batch, 192)
-    several = affine_triton.attend(q, case.kv, case.layer, batch, 64)
+    one = packed_triton.attend(q, case.kv, case.layer, batch, 192)
+    several = packed_triton.attend(q, case.kv, case.layer, batch, 64)
     assert several.out.shape[0] == 3
     assert (several.lse[1:, 2] == -torch.inf).all(), "the short row has nothing there"
     together = (several.lse * math.log(2)).logsumexp(0) / math.log(2)
     torch.testing.assert_close(together, one.lse[0])
     torch.testing.assert_close(
-        affine_triton.merge(several, q.dtype), affine_triton.merge(one, q.dtype)
+        packed_triton.merge(several, q.dtype), packed_triton.merge(one, q.dtype)
     )
 
 
@@ -229,7 +230,7 @@ def test_nothing_of_a_merge_is_nan():
     out[1, 0] = 2.0
     lse = torch.full((3, 2, 1), -torch.inf, device=DEVICE)
     lse[1, 0] = -3.0
-    merged = affine_triton.merge(affine_triton.Partials(out, lse), torch.float32)
+    merged = packed_triton.merge(packed_triton.Partials(out, lse), torch.float32)
     assert torch.equal(merged[0], torch.full_like(merged[0], 2.0))
     assert torch.equal(merged[1], torch.zeros_like(merged[1]))
 
@@ -278,7 +279,7 @@ def test_append_writes_the_bytes_of_the_torch_form(codecs: str, dtype: torch.dty
     k, v = wide[:, 2:4], wide[:, 4:]
     expected, found = case.kv.clone(), case.kv.clone()
     paged.append(k, v, expected, batch.kv_slots)
-    affine_triton.append(paged, k, v, found, batch.kv_slots)
+    append_triton.append(paged, k, v, found, batch.kv_slots)
     check_pages(paged, found, expected)
 
 
@@ -305,7 +306,7 @@ def test_append_without_rotation():
     k, v = case.keys_and_values(18)
     expected, found = case.kv.clone(), case.kv.clone()
     plain.append(k, v, expected, batch.kv_slots)
-    affine_triton.append(plain, k, v, found, batch.kv_slots)
+    append_triton.append(plain, k, v, found, batch.kv_slots)
     check_pages(plain, found, expected)
 
 
@@ -316,4 +317,4 @@ def test_append_without_rotation():
 def test_what_it_does_not_take(head_dim: int, codecs: str):
     paged = Paged(2, 16, head_dim, *CODECS[codecs], rotated=True)
     with pytest.raises(ValueError, match=r"do not take|power of two"):
-        affine_triton.attend_launch(paged, 1, 1, False, torch.float32)
+        packed_triton.attend_launch(paged, 1, 1, False, torch.float32)

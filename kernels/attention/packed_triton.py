@@ -17,8 +17,6 @@ Not run on hardware yet: it compiles for sm_90 and is tested under Triton's inte
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv.codec import LARGEST, Affine, Codec
 from kernels.kv.paged import Paged
-from kernels.kv.rotation import signs
+from kernels.kv.triton_launch import Launch, dense_heads, layout_constants
 from kernels.ops import AttentionBatch, AttentionLayer
 
 SPLIT = 512  # positions, unless the splits' outputs would be too many numbers
@@ -38,9 +35,7 @@ TILE = 64  # positions
 # multiplied by each warp for itself, 64 by four warps together; what lies between suits neither.
 FEW, MANY = 16, 64
 STAGES = 3  # in which a tile's page numbers, then its codes, are on their way
-APPEND_ROWS = 16  # keys, and values, that one program encodes
 MERGE_TILE = 16  # splits
-SMALLEST_RUN = 16  # dimensions: what a matrix product takes
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no assembler
 
 
@@ -52,43 +47,6 @@ class Partials(NamedTuple):
     # [splits, tokens, heads] fp32, base 2, of the scaled scores with keys as they are stored: where
     # a mean is subtracted from keys, that is less than with the keys by the query's score with it.
     lse: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How a kernel is compiled, apart from its types."""
-
-    constants: dict[str, int | float]
-    warps: int
-    stages: int
-
-
-def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
-    """As `Paged.append`: k, v: [tokens, kv_heads, head_dim]; kv: [pages, bytes] uint8, written in
-    place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
-    copying of the signs. Raises ValueError for codecs and heads that the kernels do not take."""
-    tokens, kv_heads, head_dim = k.shape
-    if tokens == 0:
-        return
-    launch = append_launch(paged)
-    k, v = _dense_heads(k), _dense_heads(v)
-    _append[(triton.cdiv(tokens * kv_heads, APPEND_ROWS),)](
-        k,
-        v,
-        kv,
-        kv_slots,
-        kv if paged.key_mean is None else paged.key_mean.contiguous(),
-        kv if paged.rotation is None else _signs(head_dim, k.device),
-        tokens,
-        k.stride(0),
-        v.stride(0),
-        kv.stride(0),
-        **launch.constants,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        # A fused multiply-add would round other numbers than the torch form.
-        enable_fp_fusion=False,
-    )
 
 
 def attend(
@@ -115,7 +73,7 @@ def attend(
     lse = torch.empty(splits, tokens, heads, device=q.device)
     block_tokens = int(launch.constants["block"]) // group
     blocks = rows if launch.constants["whole_rows"] else tokens // block_tokens + rows
-    q = _dense_heads(q)
+    q = dense_heads(q)
     _attend[(blocks, layer.num_kv_heads, splits)](
         q,
         kv,
@@ -170,30 +128,13 @@ def split_length(numbers: int, max_kv: int) -> int:
     return split
 
 
-def append_launch(paged: Paged) -> Launch:
-    keys, values = _affine(paged.keys), _affine(paged.values)
-    head_dim = paged.head_dim
-    constants = {
-        **_layout(paged),
-        "rotated": paged.rotation is not None,
-        "with_mean": paged.key_mean is not None,
-        "stages": head_dim.bit_length() - 1,
-        "norm": 1.0 / math.sqrt(head_dim),
-        "key_clip": keys.clip,
-        "value_clip": values.clip,
-        "largest": LARGEST,
-        "block": APPEND_ROWS,
-    }
-    return Launch(constants, warps=4, stages=1)
-
-
 def attend_launch(
     paged: Paged, group: int, max_query: int, windowed: bool, dtype: torch.dtype
 ) -> Launch:
     """`group`: query heads of a KV head; `dtype`: of queries."""
     block = FEW if max_query * group <= FEW else max(MANY, triton.next_power_of_2(group))
     constants = {
-        **_layout(paged),
+        **layout_constants(paged),
         "coarse": paged.reads_coarsely,
         "group": group,
         "block": block,
@@ -208,211 +149,6 @@ def attend_launch(
     return Launch(constants, warps * (2 if dtype == torch.float32 else 1), STAGES)
 
 
-def _layout(paged: Paged) -> dict[str, int | float]:
-    """Constants of both kernels. Raises ValueError for what they do not take."""
-    head_dim, keys, values = paged.head_dim, _affine(paged.keys), _affine(paged.values)
-    if head_dim & (head_dim - 1):
-        raise ValueError(f"these kernels take heads of a power of two, not of {head_dim} numbers")
-    for codec in (keys, values):
-        runs = 8 // min(codec.bits, 4)
-        if head_dim // runs < SMALLEST_RUN or runs % codec.groups(head_dim):
-            raise ValueError(f"these kernels do not take {codec.name} of {head_dim} numbers")
-    layout = paged.layout
-    _, value_start, numbers_start, key_low, value_low, _ = layout.starts
-    return {
-        "kv_heads": layout.kv_heads,
-        "head_dim": head_dim,
-        "page_size": layout.page_size,
-        "key_bits": keys.bits,
-        "key_groups": keys.groups(head_dim),
-        "value_bits": values.bits,
-        "value_groups": values.groups(head_dim),
-        "value_start": value_start,
-        "numbers_start": numbers_start,
-        "key_low_start": key_low,
-        "value_low_start": value_low,
-    }
-
-
-def _affine(codec: Codec) -> Affine:
-    if not isinstance(codec, Affine):
-        raise ValueError(f"these kernels read affine codes, not {codec.name}")
-    return codec
-
-
-def _dense_heads(x: Tensor) -> Tensor:
-    """x: [tokens, heads, head_dim], as a view if only the distance of tokens is unusual."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-@lru_cache(maxsize=16)
-def _signs(head_dim: int, device: torch.device) -> Tensor:
-    return signs(head_dim).to(device)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _append(
-    k: tl.tensor,  # [tokens, kv_heads, head_dim]
-    v: tl.tensor,
-    kv: tl.tensor,  # [pages, bytes] uint8, written
-    kv_slots: tl.tensor,  # [tokens] int64
-    key_mean: tl.tensor,  # [kv_heads, head_dim]
-    signs: tl.tensor,  # [head_dim] fp32
-    tokens: tl.tensor,
-    k_stride: tl.tensor,
-    v_stride: tl.tensor,
-    page_stride: tl.tensor,
-    kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    page_size: tl.constexpr,
-    key_bits: tl.constexpr,
-    key_groups: tl.constexpr,
-    value_bits: tl.constexpr,
-    value_groups: tl.constexpr,
-    value_start: tl.constexpr,
-    numbers_start: tl.constexpr,
-    key_low_start: tl.constexpr,
-    value_low_start: tl.constexpr,
-    rotated: tl.constexpr,
-    with_mean: tl.constexpr,
-    stages: tl.constexpr,
-    norm: tl.constexpr,
-    key_clip: tl.constexpr,
-    value_clip: tl.constexpr,
-    largest: tl.constexpr,
-    block: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    token, head = row // kv_heads, row % kv_heads
-    valid = token < tokens
-    dim = tl.arange(0, head_dim)
-    slot = tl.load(kv_slots + token, mask=valid, other=0)
-    place = head * page_size + slot % page_size  # in the planes of its page
-    page = kv + slot // page_size * page_stride
-    numbers = 4 * (key_groups + value_groups)  # bytes of a position
-
-    at = head[:, None] * head_dim + dim[None, :]
-    x = tl.load(k + (token * k_stride)[:, None] + at, mask=valid[:, None], other=0.0)
-    x = x.to(tl.float32)
-    if with_mean:
-        x -= tl.load(key_mean + at).to(tl.float32)
-    if rotated:
-        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
-    _write(
-        x,
-        page,
-        place,
-        valid,
-        numbers_start + place * numbers,
-        0,
-        key_low_start,
-        block,
-        head_dim,
-        key_bits,
-        key_groups,
-        key_clip,
-        largest,
-    )
-    x = tl.load(v + (token * v_stride)[:, None] + at, mask=valid[:, None], other=0.0)
-    x = x.to(tl.float32)
-    if rotated:
-        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
-    _write(
-        x,
-        page,
-        place,
-        valid,
-        numbers_start + place * numbers + 4 * key_groups,
-        value_start,
-        value_low_start,
-        block,
-        head_dim,
-        value_bits,
-        value_groups,
-        value_clip,
-        largest,
-    )
-
-
-@triton.jit
-def _hadamard(
-    x: tl.tensor, rows: tl.constexpr, n: tl.constexpr, stages: tl.constexpr, norm: tl.constexpr
-) -> tl.tensor:
-    """Of [rows, n] fp32: butterflies in the order of `rotation.hadamard`, for the same bits."""
-    for i in tl.static_range(stages):
-        pairs = tl.reshape(x, (rows, n >> (i + 1), 2, 1 << i))
-        low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-        pairs = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
-        x = tl.reshape(pairs, (rows, n))
-    return x * norm
-
-
-@triton.jit
-def _write(
-    x: tl.tensor,  # [rows, n] fp32
-    page: tl.tensor,  # [rows] pointers
-    place: tl.tensor,  # [rows] of the plane
-    valid: tl.tensor,  # [rows]
-    numbers_at: tl.tensor,  # [rows], bytes
-    start: tl.constexpr,
-    low_start: tl.constexpr,
-    rows: tl.constexpr,
-    n: tl.constexpr,
-    bits: tl.constexpr,
-    groups: tl.constexpr,
-    clip: tl.constexpr,
-    largest: tl.constexpr,
-) -> None:
-    """As `Affine.encode`, operation by operation."""
-    count: tl.constexpr = 1 << bits
-    parts = tl.reshape(x, (rows, groups, n // groups))
-    if clip > 0:
-        rms = tl.sqrt_rn(tl.sum(parts * parts, 2) * (groups / n))
-        scale, zero = rms * (2 * clip / (count - 1)), rms * -clip
-    else:
-        lowest, highest = tl.min(parts, 2), tl.max(parts, 2)
-        scale = (highest - lowest) * (1.0 / count)
-        zero = lowest + scale * 0.5
-    scale = tl.minimum(scale, largest).to(tl.float16)
-    zero = tl.minimum(tl.maximum(zero, -largest), largest).to(tl.float16)
-    at = (page + numbers_at).to(tl.pointer_type(tl.float16))[:, None] + 2 * tl.arange(0, groups)
-    tl.store(at, scale, mask=valid[:, None])
-    tl.store(at + 1, zero, mask=valid[:, None])
-
-    wide = scale.to(tl.float32)
-    one = tl.full((rows, groups), 1.0, tl.float32)
-    inverse = tl.where(wide > 0, tl.div_rn(one, tl.where(wide > 0, wide, 1.0)), 0.0)
-    codes = (parts - zero.to(tl.float32)[:, :, None]) * inverse[:, :, None]
-    codes = tl.minimum(tl.maximum(codes, 0.0), count - 1.0)
-    # Rounds halves to even: next to this number the distance of floats is 1.
-    codes = ((codes + 12582912.0) - 12582912.0).to(tl.int32)
-    flat = tl.reshape(codes, (rows, n))
-    if bits == 8:
-        _store_plane(flat >> 4, page + start, place, valid, rows, n, 4)
-        _store_plane(flat & 15, page + low_start, place, valid, rows, n, 4)
-    else:
-        _store_plane(flat, page + start, place, valid, rows, n, bits)
-
-
-@triton.jit
-def _store_plane(
-    codes: tl.tensor,  # [rows, n] int32
-    plane: tl.tensor,  # [rows] pointers
-    place: tl.tensor,
-    valid: tl.tensor,
-    rows: tl.constexpr,
-    n: tl.constexpr,
-    bits: tl.constexpr,
-) -> None:
-    runs: tl.constexpr = 8 // bits
-    size: tl.constexpr = n // runs
-    shifts = tl.arange(0, runs) * bits
-    packed = tl.sum(tl.reshape(codes, (rows, runs, size)) << shifts[None, :, None], 1)
-    at = (plane + place * size)[:, None] + tl.arange(0, size)[None, :]
-    tl.store(at, packed.to(tl.uint8), mask=valid[:, None])
-
-
-# No number that changes with steps is worth a kernel of its own while requests wait for it.
 @triton.jit(do_not_specialize=["rows", "tokens", "table_stride", "window"])
 def _attend(
     q: tl.tensor,  # [tokens, heads, head_dim]

@@ -1,0 +1,240 @@
+"""Writing packed pages, as a Triton kernel: `Paged.append` in one pass.
+
+The key's mean is subtracted, both are rotated by butterflies in the torch form's order, their scale
+and zero are found, and codes are packed and scattered to their slots. The bytes are those of the
+torch form.
+
+Not run on hardware yet: it compiles for sm_90 and is tested under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.kv.codec import LARGEST
+from kernels.kv.paged import Paged
+from kernels.kv.rotation import signs
+from kernels.kv.triton_launch import Launch, affine, dense_heads, layout_constants
+
+APPEND_ROWS = 16  # keys, and values, that one program encodes
+
+
+def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    """As `Paged.append`: k, v: [tokens, kv_heads, head_dim]; kv: [pages, bytes] uint8, written in
+    place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
+    copying of the signs. Raises ValueError for codecs and heads that the kernels do not take."""
+    tokens, kv_heads, head_dim = k.shape
+    if tokens == 0:
+        return
+    launch = append_launch(paged)
+    k, v = dense_heads(k), dense_heads(v)
+    _append[(triton.cdiv(tokens * kv_heads, APPEND_ROWS),)](
+        k,
+        v,
+        kv,
+        kv_slots,
+        kv if paged.key_mean is None else paged.key_mean.contiguous(),
+        kv if paged.rotation is None else _signs(head_dim, k.device),
+        tokens,
+        k.stride(0),
+        v.stride(0),
+        kv.stride(0),
+        **launch.constants,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        # A fused multiply-add would round other numbers than the torch form.
+        enable_fp_fusion=False,
+    )
+
+
+def append_launch(paged: Paged) -> Launch:
+    keys, values = affine(paged.keys), affine(paged.values)
+    head_dim = paged.head_dim
+    constants = {
+        **layout_constants(paged),
+        "rotated": paged.rotation is not None,
+        "with_mean": paged.key_mean is not None,
+        "stages": head_dim.bit_length() - 1,
+        "norm": 1.0 / math.sqrt(head_dim),
+        "key_clip": keys.clip,
+        "value_clip": values.clip,
+        "largest": LARGEST,
+        "block": APPEND_ROWS,
+    }
+    return Launch(constants, warps=4, stages=1)
+
+
+@lru_cache(maxsize=16)
+def _signs(head_dim: int, device: torch.device) -> Tensor:
+    return signs(head_dim).to(device)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _append(
+    k: tl.tensor,  # [tokens, kv_heads, head_dim]
+    v: tl.tensor,
+    kv: tl.tensor,  # [pages, bytes] uint8, written
+    kv_slots: tl.tensor,  # [tokens] int64
+    key_mean: tl.tensor,  # [kv_heads, head_dim]
+    signs: tl.tensor,  # [head_dim] fp32
+    tokens: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    page_stride: tl.tensor,
+    kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    page_size: tl.constexpr,
+    key_bits: tl.constexpr,
+    key_groups: tl.constexpr,
+    value_bits: tl.constexpr,
+    value_groups: tl.constexpr,
+    value_start: tl.constexpr,
+    numbers_start: tl.constexpr,
+    key_low_start: tl.constexpr,
+    value_low_start: tl.constexpr,
+    rotated: tl.constexpr,
+    with_mean: tl.constexpr,
+    stages: tl.constexpr,
+    norm: tl.constexpr,
+    key_clip: tl.constexpr,
+    value_clip: tl.constexpr,
+    largest: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    token, head = row // kv_heads, row % kv_heads
+    valid = token < tokens
+    dim = tl.arange(0, head_dim)
+    slot = tl.load(kv_slots + token, mask=valid, other=0)
+    place = head * page_size + slot % page_size  # in the planes of its page
+    page = kv + slot // page_size * page_stride
+    numbers = 4 * (key_groups + value_groups)  # bytes of a position
+
+    at = head[:, None] * head_dim + dim[None, :]
+    x = tl.load(k + (token * k_stride)[:, None] + at, mask=valid[:, None], other=0.0)
+    x = x.to(tl.float32)
+    if with_mean:
+        x -= tl.load(key_mean + at).to(tl.float32)
+    if rotated:
+        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+    _write(
+        x,
+        page,
+        place,
+        valid,
+        numbers_start + place * numbers,
+        0,
+        key_low_start,
+        block,
+        head_dim,
+        key_bits,
+        key_groups,
+        key_clip,
+        largest,
+    )
+    x = tl.load(v + (token * v_stride)[:, None] + at, mask=valid[:, None], other=0.0)
+    x = x.to(tl.float32)
+    if rotated:
+        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+    _write(
+        x,
+        page,
+        place,
+        valid,
+        numbers_start + place * numbers + 4 * key_groups,
+        value_start,
+        value_low_start,
+        block,
+        head_dim,
+        value_bits,
+        value_groups,
+        value_clip,
+        largest,
+    )
+
+
+@triton.jit
+def _hadamard(
+    x: tl.tensor, rows: tl.constexpr, n: tl.constexpr, stages: tl.constexpr, norm: tl.constexpr
+) -> tl.tensor:
+    """Of [rows, n] fp32: butterflies in the order of `rotation.hadamard`, for the same bits."""
+    for i in tl.static_range(stages):
+        pairs = tl.reshape(x, (rows, n >> (i + 1), 2, 1 << i))
+        low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        pairs = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
+        x = tl.reshape(pairs, (rows, n))
+    return x * norm
+
+
+@triton.jit
+def _write(
+    x: tl.tensor,  # [rows, n] fp32
+    page: tl.tensor,  # [rows] pointers
+    place: tl.tensor,  # [rows] of the plane
+    valid: tl.tensor,  # [rows]
+    numbers_at: tl.tensor,  # [rows], bytes
+    start: tl.constexpr,
+    low_start: tl.constexpr,
+    rows: tl.constexpr,
+    n: tl.constexpr,
+    bits: tl.constexpr,
+    groups: tl.constexpr,
+    clip: tl.constexpr,
+    largest: tl.constexpr,
+) -> None:
+    """As `Affine.encode`, operation by operation."""
+    count: tl.constexpr = 1 << bits
+    parts = tl.reshape(x, (rows, groups, n // groups))
+    if clip > 0:
+        rms = tl.sqrt_rn(tl.sum(parts * parts, 2) * (groups / n))
+        scale, zero = rms * (2 * clip / (count - 1)), rms * -clip
+    else:
+        lowest, highest = tl.min(parts, 2), tl.max(parts, 2)
+        scale = (highest - lowest) * (1.0 / count)
+        zero = lowest + scale * 0.5
+    scale = tl.minimum(scale, largest).to(tl.float16)
+    zero = tl.minimum(tl.maximum(zero, -largest), largest).to(tl.float16)
+    at = (page + numbers_at).to(tl.pointer_type(tl.float16))[:, None] + 2 * tl.arange(0, groups)
+    tl.store(at, scale, mask=valid[:, None])
+    tl.store(at + 1, zero, mask=valid[:, None])
+
+    wide = scale.to(tl.float32)
+    one = tl.full((rows, groups), 1.0, tl.float32)
+    inverse = tl.where(wide > 0, tl.div_rn(one, tl.where(wide > 0, wide, 1.0)), 0.0)
+    codes = (parts - zero.to(tl.float32)[:, :, None]) * inverse[:, :, None]
+    codes = tl.minimum(tl.maximum(codes, 0.0), count - 1.0)
+    # Rounds halves to even: next to this number the distance of floats is 1.
+    codes = ((codes + 12582912.0) - 12582912.0).to(tl.int32)
+    flat = tl.reshape(codes, (rows, n))
+    if bits == 8:
+        _store_plane(flat >> 4, page + start, place, valid, rows, n, 4)
+        _store_plane(flat & 15, page + low_start, place, valid, rows, n, 4)
+    else:
+        _store_plane(flat, page + start, place, valid, rows, n, bits)
+
+
+@triton.jit
+def _store_plane(
+    codes: tl.tensor,  # [rows, n] int32
+    plane: tl.tensor,  # [rows] pointers
+    place: tl.tensor,
+    valid: tl.tensor,
+    rows: tl.constexpr,
+    n: tl.constexpr,
+    bits: tl.constexpr,
+) -> None:
+    runs: tl.constexpr = 8 // bits
+    size: tl.constexpr = n // runs
+    shifts = tl.arange(0, runs) * bits
+    packed = tl.sum(tl.reshape(codes, (rows, runs, size)) << shifts[None, :, None], 1)
+    at = (plane + place * size)[:, None] + tl.arange(0, size)[None, :]
+    tl.store(at, packed.to(tl.uint8), mask=valid[:, None])
+
+
+# No number that changes with steps is worth a kernel of its own while requests wait for it.

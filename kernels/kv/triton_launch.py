@@ -1,0 +1,58 @@
+"""What the Triton kernels of packed pages know at compile time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.kv.codec import Affine, Codec
+from kernels.kv.paged import Paged
+
+SMALLEST_RUN = 16  # dimensions: what a matrix product takes
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is compiled, apart from its types."""
+
+    constants: dict[str, int | float]
+    warps: int
+    stages: int
+
+
+def layout_constants(paged: Paged) -> dict[str, int | float]:
+    """Constants of both kernels. Raises ValueError for what they do not take."""
+    head_dim, keys, values = paged.head_dim, affine(paged.keys), affine(paged.values)
+    if head_dim & (head_dim - 1):
+        raise ValueError(f"these kernels take heads of a power of two, not of {head_dim} numbers")
+    for codec in (keys, values):
+        runs = 8 // min(codec.bits, 4)
+        if head_dim // runs < SMALLEST_RUN or runs % codec.groups(head_dim):
+            raise ValueError(f"these kernels do not take {codec.name} of {head_dim} numbers")
+    layout = paged.layout
+    _, value_start, numbers_start, key_low, value_low, _ = layout.starts
+    return {
+        "kv_heads": layout.kv_heads,
+        "head_dim": head_dim,
+        "page_size": layout.page_size,
+        "key_bits": keys.bits,
+        "key_groups": keys.groups(head_dim),
+        "value_bits": values.bits,
+        "value_groups": values.groups(head_dim),
+        "value_start": value_start,
+        "numbers_start": numbers_start,
+        "key_low_start": key_low,
+        "value_low_start": value_low,
+    }
+
+
+def affine(codec: Codec) -> Affine:
+    if not isinstance(codec, Affine):
+        raise ValueError(f"these kernels read affine codes, not {codec.name}")
+    return codec
+
+
+def dense_heads(x: Tensor) -> Tensor:
+    """x: [tokens, heads, head_dim], as a view if only the distance of tokens is unusual."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
