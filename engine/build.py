@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from engine.errors import StartupError
 from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
+from kernels.cpu.packed import native_format
 from kernels.kv.calibration import Calibration
 from kernels.kv.format import KVFormat
 from kernels.kv.presets import HALVES, layer_formats
@@ -108,7 +109,8 @@ def _build(
     # done, the build is waited for.
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
-    runner = _native_runner(model, native, patience) or _torch_runner(model, config, device)
+    readers = _readers(native, formats)
+    runner = _native_runner(model, readers, patience) or _torch_runner(model, config, device)
     small: Draft | None = None
     if draft is not None:
         parameters = sum(p.numel() for p in draft.parameters())
@@ -164,9 +166,9 @@ def _build(
         if drafter and drafter.is_target:
             worker.call(lambda: drafter.use(built.coarse()))
 
+    if readers is not None and isinstance(model, Decoder) and runner.name != NativeOps.name:
+        _swap_when_built(readers, load_formatted, use_runner)
     if native is not None:
-        if isinstance(model, Decoder) and runner.name != NativeOps.name:
-            _swap_when_built(native, load_formatted, use_runner)
         if drafter and load_small and drafter.runner.name != NativeOps.name:
             use = drafter.use
             _swap_when_built(native, load_small, lambda r: worker.call(lambda: use(r)))
@@ -300,6 +302,21 @@ def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOp
     if device.torch_device.type != "cpu" or not config.compile:
         return None
     return start_build(Path(config.cache_dir) if config.cache_dir else None)
+
+
+def _readers(
+    native: Future[NativeOps] | None, formats: Sequence[KVFormat]
+) -> Future[NativeOps] | None:
+    """The native kernels, if they read such pages."""
+    if native is None:
+        return None
+    try:
+        for form in formats:
+            native_format(form)
+    except ValueError as error:
+        log.warning("serving with plain torch operations, which are slower: %s", error)
+        return None
+    return native
 
 
 def _native_runner(

@@ -48,6 +48,16 @@ def test_every_format_serves(tmp_path: Path, kv_format: str) -> None:
     worker.close()
 
 
+def test_pages_that_native_code_does_not_read_are_said_and_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "llama")
+    worker, _ = build(tmp_path, kv_format="turbo4", compile=True, cache_dir=CACHE)
+    assert worker._runner.name == "torch"
+    assert "native kernels do not read codes of l4" in caplog.text
+    worker.close()
+
+
 def test_the_same_bytes_hold_more_pages(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     pages = {}
