@@ -186,7 +186,8 @@ def test_a_start_that_fails_is_one_sentence(name, flags, sentence):
 
 def test_chat_asks_the_server_and_says_when_there_is_none(capsys):
     with serving(model(vocab_size=100_000)) as server:
-        assert main(["chat", "hello", "--max-tokens", "8", "--url", server.base]) == 0
+        # Random words, of which two dozen are hardly all spaces.
+        assert main(["chat", "hello", "--max-tokens", "24", "--url", server.base]) == 0
     assert capsys.readouterr().out.strip()
     assert main(["chat", "hello", "--url", server.base]) == 1
     assert capsys.readouterr().err.startswith(f"foresight: no answer from {server.base}")

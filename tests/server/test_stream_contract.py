@@ -247,7 +247,7 @@ async def test_silence_is_filled_with_comments() -> None:
     engine = reply_engine(stall_after=2)
     async with client_of(engine, cfg=config(keep_alive_seconds=0.02)) as client:
         waiting = asyncio.create_task(client.post(CHAT, json=chat(stream=True)))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)
         engine.die()
         content = (await waiting).content
     assert content.count(b"\n\n: keep-alive\n\n") >= 3
