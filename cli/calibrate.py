@@ -25,6 +25,7 @@ from rich.table import Table
 
 from cli.config import resolve
 from cli.errors import CommandError
+from cli.output import write_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,10 @@ def run(arguments: Sequence[str]) -> int:
     name = config.cache.kv_format
     if name == "auto":
         raise CommandError("say which format to fit, for example --kv-format int4h.")
+    if config.cache.kv_boundary_layers is not None or config.cache.kv_calibration is not None:
+        raise CommandError("boundary layers and a calibration are what is to be found out.")
+    if given.length < 2 or not given.limit > 0:
+        raise CommandError("--length must be at least 2, --limit a number above 0.")
     logging.getLogger("engine").setLevel(logging.WARNING)
     console = Console(highlight=False)
     from engine.calibrating import build_reader
@@ -57,11 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     trial = Trial(reader, texts, console)
     trial.compare()
     calibration = trial.fit(name, given.limit)
-    try:
-        Path(given.output).write_text(calibration.dump())
-    except OSError as error:
-        raise CommandError(f"cannot write {given.output}: {error.strerror}.") from error
-    console.print(f"written to {given.output}", soft_wrap=True)
+    write_output(given.output, calibration.dump(), console)
     return 0
 
 

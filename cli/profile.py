@@ -29,6 +29,7 @@ from rich.table import Table
 
 from cli.config import resolve
 from cli.errors import CommandError
+from cli.output import write_output
 from engine.errors import StartupError
 from scheduler.profile import Profile, StepShape
 from scheduler.request import SchedulerConfig
@@ -76,11 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     finally:
         worker.close()
     show(console, profile, held)
-    try:
-        Path(given.output).write_text(profile.dump())
-    except OSError as error:
-        raise CommandError(f"cannot write {given.output}: {error.strerror}.") from error
-    console.print(f"written to {given.output}", soft_wrap=True)
+    write_output(given.output, profile.dump(), console)
     return 0
 
 

@@ -163,7 +163,7 @@ def _build(
 
     def use_runner(built: Runner) -> None:
         worker.use(built)
-        if drafter and drafter.is_target:
+        if drafter and drafter.coarse:
             worker.call(lambda: drafter.use(built.coarse()))
 
     if readers is not None and isinstance(model, Decoder) and runner.name != NativeOps.name:

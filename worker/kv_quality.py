@@ -30,8 +30,14 @@ class Reader:
 
     def log_probabilities(self, tokens: Sequence[int], formats: Sequence[KVFormat]) -> Tensor:
         """[len(tokens), vocab] fp32, of what follows each token. `formats` of the layers' pages,
-        for a page size of `PAGE`."""
+        for a page size of `PAGE`; the model is left with dense ones."""
         self.model.use_formats(formats)
+        try:
+            return self._read(tokens, formats)
+        finally:
+            self.model.use_formats([DENSE] * len(formats))
+
+    def _read(self, tokens: Sequence[int], formats: Sequence[KVFormat]) -> Tensor:
         pages = -(-len(tokens) // PAGE)
         spec = self.model.spec
         kv = allocate_pool(spec, pages + 1, PAGE, self.dtype, self.device, formats)
@@ -55,7 +61,6 @@ class Reader:
                     layer.seen = 0
         finally:
             self.ops = ops
-            self.model.use_formats([DENSE] * len(listening))
         return torch.stack([layer.mean() for layer in listening])
 
 

@@ -44,7 +44,8 @@ PRESETS = {
     "octopus": Preset(Octopus, Octopus, boundary=1),
 }
 
-HALVES = ("int8n", "k8v4")  # of which a coarse reading is another one
+# Those of which a coarse reading is another one.
+HALVES = tuple(name for name, p in PRESETS.items() if p.keys().sizes(128).low)
 
 
 def layer_formats(
@@ -62,7 +63,13 @@ def layer_formats(
     if calibration is not None:
         calibration.check(name, (num_layers, kv_heads, head_dim))
     if name == AUTO:
+        if boundary_layers:
+            raise ValueError("boundary layers get 8 bits beside a format of fewer, not dense pages")
         return [DENSE] * num_layers
+    if name not in PRESETS:
+        raise ValueError(f"there is no KV format {name!r}; there are {', '.join([AUTO, *PRESETS])}")
+    if boundary_layers is not None and boundary_layers < 0:
+        raise ValueError(f"{boundary_layers} boundary layers are less than none")
     ends = boundary_layers
     if ends is None:
         ends = _ends(PRESETS[name].boundary, num_layers)

@@ -64,6 +64,9 @@ def test_a_format_above_its_limit_is_refused(
 def test_layers_of_eight_bits_are_those_that_the_limit_needs(tmp_path: Path) -> None:
     assert calibrate(tmp_path, "--limit", "10") == 0
     assert calibrate(tmp_path, "--limit", "10", kv_format="auto") == 1
+    assert calibrate(tmp_path, "--limit", "nan") == 1
+    assert calibrate(tmp_path, "--length", "0") == 1
+    assert calibrate(tmp_path, "--kv-boundary-layers", "1") == 1
     means = Calibration.parse((tmp_path / "kv.json").read_text()).key_means
     from kernels.kv.presets import layer_formats
 

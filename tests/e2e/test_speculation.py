@@ -251,12 +251,12 @@ def test_what_is_known_between_steps(name: str) -> None:
             assert drafting._tokens[slot] == sequence.tokens
             assert slots.pages[slot] == sequence.pages
             if drafting.model is not None:
-                assert drafting.model._computed[slot] <= known - 1
+                assert drafting.model.followed.computed[slot] <= known - 1
         if int(now) % 25 == 0:
             for sequence in scheduler._running[:2]:
                 compare_kv(device.kv, sequence, decoder())
                 if drafting.model is not None:
-                    kv, upto = drafting.model._kv, drafting.model._computed[sequence.slot]
+                    kv, upto = drafting.model._kv, drafting.model.followed.computed[sequence.slot]
                     model = decoder() if name == "twin" else stranger(kv_vocab(name))
                     compare_kv(kv, sequence, model, upto)
     device.close()

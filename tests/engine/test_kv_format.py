@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.build import build_worker
-from engine.config import EngineConfig
+from engine.config import CacheConfig
 from engine.llm import LLM
 from kernels.kv.calibration import Calibration
-from kernels.kv.presets import AUTO, PRESETS
+from kernels.kv.presets import AUTO, HALVES, PRESETS
 from scheduler.request import SamplingParams
 from tests.e2e.serving import REPOSITORY
-from tests.engine.test_build import CACHE, build, config, greedy
+from tests.engine.test_build import CACHE, build, greedy
 from tests.models.checkpoints import save
 
 DEMO = REPOSITORY / "assets" / "demo" / "target"
@@ -90,7 +92,7 @@ def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_drafts_by_half_of_the_bits_through_the_whole_engine(compiled: bool) -> None:
-    """bf16, where no text may differ either, though it is not promised by arithmetic."""
+    """In torch and in native code."""
     options = {"kv_format": "int8n", "compile": compiled, "cache_dir": CACHE, "num_pages": 200}
     texts = {}
     for drafters in ((), ("coarse",)):
@@ -117,10 +119,31 @@ def test_drafts_by_half_of_the_bits_through_the_whole_engine(compiled: bool) -> 
 
 
 def test_the_configuration_knows_every_preset() -> None:
-    from engine.config import CacheConfig
+    (choices,) = [f.metadata["choices"] for f in fields(CacheConfig) if f.name == "kv_format"]
+    assert choices == (AUTO, *PRESETS)
+    assert HALVES == ("int8n", "k8v4")
 
-    assert CacheConfig().kv_format == AUTO
-    for name in PRESETS:
-        assert EngineConfig.of(model="m", kv_format=name).cache.kv_format == name
-    assert config(Path("m")).cache.kv_format == AUTO
-    assert callable(build_worker)
+
+def test_scales_of_64_dimensions_give_the_text_of_one_request_alone() -> None:
+    """As `tests/e2e/test_kv_formats.py` for the others, whose model has heads too small for it."""
+    options = {"dtype": "float32", "kv_format": "int4h64", "cache_dir": CACHE, "num_pages": 200}
+    prompts = ["def main(", "def main(arguments: list[str]) -> int:", "import os\n" * 30]
+    params = [
+        SamplingParams(max_tokens=30, temperature=t, seed=i) for i, t in enumerate((0.0, 1.0, 0.7))
+    ]
+    patient = partial(build_worker, patient=True)
+    with LLM(str(DEMO), builder=patient, max_model_len=512, drafters=(), **options) as llm:
+        ids = [llm.tokenize(text) for text in prompts]
+        alone = [
+            llm.generate([one], [p], ignore_eos=True)[0].choices[0].tokens
+            for one, p in zip(ids, params, strict=True)
+        ]
+    crowded = {"max_step_tokens": 24, "max_num_seqs": 4, "fixed_draft_tokens": 3}
+    with LLM(
+        str(DEMO), builder=patient, max_model_len=512, drafters=("suffix",), **crowded, **options
+    ) as llm:
+        for _ in range(2):  # the second time with prefix hits
+            done = llm.generate(ids, params, ignore_eos=True)
+            assert [completion.choices[0].tokens for completion in done] == alone
+        assert llm.load().draft_tokens > 0
+        assert llm.load().prefix_hits > 0

@@ -88,6 +88,12 @@ def test_a_head_that_a_kv_format_does_not_take(tmp_path):
     )
 
 
+def test_kv_formats_and_boundaries_that_are_none():
+    assert "there is no KV format 'int5'" in refusal(DRAFT, kv_format="int5")
+    assert "less than none" in refusal(DRAFT, kv_format="int4h", kv_boundary_layers=-1)
+    assert "not dense pages" in refusal(DRAFT, kv_boundary_layers=2)
+
+
 def test_a_calibration_of_something_else(tmp_path):
     file = tmp_path / "kv.json"
     assert "cannot be read" in refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from kernels.cpu.chain import ChainRows, NativeChain
 from kernels.ops import AttentionBatch
 from worker.drafters.base import LATER, Ask, Guess
+from worker.drafters.followed import Followed, OwnPages, TargetPages
 from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.sampling_state import Need
@@ -67,10 +68,10 @@ class ModelDrafter:
         """kv: the draft model's pool, see `kv_pool.allocate_pool`; `parameters` and `vocab_size`
         of the model; `most_tokens` of known text are caught up with in one step, by rows that do
         not draft in it. `coarse`: the model is the target itself, reading its own pages by fewer
-        bits. So there is nothing to catch up with, and what it writes for its drafts is written
-        over when they are verified."""
+        bits."""
         self.name = "coarse" if coarse else "model"
-        self.is_target = coarse
+        self.coarse = coarse
+        self.followed: Followed = TargetPages() if coarse else OwnPages(slots)
         self.runner = runner
         self._kv = kv
         self._slots = slots
@@ -79,8 +80,6 @@ class ModelDrafter:
         self._last = vocab_size - 1  # a token beyond it is as good as any to a drafter
         self._most_tokens = most_tokens
         self._vocab = sampler.slots.vocab_size
-        self._computed = [0] * len(slots.epoch)  # by slot: positions with keys and values
-        self._whole: dict[int, int] = {}  # by page of which all positions have: its writer then
         self._depth = self._fed = 0  # see `take_work`
 
     def use(self, runner: Runner) -> None:
@@ -88,23 +87,13 @@ class ModelDrafter:
         self.runner = runner
 
     def admit(self, slot: int, group: bytes) -> None:
-        if self.is_target:
-            return
-        computed, writer = 0, self._slots.writer
-        for page in self._slots.pages[slot]:
-            if self._whole.get(page) != writer[page]:
-                break
-            computed += self._slots.page_size
-        self._computed[slot] = computed
+        self.followed.admit(slot)
 
     def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
         return None
 
     def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
         rows = [_Row(ask) for ask in asks]
-        if self.is_target:
-            for ask in asks:
-                self._computed[ask.slot] = len(ask.tokens) - 1
         through, spans = self._behind(rows)
         needs = self._sampler.slots.needs
         chain = self.runner.chain
@@ -114,9 +103,8 @@ class ModelDrafter:
             self._in_one_call(chain, rows, through, spans, least)
         elif spans:
             self._forward(self._ids(rows, spans), spans, None)
-        if not self.is_target:
-            for slot, _, end in spans:
-                self._advance(slot, end)
+        for slot, _, end in spans:
+            self.followed.advance(slot, end)
         return [Guess(row.tokens, row.confidence) if row.tokens else LATER for row in rows]
 
     def _one_by_one(
@@ -170,25 +158,16 @@ class ModelDrafter:
         self._fed += len(ids) + sum(made) - count
 
     def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
-        if self.is_target:
-            return
         # The last draft was drawn, but not fed.
         right = 0
         while right < len(fed) - 2 and fed[right + 1] == chosen[right]:
             right += 1
-        self._advance(slot, self._computed[slot] + right)
+        self.followed.confirmed(slot, right)
 
     def take_work(self) -> tuple[int, int]:
         """Forwards, one after the other, and the tokens they computed, since it was last asked."""
         work, self._depth, self._fed = (self._depth, self._fed), 0, 0
         return work
-
-    def _advance(self, slot: int, computed: int) -> None:
-        size = self._slots.page_size
-        first, last = self._computed[slot] // size, computed // size
-        self._computed[slot] = computed
-        for page in self._slots.pages[slot][first:last]:
-            self._whole[page] = self._slots.writer[page]
 
     @staticmethod
     def _length(row: _Row) -> int:
@@ -199,9 +178,9 @@ class ModelDrafter:
         budget = self._most_tokens
         through: list[_Row] = []
         spans: list[Span] = []
-        for row in sorted(rows, key=lambda row: len(row.ask.tokens) - self._computed[row.ask.slot]):
+        for row in sorted(rows, key=lambda r: len(r.ask.tokens) - self.followed.read(r.ask)):
             slot, known = row.ask.slot, len(row.ask.tokens)
-            start = min(self._computed[slot], known - 1)  # the last gives the first draft
+            start = min(self.followed.read(row.ask), known - 1)  # the last gives the first draft
             end = min(known, start + max(budget, 1 if known - start == 1 else 0))
             if end == start:
                 continue
