@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.linear.formats import FP8_MAX, Fp8Format, QuantizedWeight
+from kernels.linear.formats import Fp8Format, QuantizedWeight
 
 MULTIPLE = 16  # inputs and outputs that the library's kernels take
 
