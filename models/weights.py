@@ -84,7 +84,7 @@ def load_weights(
     unexpected: list[str] = []
     for i, path in enumerate(files, 1):
         progress(f"loading weights: {path.name} ({i} of {len(files)})")
-        for name, tensor in _tensors(path):
+        for name, tensor in read_tensors(path):
             target = targets.get(name)
             if target is None:
                 unexpected.append(name)
@@ -163,7 +163,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Of one file, one after another. Raises `CheckpointError`."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from kernels.linear.formats import QuantizedWeight
 
 TILE = 1 << 22  # numbers of a weight that are dequantised at a time
+# Outputs that a tile is a multiple of: see `InvariantLinear` for what that is good for.
+MULTIPLE = 16
 
 
 class Product(Protocol):
@@ -24,7 +26,7 @@ class Product(Protocol):
 
 def reference_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """`x @ weight.T` tile by tile: at no time is the whole matrix there in x's dtype."""
-    step = max(TILE // weight.inputs, 1)
+    step = max(TILE // weight.inputs // MULTIPLE, 1) * MULTIPLE
     out = x.new_empty(x.shape[0], weight.outputs)
     for start in range(0, weight.outputs, step):
         part = weight.rows(start, start + step)
@@ -78,6 +80,11 @@ class SplitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any weight of the model's is in few bits."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def parameter_count(model: nn.Module) -> int:
