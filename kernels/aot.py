@@ -226,7 +226,8 @@ def _weight(form: WeightFormat, rows: int) -> Job:
         "split_tiles": "i32",
     }
     launch = quantized_triton.product_launch(weight, rows)
-    name = f"weight {form.name.replace(' in groups of', '')} x {rows}".replace(" points", "")
+    zeros = " zeros" if weight.zeros is not None else ""
+    name = f"weight {form.name.split()[0]} {form.group or 'row'}{zeros} x {rows}"
     odd = {"rows", "groups", "split_tiles"}
     return _job(name, quantized_triton._multiply, types, launch, odd)
 

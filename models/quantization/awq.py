@@ -16,7 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from kernels.linear.formats import IntFormat, QuantizedWeight
-from models.quantization.layout import checked, repeated, unpack_words, whole_row_group
+from models.quantization.layout import (
+    checked,
+    group_size,
+    repeated,
+    unpack_words,
+    whole_row_group,
+)
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of outputs 0 to 7 in a word
 BITS = 4
@@ -36,8 +42,7 @@ class Awq:
         version = str(config.get("version", "gemm")).lower()
         if bits != BITS or version != "gemm":
             raise ValueError(f"AWQ weights of {bits} bits in version {version!r}")
-        group = int(config.get("group_size", config.get("q_group_size", 128)))
-        return cls(None if group == -1 else group)
+        return cls(group_size(config.get("group_size", config.get("q_group_size", 128))))
 
     def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> QuantizedWeight:
         """See `Layout.read`."""

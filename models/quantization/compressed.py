@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from kernels.linear.formats import Fp8Format, IntFormat, QuantizedWeight
-from models.quantization.fp8 import fp8_weight
+from models.quantization.fp8 import block_of, fp8_weight
 from models.quantization.layout import (
     checked,
     group_order,
+    group_size,
     pack_words,
     repeated,
     unpack_words,
@@ -153,7 +154,7 @@ def layout_of(config: Mapping[str, Any]) -> PackedIntegers | FloatQuantized:
     what = f"{METHOD} weights of format {form}, {kind} of {bits} bits by {strategy}"
     if form == "pack-quantized" and kind == "int" and bits in (4, 8):
         if strategy in ("group", "channel"):
-            size = int(weights["group_size"]) if strategy == "group" else None
+            size = group_size(weights["group_size"]) if strategy == "group" else None
             return PackedIntegers(bits, size, bool(weights.get("symmetric", True)))
     elif form == "int-quantized" and kind == "int" and bits == 8:
         if strategy in ("channel", "tensor"):
@@ -162,8 +163,7 @@ def layout_of(config: Mapping[str, Any]) -> PackedIntegers | FloatQuantized:
         if strategy in ("channel", "tensor"):
             return FloatQuantized()
         if strategy == "block":
-            tall, wide = weights["block_structure"]
-            return FloatQuantized((int(tall), int(wide)))
+            return FloatQuantized(block_of(weights["block_structure"]))
     raise ValueError(what)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels.linear.formats import FP8, Fp8Format, QuantizedWeight
-from models.quantization.layout import checked
+from models.quantization.layout import checked, group_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Fp8:
         if scheme != "dynamic" or fmt != "e4m3":
             raise ValueError(f"fp8 weights of format {fmt} with {scheme} activation scales")
         block = config.get("weight_block_size")
-        return cls(None if block is None else (int(block[0]), int(block[1])))
+        return cls(None if block is None else block_of(block))
 
     @property
     def marker(self) -> str:
@@ -48,6 +48,14 @@ class Fp8:
         """See `Layout.read`."""
         codes = checked(tensors["weight"], "weight", outputs, inputs)
         return fp8_weight(codes, tensors[self.marker], self.block)
+
+
+def block_of(value: Any) -> tuple[int, int]:
+    """Outputs and inputs of a block. Raises ValueError, a clause."""
+    tall, wide = (group_size(number) for number in value)
+    if tall is None or wide is None:
+        raise ValueError(f"fp8 weights in blocks of {value}")
+    return tall, wide
 
 
 def fp8_weight(codes: Tensor, scales: Tensor, block: tuple[int, int] | None) -> QuantizedWeight:

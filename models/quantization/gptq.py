@@ -22,6 +22,7 @@ from kernels.linear.formats import IntFormat, QuantizedWeight
 from models.quantization.layout import (
     checked,
     group_order,
+    group_size,
     repeated,
     unpack_words,
     whole_row_group,
@@ -48,10 +49,9 @@ class Gptq:
             raise ValueError(f"GPTQ weights of {bits} bits in checkpoint format {form!r}")
         if any(not name.startswith("-:") for name in config.get("dynamic") or ()):
             raise ValueError("GPTQ weights with other settings for some layers (dynamic)")
-        group = int(config.get("group_size", 128))
         return cls(
             bits,
-            None if group == -1 else group,
+            group_size(config.get("group_size", 128)),
             symmetric=bool(config.get("sym", True)),
             zero_offset=1 if form == "gptq" else 0,
         )

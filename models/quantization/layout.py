@@ -93,6 +93,15 @@ def group_order(g_idx: Tensor | None, group: int | None, inputs: int) -> Tensor 
     return places.argsort(stable=True)
 
 
+def group_size(value: Any) -> int | None:
+    """As configurations have it: -1 is the whole row, None here. Raises ValueError, a clause."""
+    if value == -1:
+        return None
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"weights in groups of {value!r} inputs")
+    return value
+
+
 def whole_row_group(bits: int, inputs: int) -> int | None:
     """The group to keep a matrix in whose rows have one scale each.
 

@@ -38,15 +38,17 @@ def stored_layout(config: Mapping[str, Any]) -> Layout | None:
     found = config.get("quantization_config") or config.get("compression_config")
     if not found:
         return None
+    if not isinstance(found, Mapping):
+        raise CheckpointError("config.json's quantization_config is not an object.")
     method = str(found.get("quant_method", "an unnamed method"))
     try:
         if method not in LAYOUTS:
             raise ValueError(f"weights quantized with {method}")
         return LAYOUTS[method](found)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"config.json's {method} quantization is incomplete: {error}.") from (
-            error
-        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json's {method} quantization is damaged: {error}."
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{error} are not read; {READ}.") from error
 

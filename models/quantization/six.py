@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels.linear.formats import IntFormat, QuantizedWeight
-from models.quantization.layout import checked
+from models.quantization.layout import checked, group_size
 
 METHOD, FORMAT = "foresight", "int6"
 
@@ -36,7 +36,10 @@ class SixBits:
         """Raises ValueError, a clause."""
         if config.get("format") != FORMAT:
             raise ValueError(f"{METHOD} weights of format {config.get('format')}")
-        return cls(int(config["group_size"]))
+        group = group_size(config["group_size"])
+        if group is None:
+            raise ValueError(f"{METHOD} weights of 6 bits with a scale a row")
+        return cls(group)
 
     def read(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> QuantizedWeight:
         """See `Layout.read`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import StartupError
+from kernels.cpu.ops import NativeOps
 from kernels.linear.invariant import InvariantLinear
 from kernels.linear.quantized import QuantizedLinear
 from models.quantization.save import quantize_checkpoint
@@ -29,7 +30,7 @@ def test_every_format_serves_the_same_text_from_memory_and_from_disk(
     assert caplog.text.count("unpacked by plain torch operations") == 1
     assert greedy(*build(tmp_path / "small")) == expected
     native, limits = build(tmp_path / "small", compile=True, deterministic=True, cache_dir=CACHE)
-    assert native._runner.name == "native"
+    assert native._runner.name == NativeOps.name
     assert greedy(native, limits)[:4] == expected[:4]
 
 

@@ -16,6 +16,7 @@ from kernels.linear.quantized import QuantizedLinear, SplitLinear, parameter_cou
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.loader import load_decoder
+from models.quantization.layouts import stored_layout
 from tests.models import stored
 from tests.models.checkpoints import Paged, save
 
@@ -199,6 +200,7 @@ def test_packed_weights_are_what_is_kept(tmp_path: Path) -> None:
         ({**GPTQ, "checkpoint_format": "marlin"}, "marlin"),
         ({**GPTQ, "is_marlin_format": True}, "marlin"),
         ({**GPTQ, "dynamic": {"+:.*down.*": {"bits": 8}}}, "other settings for some layers"),
+        ({**GPTQ, "group_size": 0}, "groups of 0 inputs"),
         ({**AWQ, "version": "gemv"}, "AWQ weights of 4 bits in version 'gemv'"),
         ({**FP8, "activation_scheme": "static"}, "static activation scales"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
@@ -222,6 +224,20 @@ def test_what_is_not_read(config: dict[str, Any], words: str, tmp_path: Path) ->
         load(tmp_path)
     assert "\n" not in str(caught.value)
     assert "read are AWQ" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quant_method": "foresight", "format": "int6"}, "foresight quantization is damaged"),
+        ({**FP8, "weight_block_size": 128}, "fp8 quantization is damaged"),
+        ({**compressed("pack-quantized"), "config_groups": ["a"]}, "tensors quantization is dam"),
+        ("int4", "not an object"),
+    ],
+)
+def test_damaged_configurations(config: Any, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        stored_layout({"quantization_config": config})
 
 
 @pytest.mark.parametrize(
