@@ -62,6 +62,8 @@ def load_decoder(
     spec = read_spec(folder)
     if not spec.native:
         raise UnsupportedArchitecture(f"{spec.model_type} has no native decoder.")
+    if load_format not in ("safetensors", "dummy"):
+        raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
     stored = stored_layout(read_json(folder, "config.json"))
     if stored is not None or quantization != "none":
         meta = Decoder(spec, dtype=dtype, device=META, max_model_len=max_model_len)
@@ -78,10 +80,8 @@ def load_decoder(
     decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
     if load_format == "dummy":
         dummy_weights(decoder.targets(), seed)
-    elif load_format == "safetensors":
-        load_weights(folder, decoder.targets(), progress=progress)
     else:
-        raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
+        load_weights(folder, decoder.targets(), progress=progress)
     return decoder.eval()
 
 
