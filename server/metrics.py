@@ -198,6 +198,7 @@ class Metrics(Collector):
         self.generation_tokens = Counter()
         self.success = Counter("finished_reason")
         self.rejections = Counter("reason")
+        self.resumed = Counter()
         self.ttft_targets = Counter("outcome")
         self.mtpot_targets = Counter("outcome")
         self.ignored_params = Counter("param")
@@ -241,6 +242,14 @@ class Metrics(Collector):
             (
                 Definition("admission_rejections", "Requests refused before any work.", False),
                 self.rejections,
+            ),
+            (
+                Definition(
+                    "requests_resumed",
+                    "Requests that went on in another engine after theirs had died.",
+                    False,
+                ),
+                self.resumed,
             ),
             (
                 Definition(
