@@ -181,7 +181,7 @@ class RequestStream(AsyncIterator[Output]):
 
     def _end_slow_reader(self) -> None:
         self._abort()
-        self._unread_tokens = 0
+        self._unread_tokens = 0  # or the ends below would come here again
         self.end(FinishReason.ERROR, TOO_SLOW, self.request.arrival)
 
     async def _wait(self) -> None:

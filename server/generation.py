@@ -125,7 +125,7 @@ class Generation:
     @property
     def resumptions(self) -> int:
         """How often it went on in another engine after its own had died."""
-        return max((stream.resumptions for stream in self._streams), default=0)
+        return 0 if self._source is None else self._source.resumptions
 
     def usage(self) -> Usage:
         """Counts so far."""

@@ -246,7 +246,7 @@ class Metrics(Collector):
             (
                 Definition(
                     "requests_resumed",
-                    "Requests that went on in another engine after theirs had died.",
+                    "Requests handed to another engine after their own died.",
                     False,
                 ),
                 self.resumed,
