@@ -292,8 +292,8 @@ class EngineClient:
 
     async def _expire(self) -> None:
         """Ends streams whose time limits pass while there is no engine to do it."""
-        while limits := [(e[0], s) for s in self._streams.values() if (e := s.expires)]:
-            await asyncio.sleep(min(limit for limit, _ in limits) - self._clock())
+        while limits := [e[0] for s in self._streams.values() if (e := s.expires)]:
+            await asyncio.sleep(min(limits) - self._clock())
             now = self._clock()
             for stream in self._streams.values():
                 if (expires := stream.expires) is not None and expires[0] <= now:

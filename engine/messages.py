@@ -72,7 +72,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
         ):
             return False
         longest = len(request.prompt) + request.params.max_tokens
-        return self.max_len >= min(longest, before.max_len)
+        return min(longest, self.max_len) == min(longest, before.max_len)
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

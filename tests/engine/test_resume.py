@@ -325,6 +325,13 @@ async def test_an_engine_that_would_answer_otherwise_resumes_nothing(changes, go
         assert client.serving
 
 
+@pytest.mark.parametrize(("max_model_len", "goes_on"), [(511, False), (512, True), (513, False)])
+def test_where_the_context_ends_an_answer_it_has_to_be_the_same(max_model_len, goes_on: bool):
+    params = SamplingParams(max_tokens=1000)
+    after = msgspec.structs.replace(FACTS, max_model_len=max_model_len)
+    assert after.continues(FACTS, Request("r", (1, 2, 3), params, 0.0)) == goes_on
+
+
 async def test_a_drain_waits_for_the_next_engine_and_no_longer_than_it_may():
     clock = Clock()
     async with serving(clock) as (client, engines):
