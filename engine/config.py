@@ -186,8 +186,8 @@ class DeviceConfig:
         "auto",
         "Who computes attention and what is around it. `flashinfer`: all attention over dense pages"
         " by FlashInfer, the rest by Triton kernels; `triton`: Triton kernels alone; `torch`: plain"
-        " torch operations. `auto`: on a GPU Triton kernels, with FlashInfer for prompts where it is"
-        " there; on a CPU native kernels. See docs/gpu.md.",
+        " torch operations. `auto`: on a GPU Triton kernels, with FlashInfer for prompts where it"
+        " is there; on a CPU native kernels. See docs/gpu.md.",
         choices=("auto", "flashinfer", "triton", "torch"),
     )
     compile: bool = option(

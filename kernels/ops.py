@@ -35,7 +35,7 @@ class AttentionBatch:
     # Host-side bounds, so that no kernel has to read a length back from the device.
     max_query: int  # the longest row of this step, tokens
     max_kv: int  # an upper bound of kv_lengths
-    # For attention that plans on the host (`kernels.flashinfer`); None: it has to read lengths back.
+    # For attention that plans on the host (`kernels.flashinfer`); None: it reads lengths back.
     host: HostRows | None = None
 
 

@@ -78,7 +78,7 @@ def rope_launch(layer: AttentionLayer, page_size: int | None) -> Launch:
     return Launch(constants, warps=4, stages=1)
 
 
-@triton.jit(do_not_specialize=["page_stride"])
+@triton.jit
 def _rope(
     qkv: tl.tensor,  # [tokens, heads + 2 * kv_heads, head_dim]
     q_norm: tl.tensor,  # [head_dim]

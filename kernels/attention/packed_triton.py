@@ -7,9 +7,7 @@ zeros are applied to the scores and to the weights, once a position:
     q . key = scale * (q . codes) + zero * sum(q)
     sum p * value = sum (p * scale) * codes + sum p * zero
 
-Positions are cut into splits, each of which makes an output and a log-sum-exp of its own, and these
-are merged. Splits and tiles start at multiples of their lengths counted from position 0, so that a
-token's sums have the same order whatever it is batched with, as long as splits are of one length.
+See `kernels.attention.split` for how the work is cut.
 
 Not run on hardware yet: it compiles for sm_90 and is tested under Triton's interpreter.
 """

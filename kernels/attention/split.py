@@ -1,13 +1,13 @@
-"""What the Triton attention kernels share: ragged query blocks, splits of positions, their merging.
+"""What the Triton attention kernels share: ragged query blocks, splits of positions, their merge.
 
-A kernel's grid is (blocks of query rows, KV heads, splits). All three come from bounds that the host
-knows; which row a program works for, and whether there is anything for it to do, it finds out from
-lengths on the device. So nothing is read back, and a CUDA graph captured for a bound serves every
-step within it. A query row is one query head of one token: heads that share a KV head are rows of
-one matrix product.
+A kernel's grid is (blocks of query rows, KV heads, splits). All three come from bounds that the
+host knows; which row a program works for, and whether there is anything for it to do, it finds out
+from lengths on the device. So nothing is read back, and a CUDA graph captured for a bound serves
+every step within it. A query row is one query head of one token: heads that share a KV head are
+rows of one matrix product.
 
 Positions are cut into splits, each of which makes an output and a log-sum-exp of its own, and these
-are merged (Flash-Decoding; the running softmax within a split is that of Milakov & Gimelshein 2018).
+are merged (Flash-Decoding; the running softmax within a split is Milakov & Gimelshein's, 2018).
 Splits and tiles start at multiples of their lengths counted from position 0, so that a token's sums
 have the same order whatever it is batched with, as long as splits are of one length.
 
