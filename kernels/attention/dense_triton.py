@@ -32,7 +32,9 @@ from kernels.ops import AttentionBatch, AttentionLayer
 PREFILL = 128  # query rows: each key is read for so many, by eight warps
 SMALLEST_HEAD = 16  # dimensions: what a matrix product takes
 LARGEST_HEAD = 256
-STAGES = 3  # in which a tile's page numbers, then its keys and values, are on their way
+# In which a tile's page numbers, then its keys and values, are on their way. With few query rows
+# three stages leave one tile of keys and values under way, five leave two (as compiled).
+STAGES, DECODE_STAGES = 3, 5
 
 
 def attend(
@@ -63,9 +65,9 @@ def attend_launch(
         "windowed": layer.window is not None,
     }
     warps = 8 if rows["block"] >= PREFILL else 4
-    # Wide heads and 32 bits: two stages, or shared memory ends.
-    large = layer.head_dim * dtype.itemsize > 256
-    return Launch(constants, warps, 2 if large else STAGES)
+    if layer.head_dim * dtype.itemsize > 256:  # wide heads or 32 bits: or shared memory ends
+        return Launch(constants, warps, STAGES - 1)
+    return Launch(constants, warps, DECODE_STAGES if rows["block"] == FEW else STAGES)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "table_stride", "window"])
