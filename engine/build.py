@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.backends import Backend, choose_backend
 from engine.config import DeviceConfig, EngineConfig
 from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
@@ -24,7 +25,6 @@ from kernels.kv.format import KVFormat
 from kernels.kv.presets import HALVES, layer_formats
 from kernels.linear.prepare import LinearMode, isolate_rows, prepare_linears
 from kernels.linear.quantized import is_quantized, parameter_count, weight_bytes
-from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.loader import load_model, read_spec
@@ -75,7 +75,8 @@ def _build(
     device = resolve_device(config.device.device)
     threads = config.device.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    native = _start_native_build(config.device, device)
+    backend = choose_backend(config.device, device, config.cache.page_size)
+    native = _start_native_build(config.device, device) if backend.native else None
     progress("imports")
 
     folder = resolve_checkpoint(config.model.model, config.model.revision)
@@ -118,11 +119,13 @@ def _build(
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
     readers = _readers(native, formats)
-    runner = _native_runner(model, readers, patience) or _torch_runner(model, config, device)
+    runner = _native_runner(model, readers, patience)
+    runner = runner or _runner(model, dtype, config, backend)
     small: Draft | None = None
     if draft is not None:
         parameters = parameter_count(draft)
-        arithmetic = _native_runner(draft, native, patience) or _torch_runner(draft, config, device)
+        arithmetic = _native_runner(draft, native, patience)
+        arithmetic = arithmetic or _runner(draft, dtype, config, backend)
         small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
 
@@ -140,6 +143,8 @@ def _build(
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
     sampler = Sampler(sampling, slots.tokens)
+    if backend.draw is not None:
+        sampler.use(backend.draw)
     drafting = build_drafting(
         config.speculation,
         slots,
@@ -341,16 +346,18 @@ def _native_runner(
         return None  # `_swap_when_built` tries again and says what is wrong
 
 
-def _torch_runner(model: LanguageModel, config: EngineConfig, device: Device) -> Runner:
+def _runner(
+    model: LanguageModel, dtype: torch.dtype, config: EngineConfig, backend: Backend
+) -> Runner:
     if isinstance(model, Decoder):
-        mode: LinearMode = "packed" if device.torch_device.type == "cpu" else "dense"
+        mode: LinearMode = "packed" if model.embedding.device.type == "cpu" else "dense"
         prepare_linears(model, "invariant" if config.device.deterministic else mode)
     elif config.device.deterministic:
         raise StartupError(
             f"a {model.spec.model_type} model runs through the transformers library, whose linear "
             "layers are not batch-invariant: serve it without --deterministic."
         )
-    return EagerRunner(model, TorchOps())
+    return EagerRunner(model, backend.ops(model.spec, dtype))
 
 
 def _use_native_draw(worker: Worker, built: Future[NativeOps]) -> None:

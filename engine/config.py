@@ -190,6 +190,14 @@ class DeviceConfig:
         "auto", "`auto` takes the GPU when there is one.", choices=("auto", "cpu", "cuda")
     )
     threads: int | None = option(None, "CPU threads of the worker. Default: all cores.")
+    attention_backend: str = option(
+        "auto",
+        "Who computes attention and what is around it. `flashinfer`: all attention over dense pages"
+        " by FlashInfer, the rest by Triton kernels; `triton`: Triton kernels alone; `torch`: plain"
+        " torch operations. `auto`: on a GPU Triton kernels, with FlashInfer for prompts where it"
+        " is there; on a CPU native kernels. See docs/gpu.md.",
+        choices=("auto", "flashinfer", "triton", "torch"),
+    )
     compile: bool = option(
         True, "Build native CPU kernels in the background when a compiler is found."
     )
