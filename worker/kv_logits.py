@@ -64,10 +64,11 @@ def logit_errors(
     formats: Mapping[str, Sequence[KVFormat]],
 ) -> dict[str, list[LogitError]]:
     """Of each format, layer by layer. `formats`: of the layers' pages, as in `Reader`."""
-    watching = _Watching(formats)
+    layers = reader.model.spec.num_layers
+    watching = _Watching(formats, layers)
     listener = Reader(reader.model, watching, reader.dtype, reader.device)
     for tokens in texts:
-        listener.log_probabilities(tokens, [DENSE] * reader.model.spec.num_layers)
+        listener.log_probabilities(tokens, [DENSE] * layers)
     return watching.found
 
 
@@ -77,11 +78,11 @@ class _Watching(TorchOps):
     A step attends once in every layer, in their order.
     """
 
-    def __init__(self, formats: Mapping[str, Sequence[KVFormat]]) -> None:
+    def __init__(self, formats: Mapping[str, Sequence[KVFormat]], layers: int) -> None:
         super().__init__()
         self._formats = formats
-        self._layer = 0
-        self.found = {name: [LogitError() for _ in forms] for name, forms in formats.items()}
+        self._layers, self._layer = layers, 0
+        self.found = {name: [LogitError() for _ in range(layers)] for name in formats}
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         index, length = self._layer, batch.max_kv
@@ -102,7 +103,7 @@ class _Watching(TorchOps):
             keys, _ = form.gather(pool, torch.arange(pages, device=q.device)[None])
             found = _logits(form.turn(asking.float()), keys[0, :, :length], layer)
             self.found[name][index].add(right, found, hidden)
-        self._layer = (index + 1) % max(map(len, self._formats.values()))
+        self._layer = (index + 1) % self._layers
         return super().attend(q, kv, layer, batch)
 
 

@@ -75,10 +75,9 @@ class Affine:
     Eight and four bits: equal cells from the smallest to the largest number of the group, values in
     their middles, which has less error than values at both ends. Two bits: cells about zero whose
     width goes by the root mean square, since with four cells a range says little. Scale and zero
-    of both are then stretched so that what is decoded is as long as the vector was: cells' middles
-    are nearer to zero than what they stand for, and scores would shrink (EDEN, arXiv 2108.08842;
-    it costs reading nothing). A code of eight bits is two of four: the upper one alone stands for
-    the middle of its sixteen cells.
+    of four bits and two are then stretched so that what is decoded is as long as the group was, as
+    in `table.py`: scores shrink less, and reading costs the same. A code of eight bits is two of
+    four: the upper one alone stands for the middle of its sixteen cells.
     """
 
     bits: int  # 2, 4 or 8
