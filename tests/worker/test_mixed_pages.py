@@ -203,13 +203,13 @@ class Watch:
 
 def mixed(rng: random.Random) -> Pair:
     both = pair(
-        num_pages=1 + rng.choice([100, 150, 250]),
+        num_pages=1 + rng.choice([80, 120, 160]),
         page_size=SIZE,
         slots=rng.randint(8, 16),
         budget=rng.randint(32, 96),
         max_len=60,
         depth=rng.randint(0, 3),
-        drafts=rng.choice([0, 1, 4, 6]),
+        drafts=rng.choice([1, 4, 6]),
         policy=greedy(),
         script=Script(acceptance=0.6),
         host_pages=rng.choice([8, 80, 400]),
@@ -269,7 +269,8 @@ def test_random_operations_leak_nothing_and_serve_nobody_elses_page(
             back=load.pages_swapped_in,
             drafts=load.accepted_tokens,
         )
-    assert min(seen[what] for what in ("hits", "preemptions", "out", "back", "drafts")) > 20
+    for what in ("hits", "preemptions", "out", "back", "drafts"):
+        assert seen[what] > 20, what
 
 
 def few_requests() -> Pair:
