@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv.codec import LARGEST
+from kernels.kv.codec import LARGEST, MOST_GROWTH
 from kernels.kv.paged import Paged
 from kernels.kv.rotation_triton import hadamard, hadamard_constants, signs_on
 from kernels.kv.triton_launch import Launch, affine, dense_heads, layout_constants
@@ -59,7 +59,10 @@ def append_launch(paged: Paged) -> Launch:
         "with_mean": paged.key_mean is not None,
         "key_clip": keys.clip,
         "value_clip": values.clip,
+        "key_halvings": (head_dim // keys.groups(head_dim)).bit_length() - 1,
+        "value_halvings": (head_dim // values.groups(head_dim)).bit_length() - 1,
         "largest": LARGEST,
+        "most_growth": MOST_GROWTH,
         "block": APPEND_ROWS,
     }
     return Launch(constants, warps=4, stages=1)
@@ -94,7 +97,10 @@ def _append(
     norm: tl.constexpr,
     key_clip: tl.constexpr,
     value_clip: tl.constexpr,
+    key_halvings: tl.constexpr,
+    value_halvings: tl.constexpr,
     largest: tl.constexpr,
+    most_growth: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -126,7 +132,9 @@ def _append(
         key_bits,
         key_groups,
         key_clip,
+        key_halvings,
         largest,
+        most_growth,
     )
     x = tl.load(v + (token * v_stride)[:, None] + at, mask=valid[:, None], other=0.0)
     x = x.to(tl.float32)
@@ -145,7 +153,9 @@ def _append(
         value_bits,
         value_groups,
         value_clip,
+        value_halvings,
         largest,
+        most_growth,
     )
 
 
@@ -163,37 +173,64 @@ def _write(
     bits: tl.constexpr,
     groups: tl.constexpr,
     clip: tl.constexpr,
+    halvings: tl.constexpr,
     largest: tl.constexpr,
+    most_growth: tl.constexpr,
 ) -> None:
     """As `Affine.encode`, operation by operation."""
     count: tl.constexpr = 1 << bits
     parts = tl.reshape(x, (rows, groups, n // groups))
     if clip > 0:
-        rms = tl.sqrt_rn(tl.sum(parts * parts, 2) * (groups / n))
+        rms = tl.sqrt_rn(_squares(parts, rows, groups, n // groups, halvings) * (groups / n))
         scale, zero = rms * (2 * clip / (count - 1)), rms * -clip
     else:
         lowest, highest = tl.min(parts, 2), tl.max(parts, 2)
         scale = (highest - lowest) * (1.0 / count)
         zero = lowest + scale * 0.5
-    scale = tl.minimum(scale, largest).to(tl.float16)
-    zero = tl.minimum(tl.maximum(zero, -largest), largest).to(tl.float16)
-    at = (page + numbers_at).to(tl.pointer_type(tl.float16))[:, None] + 2 * tl.arange(0, groups)
-    tl.store(at, scale, mask=valid[:, None])
-    tl.store(at + 1, zero, mask=valid[:, None])
-
-    wide = scale.to(tl.float32)
+    # Codes are chosen by 16-bit numbers, as if those were to be read.
+    scale = tl.minimum(scale, largest).to(tl.float16).to(tl.float32)
+    zero = tl.minimum(tl.maximum(zero, -largest), largest).to(tl.float16).to(tl.float32)
     one = tl.full((rows, groups), 1.0, tl.float32)
-    inverse = tl.where(wide > 0, tl.div_rn(one, tl.where(wide > 0, wide, 1.0)), 0.0)
-    codes = (parts - zero.to(tl.float32)[:, :, None]) * inverse[:, :, None]
+    inverse = tl.where(scale > 0, tl.div_rn(one, tl.where(scale > 0, scale, 1.0)), 0.0)
+    codes = (parts - zero[:, :, None]) * inverse[:, :, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), count - 1.0)
     # Rounds halves to even: next to this number the distance of floats is 1.
-    codes = ((codes + 12582912.0) - 12582912.0).to(tl.int32)
-    flat = tl.reshape(codes, (rows, n))
+    codes = (codes + 12582912.0) - 12582912.0
+    if bits < 8:
+        decoded = codes * scale[:, :, None] + zero[:, :, None]
+        length = _squares(decoded, rows, groups, n // groups, halvings)
+        by = _squares(parts, rows, groups, n // groups, halvings)
+        by = tl.sqrt_rn(tl.div_rn(by, tl.where(length > 0, length, 1.0)))
+        by = tl.where(length > 0, tl.minimum(by, most_growth), 1.0)
+        scale = tl.minimum(scale * by, largest)
+        zero = tl.minimum(tl.maximum(zero * by, -largest), largest)
+    at = (page + numbers_at).to(tl.pointer_type(tl.float16))[:, None] + 2 * tl.arange(0, groups)
+    tl.store(at, scale.to(tl.float16), mask=valid[:, None])
+    tl.store(at + 1, zero.to(tl.float16), mask=valid[:, None])
+
+    flat = tl.reshape(codes.to(tl.int32), (rows, n))
     if bits == 8:
         _store_plane(flat >> 4, page + start, place, valid, rows, n, 4)
         _store_plane(flat & 15, page + low_start, place, valid, rows, n, 4)
     else:
         _store_plane(flat, page + start, place, valid, rows, n, bits)
+
+
+@triton.jit
+def _squares(
+    x: tl.tensor,  # [rows, groups, n]
+    rows: tl.constexpr,
+    groups: tl.constexpr,
+    n: tl.constexpr,
+    halvings: tl.constexpr,
+) -> tl.tensor:
+    """[rows, groups]: sums of squares in the order of `codec.squares`, for the same bits."""
+    terms = x * x
+    for i in tl.static_range(halvings):
+        halves = tl.reshape(terms, (rows, groups, 2, n >> (i + 1)))
+        low, high = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+        terms = low + high
+    return tl.reshape(terms, (rows, groups))
 
 
 @triton.jit

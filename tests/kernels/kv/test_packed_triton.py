@@ -251,7 +251,10 @@ def test_append_writes_the_bytes_of_the_torch_form(codecs: str, dtype: torch.dty
 
 
 def check_pages(paged: Paged, found: Tensor, expected: Tensor) -> None:
-    """Equal but for roundings that the order of sums decides."""
+    """Equal, and on a GPU, whose roots and quotients may differ in the last place, nearly so."""
+    if DEVICE == "cpu":
+        assert torch.equal(found, expected)
+        return
     ours, theirs = ([*paged._planes(pool)] for pool in (found, expected))
     numbers = [planes.pop(2).contiguous().view(torch.int16).int() for planes in (ours, theirs)]
     assert (numbers[0] - numbers[1]).abs().max() <= 1
