@@ -51,10 +51,10 @@ def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> 
 
 
 def append_launch(paged: Paged) -> Launch:
-    keys, values = affine(paged.keys), affine(paged.values)
+    keys, values, head_dim = affine(paged.keys), affine(paged.values), paged.head_dim
     constants = {
         **layout_constants(paged),
-        **hadamard_constants(paged.head_dim),
+        **hadamard_constants(head_dim),
         "rotated": paged.rotation is not None,
         "with_mean": paged.key_mean is not None,
         "key_clip": keys.clip,
