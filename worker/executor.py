@@ -1,14 +1,14 @@
 """Where steps run, so that launching one returns at once.
 
-    ThreadExecutor, for a CPU: a step is computed and read before the next one begins.
+ThreadExecutor, for a CPU: a step is computed and read before the next one begins.
 
-        thread   [ step 1 ......... ][ step 2 ......... ][ step 3 ...
+    thread   [ step 1 ......... ][ step 2 ......... ][ step 3 ...
 
-    StreamExecutor, for a GPU: a step begins when it is launched, and is read when it is done.
+StreamExecutor, for a GPU: a step begins when it is launched, and is read when it is done.
 
-        thread   begin 1  begin 2  read 1  begin 3  read 2 ...
-        stream           [ step 1 .... ][ step 2 .... ][ step 3 ...
-        waiter            waiting for 1   for 2          for 3
+    thread   begin 1  begin 2  read 1  begin 3  read 2 ...
+    stream           [ step 1 .... ][ step 2 .... ][ step 3 ...
+    waiter            waiting for 1   for 2          for 3
 """
 
 from __future__ import annotations

@@ -130,7 +130,12 @@ class StaticStep:
     """The tensors that graphs read and write, as large as the largest bucket."""
 
     def __init__(
-        self, buckets: Buckets, page_size: int, hidden: int, dtype: torch.dtype, device: torch.device
+        self,
+        buckets: Buckets,
+        page_size: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         most = buckets.tokens[-1]
 
@@ -164,7 +169,7 @@ class StaticStep:
 
     def fill(self, ids: Tensor, batch: AttentionBatch, bucket: Bucket) -> None:
         """Copies a step in and pads it."""
-        n, tokens, rows = bucket.tokens, ids.shape[0], batch.kv_lengths.shape[0]
+        tokens, rows = ids.shape[0], batch.kv_lengths.shape[0]
         self.ids[:tokens] = ids
         self.positions[:tokens] = batch.positions
         self.token_rows[:tokens] = batch.token_rows

@@ -1,4 +1,4 @@
-"""Recorded steps against the runner they record, bit for bit, with a recording that is a closure."""
+"""Recorded steps against the runner they record, bit for bit; the recording is a closure."""
 
 from __future__ import annotations
 
