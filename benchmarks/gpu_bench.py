@@ -256,10 +256,8 @@ def weights(at: Setting) -> Found:
             plain = seconds
             continue
         least = next((t for bits, t in (("8", 1.6), ("4", 2.4)) if bits in str(form)), None)
-        over = f"{name}: bf16 / it"
-        yield (
-            Row(over, plain / seconds) if least is None else at.judged(over, plain / seconds, least)
-        )
+        over, ratio = f"{name}: bf16 / it", plain / seconds
+        yield Row(over, ratio) if least is None else at.judged(over, ratio, least)
 
 
 def moe(at: Setting) -> Found:
@@ -300,11 +298,9 @@ def peers(at: Setting) -> Found:
             for (peer, where), other in theirs.items():
                 if where == point:
                     yield Row(f"{name}: {peer}, tok/s", other)
-                    ratio = f"{name}: over {peer}"
+                    over, ratio = f"{name}: over {peer}", rate / other
                     judged = peer.startswith("vllm")
-                    yield (
-                        at.judged(ratio, rate / other, 1.0) if judged else Row(ratio, rate / other)
-                    )
+                    yield at.judged(over, ratio, 1.0) if judged else Row(over, ratio)
 
 
 def _peer(name: str, model: Path, points: str, site: Path | None) -> dict[tuple[str, str], float]:

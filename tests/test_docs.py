@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scheduling, serving, speculation
+from benchmarks import gpu_bench, gpu_check, scheduling, serving, speculation
 from cli import calibrate, document, plan, simulate
 from cli import profile as profiling
 from cli.options import options
@@ -88,6 +88,8 @@ def test_options_exist(page: Path) -> None:
         plan.parser(),
         scheduling.parser(),
         speculation.parser(),
+        gpu_check.parser(),
+        gpu_bench.parser(),
     ):
         ours |= set(chain.from_iterable(action.option_strings for action in made._actions))
     for maker in (root / "makers").glob("*.py"):
