@@ -21,8 +21,8 @@ class SlotTable:
 
     - `tokens[slot, :computed]` are the tokens behind that KV;
     - a live sequence's next input token stands at `tokens[slot, computed]`;
-    - `page_table[slot, : pages[slot]]` covers every position a launched row may write, once
-      `write_growth` has written what `take_growth` gave out.
+    - `page_table[slot, : pages[slot]]` covers every position a launched row may write, as soon as
+      the step's batch is built or `flush` was called.
     """
 
     tokens: Tensor  # [slots, max_len + 1] int32
@@ -73,6 +73,12 @@ class SlotTable:
         """What the device's table has not been told: to be sent to it, and written there."""
         growth, self._growth = self._growth, ([], [], [])
         return growth
+
+    def flush(self) -> None:
+        """Tells the device's table at once; for who reads it before the step's batch is built."""
+        if self._growth[0]:
+            device = self.page_table.device
+            self.write_growth(*(upload(part, device) for part in self.take_growth()))
 
     def write_growth(self, slots: Tensor, places: Tensor, pages: Tensor) -> None:
         """`take_growth`'s lists, on the device: each [n] int64."""

@@ -159,8 +159,6 @@ class Worker:
             drafting = NO_DRAFTING
             shadows: tuple[Shadow, ...] = ()
             if self._drafting is not None:
-                if any(row.drafts for row in rows):  # a draft model reads the page table
-                    self._slots.write_growth(*self._transfer.send(*self._slots.take_growth()))
                 rows, drafting = self._drafting.draft(plan)
                 shadows = self._drafting.take_shadows()
             parts = [

@@ -24,8 +24,9 @@ class LateSpan:
 
     def wait(self) -> None:
         assert self.ended
-        for host, value in self.copies:
-            host.copy_(value)
+        with torch.inference_mode():
+            for host, value in self.copies:
+                host.copy_(value)
         self.waited = True
 
     def seconds(self) -> float:

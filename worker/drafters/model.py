@@ -248,6 +248,7 @@ class ModelDrafter:
 def span_batch(slots: SlotTable, spans: Sequence[Span], more: int = 0) -> AttentionBatch:
     """One ragged forward over known positions; the page table reaches `more` positions further."""
     device, size = slots.tokens.device, slots.page_size
+    slots.flush()
     table = np.array(spans, dtype=np.int64)
     counts = table[:, 2] - table[:, 1]
     starts = np.zeros(len(spans) + 1, dtype=np.int32)
