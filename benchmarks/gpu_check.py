@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,28 @@ from benchmarks.gpu_device import Machine
 from benchmarks.gpu_models import DEMO, PROJECT
 from benchmarks.gpu_parts import run_parts, tell
 from benchmarks.report import Row
+from engine.build import build_worker
+from engine.config import EngineConfig
 from engine.llm import LLM
 from kernels.ops import AttentionBatch
 from kernels.torch_ops import TorchOps
 from models.loader import load_decoder
-from scheduler.request import SamplingParams
+from scheduler.request import Load, SamplingParams, SchedulerConfig
 from worker.kv_pool import allocate_pool
+from worker.worker import Worker
 
 target, draft = DEMO / "target", DEMO / "draft"
 Text = tuple[tuple[int, ...], tuple[float, ...]]  # tokens, and the margin of each over the next
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What came out of one engine."""
+
+    texts: list[Text]
+    arithmetic: str  # how it computes
+    load: Load  # counters at the end
+
 
 # What is compared with plain decoding, one request after another: options of the engine.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -146,13 +160,15 @@ def engine(on: Machine, dtype: str, quick: bool, limit: float | None) -> Iterato
         for i in range(count)
     ]
     alone = {"max_num_seqs": 1, "cuda_graphs": False, "enable_prefix_cache": False}
-    wanted = texts(common | alone, prompts, params)
+    wanted = serve(common | alone, prompts, params).texts
     variants = VARIANTS
     if quick:
         variants = {name: VARIANTS[name] for name in QUICK}
     for name, options in variants.items():
-        found = texts(common | options, prompts, params)
-        parted = [divergence(a, b) for a, b in zip(wanted, found, strict=True)]
+        served = serve(common | options, prompts, params)
+        if not on.dry:  # with the few requests of a dry run it may not come to that
+            yield Row(f"engine, {dtype}, {name}: at work", at_work(name, served), 1)
+        parted = [divergence(a, b) for a, b in zip(wanted, served.texts, strict=True)]
         apart = sum(margin is not None for margin in parted)
         name = f"engine, {dtype}, {name}: texts that part, of {count}"
         yield Row(name, apart, limit, "at most")
@@ -173,19 +189,41 @@ def random_prompts(count: int) -> list[list[int]]:
     return made
 
 
-def texts(
+def serve(
     options: dict[str, Any], prompts: list[list[int]], params: list[SamplingParams]
-) -> list[Text]:
-    found: list[Text] = []
-    with LLM(**options) as llm:
+) -> Served:
+    """What an engine with these options makes of them."""
+    arithmetic: list[str] = []
+
+    def build(
+        config: EngineConfig, progress: Callable[[str], None]
+    ) -> tuple[Worker, SchedulerConfig]:
+        worker, limits = build_worker(config, progress)
+        arithmetic.append(worker.facts.arithmetic)
+        return worker, limits
+
+    texts: list[Text] = []
+    with LLM(**options, builder=build) as llm:
         for completion in llm.generate(prompts, params, ignore_eos=True):
             choice = completion.choices[0]
             margins = tuple(
                 abs(entry.top[0][1] - entry.top[1][1]) if len(entry.top) > 1 else 0.0
                 for entry in choice.logprobs
             )
-            found.append((choice.tokens, margins))
-    return found
+            texts.append((choice.tokens, margins))
+        return Served(texts, arithmetic[0], llm.load())
+
+
+def at_work(name: str, served: Served) -> float:
+    """How much of what a variant is named for has happened."""
+    load = served.load
+    if name == "CUDA graphs":
+        return float("CUDA graphs" in served.arithmetic)
+    if name == "preemption":
+        return load.preemptions
+    if name == "swapping":
+        return load.pages_swapped_in
+    return load.draft_tokens if "drafts" in name else 1.0
 
 
 def divergence(wanted: Text, found: Text) -> float | None:

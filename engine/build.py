@@ -204,6 +204,7 @@ def _build(
             device=device.name,
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
+            arithmetic=runner.name,
         ),
         host,
         drafting,

@@ -73,6 +73,12 @@ def measured_activations(
     )
     try:
         peak = peak_bytes(worker, steps, memory or CudaMemory(device))
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"the largest step, {step_tokens:,} tokens or {rows:,} sequences with {drafts} drafts "
+            "each, does not fit beside the weights: lower --max-step-tokens, --max-num-seqs or "
+            "--max-draft-tokens."
+        ) from error
     finally:
         worker.close()
     del worker, pool

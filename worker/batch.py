@@ -27,8 +27,8 @@ class Samples:
     slots: Tensor  # [samples], the same
     tokens: Tensor | None  # [samples] token rows to read out; None: every token row
     positions: Tensor  # [samples], the index the sampled token will occupy
+    # Where there are drafts to judge, otherwise empty:
     row_slots: Tensor  # [sampling rows]
-    # Where there are drafts to judge:
     row_of: Tensor  # [samples] index of each among the sampling rows
     first: Tensor  # [sampling rows] its first logits row
     last: Tensor  # [sampling rows] its last
@@ -48,7 +48,8 @@ class StepBatch:
     ids: Tensor  # [tokens] int64
     attention: AttentionBatch
     samples: Samples
-    advance: Tensor  # [rows] int64, computed positions gained before any draft is accepted
+    # Computed positions gained before any draft is accepted: [rows] int64, or the same for all.
+    advance: Tensor | int
 
 
 def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> StepBatch:
@@ -93,12 +94,12 @@ def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> St
         [row.slot for row in rows],
         [] if plain else counts,
         [] if plain else starts,
-        [1 if row.chunk is None else len(row.chunk) for row in rows],
+        [] if plain else [1 if row.chunk is None else len(row.chunk) for row in rows],
         chunk_tokens,
         [] if len(chunk_at) == total else chunk_at,
         [] if every else sample_at,
-        sample_slots,
-        [rows[i].slot for i in sampling],
+        [] if plain and every else sample_slots,
+        [rows[i].slot for i in sampling] if drafted else [],
         _numbered(sample_starts) if drafted else [],
         sample_starts[:-1] if drafted else [],
         [end - 1 for end in sample_starts[1:]] if drafted else [],
@@ -146,7 +147,7 @@ def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> St
             rows=sampling,
             starts=sample_starts,
             host_slots=sample_slots,
-            slots=slot_of_sample,
+            slots=row_slots if plain and every else slot_of_sample,
             tokens=None if every else sample_tokens,
             positions=(positions if every else positions[sample_tokens]) + 1,
             row_slots=sampling_slots,
@@ -154,7 +155,7 @@ def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> St
             first=first,
             last=last,
         ),
-        advance=advance,
+        advance=1 if plain else advance,
     )
 
 

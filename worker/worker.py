@@ -37,6 +37,7 @@ class WorkerFacts:
     device: str
     dtype: str
     drafters: tuple[str, ...] = ()  # by name
+    arithmetic: str = ""  # the runner's name, at the start
 
 
 class BegunStep:

@@ -96,6 +96,15 @@ def test_memory_is_the_peak_of_the_largest_steps_beyond_what_was_there() -> None
     assert runner.read == [1, ROWS, ROWS * 4]
 
 
+def test_a_largest_step_that_does_not_fit_is_one_clear_sentence() -> None:
+    class Full(Noting):
+        def logits(self, hidden):  # type: ignore[no-untyped-def]
+            raise torch.OutOfMemoryError("1 PiB")
+
+    with pytest.raises(StartupError, match=r"100 tokens or 4 sequences with 3 drafts each, does"):
+        measure(Full(), Memory(0, 1))
+
+
 @pytest.mark.parametrize(
     ("step_tokens", "rows", "drafts", "length"),
     [(100, 4, 3, 2000), (2048, 256, 8, 300), (64, 64, 8, 4096), (256, 2, 8, 5)],
