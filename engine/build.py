@@ -205,6 +205,7 @@ def _build(
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
             arithmetic=runner.name,
+            beside=0.0 if drafting is None else drafting.slowdown,
         ),
         host,
         drafting,

@@ -38,6 +38,9 @@ class WorkerFacts:
     dtype: str
     drafters: tuple[str, ...] = ()  # by name
     arithmetic: str = ""  # the runner's name, at the start
+    # How many times as long verifying is expected to take while a draft model works ahead; 0: none
+    # can.
+    beside: float = 0.0
 
 
 class BegunStep:
@@ -130,6 +133,8 @@ class Worker:
 
     def close(self) -> None:
         self._executor.close()
+        if self._drafting is not None:
+            self._drafting.close()
 
     def _begin(self, plan: StepPlan) -> BegunStep:
         """Gives all work of a step to the device; the results of earlier steps may be outstanding.
@@ -160,12 +165,17 @@ class Worker:
             drafting = NO_DRAFTING
             shadows: tuple[Shadow, ...] = ()
             if self._drafting is not None:
+                if any(row.drafts or row.ahead for row in rows):
+                    self._slots.flush()  # before a thread beside this one reads the page table
                 rows, drafting = self._drafting.draft(plan)
                 shadows = self._drafting.take_shadows()
+                self._drafting.look_ahead(rows)
             parts = [
                 (indices, self._forward(runner, [rows[i] for i in indices]))
                 for runner, indices in self._by_runner(rows)
             ]
+            if self._drafting is not None:
+                drafting = self._drafting.finished(drafting)
         span.end()
         step = BegunStep(plan.step, parts, drafting, shadows, span, self._read)
         self._unread.append(step)
@@ -212,6 +222,8 @@ class Worker:
             hidden = hidden[samples.tokens]
         logits = runner.logits(hidden)
         sampled = self._sampler.sample(logits, samples.host_slots, samples.positions, samples.slots)
+        if self._drafting is not None:
+            self._drafting.wait()
         accepted = self._commit(batch, sampled.tokens)
         fetch = self._transfer.fetch
         return Outcome(
