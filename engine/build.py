@@ -14,6 +14,14 @@ import torch
 
 from engine.backends import Backend, choose_backend
 from engine.config import DeviceConfig, EngineConfig
+from engine.cuda import (
+    as_it_is,
+    graph_buckets,
+    measured_activations,
+    record_decoding,
+    recorded,
+    stream_executor,
+)
 from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
 from engine.scheduling import drafter_names
@@ -35,7 +43,8 @@ from scheduler.prefix import chain_root
 from scheduler.request import SchedulerConfig
 from worker.device import DTYPES, Device, DeviceError, available_host_memory, resolve_device
 from worker.drafters.registry import COARSE
-from worker.executor import ThreadExecutor
+from worker.executor import Executor, ThreadExecutor
+from worker.graphs import Buckets, graph_bytes
 from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
 from worker.native import native_runner
 from worker.runner import EagerRunner, Runner
@@ -43,6 +52,7 @@ from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.sizing import MIB, Budget, BudgetError, activation_bytes, plan_budget
 from worker.slots import SlotTable
+from worker.transfer import transfer_for
 from worker.worker import Worker, WorkerFacts
 
 if TYPE_CHECKING:
@@ -132,19 +142,57 @@ def _build(
     page = page_bytes(spec, config.cache.page_size, dtype, formats)
     if small is not None:  # a page of the target's has one of the draft model's beside it
         page += page_bytes(small.spec, config.cache.page_size, dtype)
-    budget = _budget(config, device, spec, page, dtype, max_model_len, before)
-    log.info("%s", budget)
-    num_slots = config.schedule.max_num_seqs + 1
-    slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
+    num_slots, page_size = config.schedule.max_num_seqs + 1, config.cache.page_size
+    slots = SlotTable(num_slots, max_model_len, page_size, device.torch_device)
     sampling = SlotSampling(num_slots, spec.vocab_size, device.torch_device)
+    sampler = Sampler(sampling, slots.tokens)
+    executor: Executor
+    buckets: Buckets | None = None
+    drafts = config.speculation.max_draft_tokens
+    if device.torch_device.type == "cuda":
+        executor = stream_executor(config.device, device.torch_device, threads)
+        activations = measured_activations(
+            runner,
+            spec,
+            formats,
+            dtype,
+            slots,
+            sampler,
+            step_tokens=_step_tokens(config, device),
+            drafts=drafts,
+            max_model_len=max_model_len,
+        )
+        verified = drafts if drafter_names(config.speculation) else 0
+        buckets = graph_buckets(
+            config.device, runner, num_slots - 1, verified, max_model_len, page_size
+        )
+        progress("memory of the largest step")
+    else:
+        if config.device.worker_core is not None:
+            raise StartupError("worker_core is about the thread that feeds a GPU; there is none.")
+        executor = ThreadExecutor(threads)
+        activations = _activations(config, spec, dtype, _step_tokens(config, device))
+    graphs = 0
+    if buckets is not None:
+        forward = _activations(config, spec, dtype, buckets.tokens[-1])
+        models = [spec] if small is None else [spec, small.spec]
+        graphs = sum(graph_bytes(buckets, forward, m.hidden_size, dtype.itemsize) for m in models)
+    budget = _budget(config, device, page, max_model_len, before, activations, graphs)
+    log.info("%s", budget)
     kv = allocate_pool(
         spec, budget.num_pages, budget.page_size, dtype, device.torch_device, formats
     )
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
-    sampler = Sampler(sampling, slots.tokens)
     if backend.draw is not None:
         sampler.use(backend.draw)
+    record = as_it_is
+    if buckets is not None:
+        record = partial(recorded, buckets=buckets, page_size=page_size)
+        graphed = recorded(runner, kv, spec, dtype, buckets, page_size)
+        record_decoding(graphed, buckets, num_slots - 1, device, graphs)
+        runner = graphed
+        progress("CUDA graphs")
     drafting = build_drafting(
         config.speculation,
         slots,
@@ -153,13 +201,14 @@ def _build(
         Draft(runner, spec, dtype, size),
         kv,
         _step_tokens(config, device),
+        record,
     )
     worker = Worker(
         runner,
         kv,
         slots,
         sampler,
-        ThreadExecutor(threads),
+        executor,
         WorkerFacts(
             vocab_size=spec.vocab_size,
             max_model_len=max_model_len,
@@ -168,10 +217,12 @@ def _build(
             device=device.name,
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
+            arithmetic=runner.name,
             beside=0.0 if drafting is None else drafting.slowdown,
         ),
         host,
         drafting,
+        transfer_for(device.torch_device),
     )
     drafter = None if drafting is None else drafting.model
 
@@ -264,11 +315,11 @@ def _step_tokens(config: EngineConfig, device: Device) -> int:
 def _budget(
     config: EngineConfig,
     device: Device,
-    spec: ModelSpec,
     page: int,
-    dtype: torch.dtype,
     max_model_len: int,
     before: int,
+    activations: int,
+    graphs: int,
 ) -> Budget:
     cache = config.cache
     available = device.available_memory()
@@ -277,18 +328,7 @@ def _budget(
         available=available,
         fraction=cache.memory_fraction,
         weights=max(before - available, 0),
-        activations=activation_bytes(
-            max_step_tokens=_step_tokens(config, device),
-            max_sample_rows=min(
-                _step_tokens(config, device),
-                config.schedule.max_num_seqs * (1 + config.speculation.max_draft_tokens),
-            ),
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            attention_size=(spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
-            vocab_size=spec.vocab_size,
-            dtype_bytes=dtype.itemsize,
-        ),
+        activations=activations,
         page_bytes=page,
         page_size=cache.page_size,
         max_model_len=max_model_len,
@@ -297,6 +337,21 @@ def _budget(
         kv_bytes=cache.kv_bytes,
         num_pages=cache.num_pages,
         swap_bytes=_swap_bytes(cache.swap_bytes, device),
+        graphs=graphs,
+    )
+
+
+def _activations(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
+    """An estimate for a step of so many tokens, and as many logits rows as there can be."""
+    most = config.schedule.max_num_seqs * (1 + config.speculation.max_draft_tokens)
+    return activation_bytes(
+        max_step_tokens=tokens,
+        max_sample_rows=min(tokens, most),
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        attention_size=(spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
+        vocab_size=spec.vocab_size,
+        dtype_bytes=dtype.itemsize,
     )
 
 

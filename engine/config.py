@@ -16,15 +16,22 @@ T = TypeVar("T")
 
 
 def option(
-    default: T, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()
+    default: T,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    opposites: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
 ) -> T:
     """A dataclass field with its documentation.
 
-    The flag is the field's name with dashes; `aliases` are further flags for it. Typed as the
-    default's type, so that a class body reads like plain assignments.
+    The flag is the field's name with dashes; `aliases` are further flags for it, and `opposites`
+    flags that turn it off. Typed as the default's type, so that a class body reads like plain
+    assignments.
     """
     made: Any = field(
-        default=default, metadata={"help": help, "aliases": aliases, "choices": choices}
+        default=default,
+        metadata={"help": help, "aliases": aliases, "opposites": opposites, "choices": choices},
     )
     return made
 
@@ -206,6 +213,14 @@ class DeviceConfig:
     )
     deterministic: bool = option(
         False, "Batch-invariant linear layers: a request's text does not depend on its neighbours."
+    )
+    cuda_graphs: bool = option(
+        True,
+        "On a GPU: record short steps and launch each as one, where the kernels allow it.",
+        opposites=("enforce-eager",),
+    )
+    worker_core: int | None = option(
+        None, "CPU core that the thread which feeds the GPU is pinned to. Default: none."
     )
 
 

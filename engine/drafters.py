@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, SpeculationConfig
+from engine.cuda import Recording, as_it_is
 from engine.errors import StartupError
 from engine.scheduling import drafter_names
 from models.decoder import Decoder
@@ -83,8 +84,10 @@ def build_drafting(
     target: Draft,
     kv: Sequence[Tensor],
     step_tokens: int,
+    record: Recording = as_it_is,
 ) -> Drafting | None:
-    """None where nobody guesses. `target`: the model that is served, `kv` its pool."""
+    """None where nobody guesses. `target`: the model that is served, `kv` its pool. `record`: of
+    the draft model's steps."""
     names = drafter_names(config)
     if not names:
         return None
@@ -93,9 +96,10 @@ def build_drafting(
     if draft is not None:
         pages, device = kv[0].shape[0], slots.tokens.device
         spare = SPARE_PAGES if beside is not None else 0
+        own = allocate_pool(draft.spec, pages + spare, slots.page_size, draft.dtype, device)
         model = ModelDrafter(
-            draft.runner,
-            allocate_pool(draft.spec, pages + spare, slots.page_size, draft.dtype, device),
+            record(draft.runner, own, draft.spec, draft.dtype),
+            own,
             slots,
             sampler,
             draft.parameters,

@@ -14,6 +14,7 @@ class CoarseOps:
 
     def __init__(self, ops: Ops) -> None:
         self.name = f"{ops.name}, coarse"
+        self.capturable = ops.capturable
         self._ops = ops
         self._layers: dict[int, tuple[AttentionLayer, AttentionLayer]] = {}  # by id, both kept
 

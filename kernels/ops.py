@@ -59,6 +59,10 @@ class Ops(Protocol):
     """One implementation per device. Nothing here may synchronise with the host."""
 
     name: str
+    # Whether a step can be recorded and repeated on other contents of the same tensors: what is
+    # launched follows from shapes and from the batch's host-side bounds alone, rows without tokens
+    # included, and what is derived from a batch is kept for that very object.
+    capturable: bool
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm (Zhang & Sennrich 2019). x: [..., hidden]; computed in fp32, x's dtype out."""

@@ -19,6 +19,7 @@ class TorchOps:
     """
 
     name = "torch"
+    capturable = False  # ragged steps read lengths on the host
 
     def __init__(self) -> None:
         # The grouping of queries is the same in all layers of a step, so it is kept.

@@ -31,8 +31,6 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         return ModelSpec.from_hf(config, read_json(folder, generation) if has_generation else None)
     except UnsupportedArchitecture as error:
-        if config.get("quantization_config"):
-            raise
         # Imports transformers, which takes seconds, so only when there is no other way.
         from models.transformers_fallback import fallback_spec
 

@@ -30,6 +30,7 @@ class NativeOps:
     """
 
     name = "native-cpu"
+    capturable = False
 
     def __init__(self, library: Library) -> None:
         self._library = library

@@ -199,3 +199,9 @@ def test_the_tree_is_frozen():
 
 def test_the_document_is_current():
     assert document.PAGE.read_text() == document.page(), "run: python -m cli.document"
+
+
+def test_a_flag_that_other_servers_know_turns_graphs_off() -> None:
+    assert resolve([], {}).engine.device.cuda_graphs
+    assert not resolve(["--enforce-eager"], {}).engine.device.cuda_graphs
+    assert not resolve(["--no-cuda-graphs"], {}).engine.device.cuda_graphs

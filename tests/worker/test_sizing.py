@@ -59,3 +59,10 @@ def test_host_memory_is_counted_in_whole_pages_and_changes_nothing_else() -> Non
     assert swapping.num_pages == plain.num_pages
     line = next(line for line in str(swapping).splitlines() if "10 pages to swap to" in line)
     assert line.endswith("10.0 MiB")
+
+
+def test_graphs_are_set_aside_and_named_only_where_there_are_any() -> None:
+    budget = plan_budget(**BASE, graphs=50 * MIB)
+    assert budget.num_pages == 250
+    assert "CUDA graphs" in str(budget)
+    assert "CUDA graphs" not in str(plan_budget(**BASE))
