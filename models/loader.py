@@ -10,6 +10,7 @@ import torch
 
 from models.decoder import Decoder
 from models.errors import CheckpointError, UnsupportedArchitecture
+from models.parallel import ALONE, Collective
 from models.spec import ModelSpec
 from models.weights import dummy_weights, load_weights, read_json
 
@@ -49,19 +50,23 @@ def load_decoder(
     load_format: str = "safetensors",
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
+    collective: Collective = ALONE,
 ) -> Decoder:
-    """Builds and fills the decoder; `load_format` is safetensors or dummy (random weights).
+    """Builds and fills the decoder; `load_format` is safetensors or dummy (random weights);
+    with a `collective` of several ranks, this one's part of it.
 
     Raises `CheckpointError` (also `UnsupportedArchitecture`), one sentence for a person.
     """
     spec = read_spec(folder)
     if not spec.native:
         raise UnsupportedArchitecture(f"{spec.model_type} has no native decoder.")
-    decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
+    decoder = Decoder(
+        spec, dtype=dtype, device=device, max_model_len=max_model_len, collective=collective
+    )
     if load_format == "dummy":
         dummy_weights(decoder.targets(), seed)
     elif load_format == "safetensors":
-        load_weights(folder, decoder.targets(), progress=progress)
+        load_weights(folder, decoder.targets(), cuts=decoder.cuts(), progress=progress)
     else:
         raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
     return decoder.eval()
@@ -76,6 +81,7 @@ def load_model(
     load_format: str = "safetensors",
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
+    collective: Collective = ALONE,
 ) -> Decoder | TransformersDecoder:
     """`load_decoder`, or the transformers library where there is no native decoder."""
     if read_spec(folder).native:
@@ -87,6 +93,12 @@ def load_model(
             load_format=load_format,
             seed=seed,
             progress=progress,
+            collective=collective,
+        )
+    if collective.shard.size > 1:
+        raise CheckpointError(
+            "a model that runs through the transformers library is not divided among ranks: serve "
+            "it without --tensor-parallel-size."
         )
     from models.transformers_fallback import load_fallback
 

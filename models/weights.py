@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import CheckpointError
+from models.parallel import Cut
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -27,6 +28,7 @@ DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$"
 DUMMY_STD = 0.02
 
 Progress = Callable[[str], None]
+NO_CUTS: Mapping[str, Cut] = {}
 
 
 def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
@@ -72,11 +74,15 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def load_weights(
-    folder: Path, targets: Mapping[str, Tensor], *, progress: Progress = lambda _: None
+    folder: Path,
+    targets: Mapping[str, Tensor],
+    *,
+    cuts: Mapping[str, Cut] = NO_CUTS,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Copies a checkpoint's tensors to their targets, converting the dtype.
 
-    Raises `CheckpointError` when a file or a tensor is missing, damaged, of another shape, or when
+    Of the tensors in `cuts` only that part is read. Raises `CheckpointError` when a file or a tensor is missing, damaged, of another shape, or when
     the checkpoint holds tensors that have no place in the model.
     """
     files = checkpoint_files(folder)
@@ -84,15 +90,17 @@ def load_weights(
     unexpected: list[str] = []
     for i, path in enumerate(files, 1):
         progress(f"loading weights: {path.name} ({i} of {len(files)})")
-        for name, tensor in _tensors(path):
+        for name, shape, tensor in _tensors(path, cuts):
             target = targets.get(name)
             if target is None:
                 unexpected.append(name)
                 continue
-            if target.shape != tensor.shape:
+            expected = list(target.shape)
+            if name in cuts:
+                expected = cuts[name].whole(expected)
+            if shape != expected:
                 raise CheckpointError(
-                    f"{path.name}: {name} has shape {list(tensor.shape)} where config.json "
-                    f"implies {list(target.shape)}."
+                    f"{path.name}: {name} has shape {shape} where config.json implies {expected}."
                 )
             target.copy_(tensor)
             missing.discard(name)
@@ -148,12 +156,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path, cuts: Mapping[str, Cut]) -> Iterator[tuple[str, list[int], Tensor]]:
+    """Each tensor's name and shape with what is wanted of it."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+                stored = file.get_slice(name)
+                shape = list(stored.get_shape())
+                cut = cuts.get(name)
+                if cut is None or len(shape) <= cut.dim:
+                    yield name, shape, file.get_tensor(name)
+                else:
+                    yield name, shape, stored[cut.index]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or incomplete: {error}.") from error
 
