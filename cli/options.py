@@ -23,7 +23,7 @@ class Option:
     type: Any  # as annotated: int, str | None, tuple[str, ...]
     default: Any
     help: str
-    aliases: tuple[str, ...]  # further flags, without dashes
+    aliases: tuple[str, ...]  # further flags, without dashes but for a single one
     choices: tuple[str, ...]
 
     @property
@@ -37,7 +37,9 @@ class Option:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return tuple(f"--{flag}" for flag in (self.name.replace("_", "-"), *self.aliases))
+        long = (flag for flag in (self.name.replace("_", "-"), *self.aliases) if flag[0] != "-")
+        short = (flag for flag in self.aliases if flag[0] == "-")
+        return (*(f"--{flag}" for flag in long), *short)
 
     @property
     def variable(self) -> str:

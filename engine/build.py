@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ import torch
 from engine.config import DeviceConfig, EngineConfig
 from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
+from engine.ranks import Ranks
 from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
@@ -28,6 +31,7 @@ from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.loader import load_model, read_spec
 from models.model import LanguageModel
+from models.parallel import ALONE, Shard
 from models.spec import ModelSpec
 from models.weights import resolve_checkpoint
 from scheduler.prefix import chain_root
@@ -37,6 +41,7 @@ from worker.drafters.registry import COARSE
 from worker.executor import ThreadExecutor
 from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
 from worker.native import native_runner
+from worker.ranks import LeadingRunner
 from worker.runner import EagerRunner, Runner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
@@ -63,24 +68,33 @@ def build_worker(
     Raises `StartupError`, one sentence for a person, for whatever the user can mend.
     """
     try:
-        return _build(config, progress, patient)
+        with ExitStack() as undo:
+            built = _build(config, progress, patient, undo)
+            undo.pop_all()
+            return built
     except (CheckpointError, BudgetError, DeviceError) as error:
         raise StartupError(str(error)) from error
 
 
 def _build(
-    config: EngineConfig, progress: Callable[[str], None], patient: bool
+    config: EngineConfig, progress: Callable[[str], None], patient: bool, undo: ExitStack
 ) -> tuple[Worker, SchedulerConfig]:
-    device = resolve_device(config.device.device)
-    threads = config.device.threads or torch.get_num_threads()
+    """`undo`: for a start that fails."""
+    shard = Shard(0, config.device.tensor_parallel_size)
+    device = resolve_device(config.device.device, ranks=shard.size)
+    threads = max((config.device.threads or torch.get_num_threads()) // shard.size, 1)
     torch.set_num_threads(threads)
     native = _start_native_build(config.device, device)
     progress("imports")
 
     folder = resolve_checkpoint(config.model.model, config.model.revision)
-    spec = read_spec(folder)
+    whole = read_spec(folder)
+    spec = shard.spec(whole)
     max_model_len = context_of(config, spec)
     dtype = dtype_of(config, device, spec)
+    formats = formats_of(config, whole, shard)
+    ranks = _start_ranks(config, whole, folder, threads, undo) if shard.size > 1 else None
+    collective = ALONE if ranks is None else ranks.join(device)
 
     load = partial(
         load_model,
@@ -90,8 +104,8 @@ def _build(
         max_model_len=max_model_len,
         load_format=config.model.load_format,
         progress=log.debug,
+        collective=collective,
     )
-    formats = _formats(config, spec)
 
     def load_formatted() -> Decoder | TransformersDecoder:
         loaded = load()
@@ -109,19 +123,26 @@ def _build(
     # done, the build is waited for.
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
-    readers = _readers(native, formats)
-    runner = _native_runner(model, readers, patience) or _torch_runner(model, config, device)
+    readers = _readers(native, formats, shard.size)
+    runner = _native_runner(model, readers, patience) or torch_runner(model, config, device)
+    if ranks is not None:
+        runner = LeadingRunner(runner, ranks, collective)
     small: Draft | None = None
     if draft is not None:
         parameters = sum(p.numel() for p in draft.parameters())
-        arithmetic = _native_runner(draft, native, patience) or _torch_runner(draft, config, device)
+        arithmetic = _native_runner(draft, native, patience) or torch_runner(draft, config, device)
         small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
 
     page = page_bytes(spec, config.cache.page_size, dtype, formats)
     if small is not None:  # a page of the target's has one of the draft model's beside it
         page += page_bytes(small.spec, config.cache.page_size, dtype)
-    budget = _budget(config, device, spec, page, dtype, max_model_len, before)
+    budget = budget_of(config, device, spec, page, dtype, max_model_len, before)
+    if ranks is not None:
+        pages, host_pages = ranks.allocate(budget.num_pages, budget.host_pages)
+        limit = budget.limit if pages == budget.num_pages else "another rank's memory"
+        budget = replace(budget, num_pages=pages, host_pages=host_pages, limit=limit)
+        log.info("%d ranks; the budget is that of rank 0, its part of weights and KV", shard.size)
     log.info("%s", budget)
     num_slots = config.schedule.max_num_seqs + 1
     slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
@@ -152,12 +173,13 @@ def _build(
             max_model_len=max_model_len,
             num_pages=budget.num_pages,
             page_size=budget.page_size,
-            device=device.name,
+            device=device.name if shard.size == 1 else f"{shard.size} × {device.name}",
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
         ),
         host,
         drafting,
+        ranks,
     )
     drafter = None if drafting is None else drafting.model
 
@@ -195,7 +217,22 @@ def _build(
     )
 
 
-def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
+def _start_ranks(
+    config: EngineConfig, spec: ModelSpec, folder: Path, threads: int, undo: ExitStack
+) -> Ranks:
+    """The other ranks, which load while this one does. What is downloaded is so by now."""
+    if not spec.native:
+        raise StartupError(
+            f"a {spec.model_type} model runs through the transformers library, which is not "
+            "divided among ranks: serve it without --tensor-parallel-size."
+        )
+    ranks = Ranks(replace(config, model=replace(config.model, model=str(folder))), threads)
+    undo.callback(ranks.close)
+    return ranks
+
+
+def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFormat]:
+    """Of the pages of a model's part, layer by layer. `spec`: of the whole model."""
     cache = config.cache
     if COARSE in drafter_names(config.speculation) and cache.kv_format not in HALVES:
         raise StartupError(
@@ -203,14 +240,19 @@ def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
             f"{' or '.join(HALVES)}."
         )
     try:
+        calibration = None
+        if cache.kv_calibration is not None:
+            calibration = _calibration(Path(cache.kv_calibration))
+            calibration.check(cache.kv_format, (spec.num_layers, spec.num_kv_heads, spec.head_dim))
+            calibration = calibration.part(*shard.kv_piece(spec.num_kv_heads))
         return layer_formats(
             cache.kv_format,
             spec.num_layers,
-            spec.num_kv_heads,
+            shard.spec(spec).num_kv_heads,
             cache.page_size,
             spec.head_dim,
             cache.kv_boundary_layers,
-            None if cache.kv_calibration is None else _calibration(Path(cache.kv_calibration)),
+            calibration,
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
@@ -246,7 +288,7 @@ def _step_tokens(config: EngineConfig, device: Device) -> int:
     return schedule.max_step_tokens or max(device.step_tokens, schedule.max_num_seqs)
 
 
-def _budget(
+def budget_of(
     config: EngineConfig,
     device: Device,
     spec: ModelSpec,
@@ -281,7 +323,7 @@ def _budget(
         default_cap=device.pool_cap,
         kv_bytes=cache.kv_bytes,
         num_pages=cache.num_pages,
-        swap_bytes=_swap_bytes(cache.swap_bytes, device),
+        swap_bytes=_swap_bytes(cache.swap_bytes, device) // config.device.tensor_parallel_size,
     )
 
 
@@ -305,10 +347,16 @@ def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOp
 
 
 def _readers(
-    native: Future[NativeOps] | None, formats: Sequence[KVFormat]
+    native: Future[NativeOps] | None, formats: Sequence[KVFormat], ranks: int
 ) -> Future[NativeOps] | None:
     """The native kernels, if they read such pages."""
     if native is None:
+        return None
+    if ranks > 1:
+        log.info(
+            "several ranks compute in plain torch operations: the native decoder is one call a "
+            "step, in which they could not meet"
+        )
         return None
     try:
         for form in formats:
@@ -331,7 +379,7 @@ def _native_runner(
         return None  # `_swap_when_built` tries again and says what is wrong
 
 
-def _torch_runner(model: LanguageModel, config: EngineConfig, device: Device) -> Runner:
+def torch_runner(model: LanguageModel, config: EngineConfig, device: Device) -> Runner:
     if isinstance(model, Decoder):
         mode: LinearMode = "packed" if device.torch_device.type == "cpu" else "dense"
         prepare_linears(model, "invariant" if config.device.deterministic else mode)

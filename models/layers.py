@@ -2,7 +2,8 @@
 
 `targets(prefix)` of a block names each tensor of a Hugging Face checkpoint that belongs to it and
 the place it is copied to: a view of one of the block's parameters. `cuts(prefix, …)` says of which
-of them only a part belongs there, when the model is divided among ranks. Loading knows nothing else.
+of them only a part belongs there, when the model is divided among ranks. Loading knows nothing
+else.
 """
 
 from __future__ import annotations

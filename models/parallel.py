@@ -1,9 +1,9 @@
 """Tensor parallelism (Shoeybi et al. 2019, Megatron-LM): one model divided among ranks.
 
 Queries, keys and values, gate and up are divided by their outputs, so that a rank has whole heads
-and whole neurons; the output and down projections by their inputs, so that what ranks compute is to
-be summed: twice a layer. Embedding and head are divided by the vocabulary, experts like an MLP, each
-of them over all ranks. Norms and the router are small, and every rank has them.
+and whole neurons; the output and down projections by their inputs, so that what ranks compute has
+to be summed: twice a layer. Embedding and head are divided by the vocabulary, and each expert over
+all ranks, like an MLP. Norms and the router are small, and every rank has them.
 
 A module that needs the other ranks is handed the `Collective` when it is built. Nothing here reads
 a global group, and with one rank (`ALONE`) nothing is wrapped.
@@ -26,7 +26,7 @@ from models.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a rank holds of a checkpoint's tensor: `start` to before `stop` of `full` along `dim`."""
+    """What a rank holds of a tensor: `start` to before `stop` of `full` along `dim`."""
 
     dim: int
     start: int
@@ -233,6 +233,4 @@ def row_parallel(
     if alone:
         return inner
     own = torch.empty(outputs, dtype=dtype, device=device)
-    return RowParallel(
-        inner, nn.Parameter(own, requires_grad=False) if bias else None, collective
-    )
+    return RowParallel(inner, nn.Parameter(own, requires_grad=False) if bias else None, collective)

@@ -82,8 +82,9 @@ def load_weights(
 ) -> None:
     """Copies a checkpoint's tensors to their targets, converting the dtype.
 
-    Of the tensors in `cuts` only that part is read. Raises `CheckpointError` when a file or a tensor is missing, damaged, of another shape, or when
-    the checkpoint holds tensors that have no place in the model.
+    Of the tensors in `cuts` only that part is read. Raises `CheckpointError` when a file or a
+    tensor is missing, damaged, of another shape, or when the checkpoint holds tensors that have no
+    place in the model.
     """
     files = checkpoint_files(folder)
     missing = set(targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from kernels.sampling.accept import accepted_counts
-from scheduler.plan import NO_DRAFTING, Row, RowResult, StepPlan, StepResult
+from scheduler.plan import NO_DRAFTING, PageCopy, Row, RowResult, StepPlan, StepResult
 from scheduler.request import SamplingParams, TokenLogprob
 from worker.batch import StepBatch, build_batch
 from worker.drafting import Drafting
 from worker.executor import PendingStep, ThreadExecutor
 from worker.kv_pool import copy_pages
+from worker.ranks import Copies, Followers, Nobody
 from worker.runner import Runner
 from worker.sampler import Form, Sampled, Sampler
 from worker.slots import SlotTable
@@ -56,6 +58,7 @@ class Worker:
         host: Sequence[Tensor] = (),  # pages in host memory, laid out as in `kv`
         # None: rows verify what stands in the token table.
         drafting: Drafting | None = None,
+        followers: Followers | None = None,  # other ranks, which hold other parts of the pages
     ) -> None:
         self.facts = facts
         self._kv = kv
@@ -64,6 +67,7 @@ class Worker:
         self._sampler = sampler
         self._executor = executor
         self._drafting = drafting
+        self._followers = followers or Nobody()
         self._runner = runner  # for sequences admitted from now on
         self._runners: list[Runner] = [runner] * len(slots.epoch)  # by slot
         self._params: list[SamplingParams | None] = [None] * len(slots.epoch)
@@ -77,6 +81,11 @@ class Worker:
     def kv(self) -> Sequence[Tensor]:
         """The KV pool, for those who copy its pages; see `allocate_pool`."""
         return self._kv
+
+    @property
+    def lost(self) -> Future[str]:
+        """Resolves, in a sentence, when steps cannot succeed any more; see `Followers`."""
+        return self._followers.lost
 
     def use(self, runner: Runner) -> None:
         """Gives sequences admitted from now on another runner.
@@ -95,13 +104,14 @@ class Worker:
 
     def close(self) -> None:
         self._executor.close()
+        self._followers.close()
 
     def _execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
         with torch.inference_mode():
-            copy_pages(self._kv, self._host, plan.saves)
+            self._copy(plan.saves, to_host=True)
             for admit in plan.admits:
-                copy_pages(self._host, self._kv, admit.loads)
+                self._copy(admit.loads, to_host=False)
                 self._slots.admit(admit)
                 self._sampler.slots.admit(admit.slot, admit.params, admit.choice, admit.prompt_len)
                 self._runners[admit.slot] = self._runner
@@ -128,6 +138,13 @@ class Worker:
             drafting=drafting,
             shadows=() if self._drafting is None else self._drafting.take_shadows(),
         )
+
+    def _copy(self, pages: Sequence[PageCopy], *, to_host: bool) -> None:
+        if not pages:
+            return
+        self._followers.tell(Copies(list(pages), to_host))
+        pools = (self._kv, self._host) if to_host else (self._host, self._kv)
+        copy_pages(*pools, pages)
 
     def _finish(self) -> None:
         """Waits for the device, so that a step's seconds are its own and not its successor's."""
