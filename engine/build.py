@@ -93,7 +93,7 @@ def _build(
     max_model_len = context_of(config, spec)
     dtype = dtype_of(config, device, spec)
     formats = formats_of(config, whole, shard)
-    ranks = _start_ranks(config, whole, folder, threads, undo) if shard.size > 1 else None
+    ranks = _start_ranks(config, folder, threads, undo) if shard.size > 1 else None
     collective = ALONE if ranks is None else ranks.join(device)
 
     load = partial(
@@ -218,14 +218,9 @@ def _build(
 
 
 def _start_ranks(
-    config: EngineConfig, spec: ModelSpec, folder: Path, threads: int, undo: ExitStack
+    config: EngineConfig, folder: Path, threads: int, undo: ExitStack
 ) -> Ranks:
     """The other ranks, which load while this one does. What is downloaded is so by now."""
-    if not spec.native:
-        raise StartupError(
-            f"a {spec.model_type} model runs through the transformers library, which is not "
-            "divided among ranks: serve it without --tensor-parallel-size."
-        )
     ranks = Ranks(replace(config, model=replace(config.model, model=str(folder))), threads)
     undo.callback(ranks.close)
     return ranks

@@ -84,7 +84,8 @@ def load_model(
     collective: Collective = ALONE,
 ) -> Decoder | TransformersDecoder:
     """`load_decoder`, or the transformers library where there is no native decoder."""
-    if read_spec(folder).native:
+    spec = read_spec(folder)
+    if spec.native:
         return load_decoder(
             folder,
             dtype=dtype,
@@ -95,11 +96,7 @@ def load_model(
             progress=progress,
             collective=collective,
         )
-    if collective.shard.size > 1:
-        raise CheckpointError(
-            "a model that runs through the transformers library is not divided among ranks: serve "
-            "it without --tensor-parallel-size."
-        )
+    collective.shard.spec(spec)  # refuses
     from models.transformers_fallback import load_fallback
 
     return load_fallback(

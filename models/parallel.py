@@ -62,6 +62,12 @@ class Shard:
         """
         if self.size == 1:
             return whole
+        if not whole.native:
+            raise CheckpointError(
+                f"a {whole.model_type} model runs through the transformers library, which is not "
+                "divided among ranks: serve it without --tensor-parallel-size."
+            )
+        heads = self._share(whole.num_heads, "attention heads")
         moe = whole.moe
         if moe is not None:
             size = self._share(moe.intermediate_size, "neurons of an expert")
@@ -76,7 +82,7 @@ class Shard:
         inner = whole.intermediate_size
         return replace(
             whole,
-            num_heads=self._share(whole.num_heads, "attention heads"),
+            num_heads=heads,
             num_kv_heads=kv_heads // self.kv_piece(kv_heads)[1],
             intermediate_size=self._share(inner, "neurons of the MLP") if plain else inner,
             moe=moe,

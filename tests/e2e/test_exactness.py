@@ -73,13 +73,12 @@ SAMPLERS = {
 }
 
 
-def layers(kv_format: str) -> list[KVFormat]:
-    heads, dim = SPEC.num_kv_heads, SPEC.head_dim
+def layers(kv_format: str, heads: int = SPEC.num_kv_heads) -> list[KVFormat]:
+    dim = SPEC.head_dim
     return layer_formats(kv_format, SPEC.num_layers, heads, CONFIG.page_size, dim)
 
 
-@cache
-def decoder(kv_format: str = "auto") -> Decoder:
+def filled() -> Decoder:
     torch.manual_seed(0)
     model = Decoder(SPEC, dtype=torch.float32, max_model_len=CONTEXT)
     for name, target in model.targets().items():
@@ -87,6 +86,12 @@ def decoder(kv_format: str = "auto") -> Decoder:
             target.normal_(0.0, 1.0 if "embed" in name else 0.3)
         else:
             target.fill_(1.0)
+    return model
+
+
+@cache
+def decoder(kv_format: str = "auto") -> Decoder:
+    model = filled()
     prepare_linears(model, "invariant")
     model.use_formats(layers(kv_format))
     return model
