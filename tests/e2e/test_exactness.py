@@ -161,7 +161,12 @@ def alone(sampler: str, kv_format: str = "auto") -> dict[tuple[str, int], Result
     return found
 
 
-def same(found: dict[tuple[str, int], Result], sampler: str, kv_format: str = "auto") -> None:
+def same(
+    found: dict[tuple[str, int], Result],
+    sampler: str,
+    kv_format: str = "auto",
+    within: float = 1e-4,  # of a log-probability
+) -> None:
     expected = alone(sampler, kv_format)
     assert found.keys() == expected.keys()
     for key, result in found.items():
@@ -171,7 +176,7 @@ def same(found: dict[tuple[str, int], Result], sampler: str, kv_format: str = "a
         assert ends[1] is not None
         assert ends[0].reason == ends[1].reason, key
         assert [p.logprob for p in result.logprobs] == pytest.approx(
-            [p.logprob for p in expected[key].logprobs], abs=1e-4
+            [p.logprob for p in expected[key].logprobs], abs=within
         )
 
 
