@@ -217,9 +217,7 @@ def _build(
     )
 
 
-def _start_ranks(
-    config: EngineConfig, folder: Path, threads: int, undo: ExitStack
-) -> Ranks:
+def _start_ranks(config: EngineConfig, folder: Path, threads: int, undo: ExitStack) -> Ranks:
     """The other ranks, which load while this one does. What is downloaded is so by now."""
     ranks = Ranks(replace(config, model=replace(config.model, model=str(folder))), threads)
     undo.callback(ranks.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -43,7 +45,8 @@ class _Reports(logging.Handler):
         self._descriptor = descriptor
 
     def say(self, report: RankReport) -> None:
-        os.write(self._descriptor, encode_line(report))
+        with contextlib.suppress(BrokenPipeError):  # rank 0 is gone, and the lifeline ends this
+            os.write(self._descriptor, encode_line(report))
 
     def emit(self, record: logging.LogRecord) -> None:
         self.say(Line(record.levelno, self.format(record)))
@@ -53,7 +56,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when it is over
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=watch_lifeline, daemon=True).start()
-    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=FollowerLaunch)
+    launch = msgspec.json.decode(next_line(), type=FollowerLaunch)
     reports = _Reports(launch.report_fd)
     logging.basicConfig(level=logging.INFO, handlers=[reports], force=True)
     reports.say(Started())
@@ -65,12 +68,19 @@ def main() -> None:
         end(reports, f"failed to start: {type(error).__name__}: {error}")
     reports.say(Ready())
     try:
-        for line in sys.stdin.buffer:
-            follower.obey(_command.decode(line))
+        while True:
+            follower.obey(_command.decode(next_line()))
     except Exception as error:
         time.sleep(AFTER_OTHERS_SECONDS)
         end(reports, f"met a fault: {type(error).__name__}: {error}")
-    os._exit(0)
+
+
+def next_line() -> bytes:
+    """What rank 0 says next; ends this process when it says nothing any more."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        os._exit(0)
+    return line
 
 
 def watch_lifeline() -> None:
@@ -81,7 +91,7 @@ def watch_lifeline() -> None:
     os._exit(0)
 
 
-def end(reports: _Reports, words: str) -> None:
+def end(reports: _Reports, words: str) -> NoReturn:
     reports.say(Failed(" ".join(words.split())))
     os._exit(1)
 
@@ -114,7 +124,7 @@ def build(launch: FollowerLaunch, reports: _Reports) -> Follower:
     page = page_bytes(spec, page_size, dtype, formats)
     budget = budget_of(config, device, spec, page, dtype, max_model_len, before)
     reports.say(Room(budget.num_pages, budget.host_pages))
-    pool = _pool.decode(sys.stdin.buffer.readline())
+    pool = _pool.decode(next_line())
     kv = allocate_pool(spec, pool.pages, page_size, dtype, place, formats)
     host = allocate_host_pool(kv, pool.host_pages + 1) if pool.host_pages else []
     return Follower(runner, kv, host, collective, spec.hidden_size, dtype, place)

@@ -11,7 +11,7 @@ a global group, and with one rank (`ALONE`) nothing is wrapped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from kernels.linear.dense import DenseLinear
 from models.errors import CheckpointError
 from models.spec import ModelSpec
+
+
+class CollectiveError(Exception):
+    """A rank is gone, or did not come in time. The message is one sentence for a person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,10 @@ class Shard:
 
 
 class Collective(Protocol):
-    """What ranks do together. Every rank calls the same in the same order."""
+    """What ranks do together. Every rank calls the same in the same order.
+
+    All raise `CollectiveError`.
+    """
 
     shard: Shard
 
@@ -164,20 +171,20 @@ class TorchCollective:
         self._group = group
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self._group.allreduce([x]).wait()
+        self._run(self._group.allreduce, [x])
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        self._group.broadcast([x]).wait()  # from rank 0
+        self._run(self._group.broadcast, [x])  # from rank 0
         return x
 
     def gather(self, x: Tensor, width: int) -> Tensor:
         x = x.contiguous()
         if self.shard.rank:
-            self._group.gather([], [x]).wait()
+            self._run(self._group.gather, [], [x])
             return x
         parts = [torch.empty_like(x) for _ in range(self.shard.size)]
-        self._group.gather([parts], [x]).wait()
+        self._run(self._group.gather, [parts], [x])
         return torch.cat(parts, -1)[:, :width].contiguous()
 
     def lookup(self, ids: Tensor, table: Tensor) -> Tensor:
@@ -186,6 +193,14 @@ class TorchCollective:
         found = F.embedding(local.masked_fill(outside, 0), table)
         # All but one summand are zero, so the sum is exact.
         return self.all_reduce(found.masked_fill_(outside[:, None], 0.0))
+
+    @staticmethod
+    def _run(operation: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            operation(*arguments).wait()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CollectiveError(f"the ranks lost touch with each other: {reason}") from error
 
 
 class OrderedCollective(TorchCollective):
@@ -196,7 +211,7 @@ class OrderedCollective(TorchCollective):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.shard.size)]
-        self._group.allgather([parts], [x.contiguous()]).wait()
+        self._run(self._group.allgather, [parts], [x.contiguous()])
         total = parts[0]
         for part in parts[1:]:
             total += part

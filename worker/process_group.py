@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models.parallel import Collective, OrderedCollective, Shard, TorchCollective
+from models.parallel import Collective, CollectiveError, OrderedCollective, Shard, TorchCollective
 
 dist: Any = torch.distributed  # much of what is used here has no type stubs
 HOST = "127.0.0.1"
@@ -59,7 +59,7 @@ def join(
         collective = kind(group, shard)
         # Connects what a library connects only when it is first used.
         collective.all_reduce(torch.zeros(1, device=device))
-    except RuntimeError as error:  # torch's DistError is one
+    except (RuntimeError, CollectiveError) as error:  # torch's DistError is the former
         reason = str(error).strip().splitlines()[0]
         raise GroupError(f"rank {shard.rank} did not find the other ranks: {reason}") from error
     return collective

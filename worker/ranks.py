@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.cpu.chain import NativeChain
 from kernels.ops import AttentionBatch
-from models.parallel import Collective
+from models.parallel import Collective, CollectiveError
 from scheduler.plan import PageCopy
 from worker.kv_pool import copy_pages
 from worker.runner import Runner
@@ -138,7 +138,7 @@ class LeadingRunner:
         """What fails because a rank is gone says so, instead of what the library noticed."""
         try:
             yield
-        except RuntimeError as error:
+        except CollectiveError as error:
             try:
                 words = self._followers.lost.result(LAST_WORDS_SECONDS)
             except TimeoutError:
