@@ -20,9 +20,9 @@ def option(
 ) -> T:
     """A dataclass field with its documentation.
 
-    The flag is the field's name with dashes; `aliases` are further flags for it, `--` left out or,
-    for a short one, with its dash. Typed as the
-    default's type, so that a class body reads like plain assignments.
+    The flag is the field's name with dashes; `aliases` are further flags for it, without `--` or,
+    if short, with their one dash. Typed as the default's type, so that a class body reads like
+    plain assignments.
     """
     made: Any = field(
         default=default, metadata={"help": help, "aliases": aliases, "choices": choices}
