@@ -176,6 +176,7 @@ def _build(
             device=device.name if shard.size == 1 else f"{shard.size} × {device.name}",
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
+            beside=0.0 if drafting is None else drafting.slowdown,
         ),
         host,
         drafting,
