@@ -23,7 +23,7 @@ class Option:
     type: Any  # as annotated: int, str | None, tuple[str, ...]
     default: Any
     help: str
-    aliases: tuple[str, ...]  # further flags, without dashes but for a single one
+    aliases: tuple[str, ...]  # further flags, without dashes
     choices: tuple[str, ...]
 
     @property
@@ -37,9 +37,8 @@ class Option:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        long = (flag for flag in (self.name.replace("_", "-"), *self.aliases) if flag[0] != "-")
-        short = (flag for flag in self.aliases if flag[0] == "-")
-        return (*(f"--{flag}" for flag in long), *short)
+        names = (self.name.replace("_", "-"), *self.aliases)
+        return tuple(f"-{name}" if len(name) <= 2 else f"--{name}" for name in names)
 
     @property
     def variable(self) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.backends import Backend, choose_backend
 from engine.config import DeviceConfig, EngineConfig
 from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
@@ -25,8 +26,8 @@ from kernels.cpu.packed import native_format
 from kernels.kv.calibration import Calibration
 from kernels.kv.format import KVFormat
 from kernels.kv.presets import HALVES, layer_formats
-from kernels.linear.prepare import LinearMode, prepare_linears
-from kernels.torch_ops import TorchOps
+from kernels.linear.prepare import LinearMode, isolate_rows, prepare_linears
+from kernels.linear.quantized import is_quantized, parameter_count, weight_bytes
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.loader import load_model, read_spec
@@ -84,7 +85,8 @@ def _build(
     device = resolve_device(config.device.device, ranks=shard.size)
     threads = max((config.device.threads or torch.get_num_threads()) // shard.size, 1)
     torch.set_num_threads(threads)
-    native = _start_native_build(config.device, device)
+    backend = choose_backend(config.device, device, config.cache.page_size)
+    native = _start_native_build(config.device, device) if backend.native else None
     progress("imports")
 
     folder = resolve_checkpoint(config.model.model, config.model.revision)
@@ -103,6 +105,7 @@ def _build(
         device=device.torch_device,
         max_model_len=max_model_len,
         load_format=config.model.load_format,
+        quantization=config.model.quantization,
         progress=log.debug,
         collective=collective,
     )
@@ -110,27 +113,35 @@ def _build(
     def load_formatted() -> Decoder | TransformersDecoder:
         loaded = load()
         loaded.use_formats(formats)
+        if config.device.deterministic:
+            isolate_rows(loaded)
         return loaded
 
     load_small = load_draft(config, folder, dtype, device, max_model_len)
     before = device.available_memory()
     model = load_formatted()
     draft = None if load_small is None else load_small()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    size = sum(p.numel() for p in model.parameters())
+    weights, size = weight_bytes(model), parameter_count(model)
+    if device.torch_device.type == "cpu" and is_quantized(model):
+        log.info(
+            "quantized weights are unpacked by plain torch operations on a CPU: they take less "
+            "memory there, and more time"
+        )
     # The eager model and the native one live side by side until the last stream of the former has
     # ended; where there is no room for both, and where text must not depend on when a build was
     # done, the build is waited for.
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
     readers = _readers(native, formats, shard.size)
-    runner = _native_runner(model, readers, patience) or torch_runner(model, config, device)
+    runner = _native_runner(model, readers, patience)
+    runner = runner or eager_runner(model, dtype, config, backend)
     if ranks is not None:
         runner = LeadingRunner(runner, ranks, collective)
     small: Draft | None = None
     if draft is not None:
-        parameters = sum(p.numel() for p in draft.parameters())
-        arithmetic = _native_runner(draft, native, patience) or torch_runner(draft, config, device)
+        parameters = parameter_count(draft)
+        arithmetic = _native_runner(draft, native, patience)
+        arithmetic = arithmetic or eager_runner(draft, dtype, config, backend)
         small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
 
@@ -153,6 +164,8 @@ def _build(
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
     sampler = Sampler(sampling, slots.tokens)
+    if backend.draw is not None:
+        sampler.use(backend.draw)
     drafting = build_drafting(
         config.speculation,
         slots,
@@ -209,6 +222,7 @@ def _build(
         hash_root=chain_root(
             str(folder.resolve()).encode(),
             str(dtype).encode(),
+            config.model.quantization.encode(),
             "/".join(form.name for form in formats).encode(),
         ),
         max_queued_requests=config.schedule.max_queued_requests,
@@ -373,16 +387,18 @@ def _native_runner(
         return None  # `_swap_when_built` tries again and says what is wrong
 
 
-def torch_runner(model: LanguageModel, config: EngineConfig, device: Device) -> Runner:
+def eager_runner(
+    model: LanguageModel, dtype: torch.dtype, config: EngineConfig, backend: Backend
+) -> Runner:
     if isinstance(model, Decoder):
-        mode: LinearMode = "packed" if device.torch_device.type == "cpu" else "dense"
+        mode: LinearMode = "packed" if model.embedding.device.type == "cpu" else "dense"
         prepare_linears(model, "invariant" if config.device.deterministic else mode)
     elif config.device.deterministic:
         raise StartupError(
             f"a {model.spec.model_type} model runs through the transformers library, whose linear "
             "layers are not batch-invariant: serve it without --deterministic."
         )
-    return EagerRunner(model, TorchOps())
+    return EagerRunner(model, backend.ops(model.spec, dtype))
 
 
 def _use_native_draw(worker: Worker, built: Future[NativeOps]) -> None:

@@ -20,8 +20,8 @@ def option(
 ) -> T:
     """A dataclass field with its documentation.
 
-    The flag is the field's name with dashes; `aliases` are further flags for it, without `--` or,
-    if short, with their one dash. Typed as the default's type, so that a class body reads like
+    The flag is the field's name with dashes; `aliases` are further flags for it, those of one or
+    two letters after a single dash. Typed as the default's type, so that a class body reads like
     plain assignments.
     """
     made: Any = field(
@@ -51,6 +51,14 @@ class ModelConfig:
         "Arithmetic of weights and activations. `auto`: the checkpoint's where the device computes"
         " it natively, else float32.",
         choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    quantization: str = option(
+        "none",
+        "Rounds the weights of a dense checkpoint when it is loaded. int8, fp8: a scale a row;"
+        " int6, int4: a scale for every 128 inputs, or 64 or 32 where the sizes need it. `none`: as"
+        " they are, also those of a checkpoint in few bits. See docs/quantization.md.",
+        aliases=("q",),
+        choices=("none", "int8", "int6", "int4", "fp8"),
     )
     max_model_len: int | None = option(
         None, "Longest sequence in tokens, prompt and output. Default: the checkpoint's context."
@@ -186,9 +194,17 @@ class DeviceConfig:
         1,
         "Ranks that share the model, each with a part of the weights and of every page: GPUs of"
         " this machine, or on a CPU processes that divide the threads. See docs/operations.md.",
-        aliases=("-tp",),
+        aliases=("tp",),
     )
     threads: int | None = option(None, "CPU threads of the worker. Default: all cores.")
+    attention_backend: str = option(
+        "auto",
+        "Who computes attention and what is around it. `flashinfer`: all attention over dense pages"
+        " by FlashInfer, the rest by Triton kernels; `triton`: Triton kernels alone; `torch`: plain"
+        " torch operations. `auto`: on a GPU Triton kernels, with FlashInfer for prompts where it"
+        " is there; on a CPU native kernels. See docs/gpu.md.",
+        choices=("auto", "flashinfer", "triton", "torch"),
+    )
     compile: bool = option(
         True, "Build native CPU kernels in the background when a compiler is found."
     )

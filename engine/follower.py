@@ -15,7 +15,8 @@ from typing import NoReturn
 import msgspec
 import torch
 
-from engine.build import budget_of, context_of, dtype_of, formats_of, torch_runner
+from engine.backends import choose_backend
+from engine.build import budget_of, context_of, dtype_of, eager_runner, formats_of
 from engine.errors import StartupError
 from engine.launch import Failed
 from engine.ranks import FollowerLaunch, Line, Pool, RankReport, Ready, Room, Started, encode_line
@@ -104,6 +105,7 @@ def build(launch: FollowerLaunch, reports: _Reports) -> Follower:
     device = resolve_device(config.device.device, shard.rank, shard.size)
     place, deterministic = device.torch_device, config.device.deterministic
     collective = join(shard, place, launch.port, ordered=deterministic)
+    backend = choose_backend(config.device, device, config.cache.page_size)
     folder = resolve_checkpoint(config.model.model)
     whole = read_spec(folder)
     max_model_len, dtype = context_of(config, whole), dtype_of(config, device, whole)
@@ -114,11 +116,12 @@ def build(launch: FollowerLaunch, reports: _Reports) -> Follower:
         device=place,
         max_model_len=max_model_len,
         load_format=config.model.load_format,
+        quantization=config.model.quantization,
         collective=collective,
     )
     formats = formats_of(config, whole, shard)
     model.use_formats(formats)
-    runner = torch_runner(model, config, device)
+    runner = eager_runner(model, dtype, config, backend)
 
     spec, page_size = model.spec, config.cache.page_size
     page = page_bytes(spec, page_size, dtype, formats)

@@ -15,6 +15,14 @@ from kernels.kv.format import DENSE, KVFormat
 
 
 @dataclass(frozen=True, slots=True)
+class HostRows:
+    """What the host knows exactly about a step's rows, in its own memory."""
+
+    query_starts: Tensor  # [rows + 1] int32
+    kv_lengths: Tensor  # [rows] int32
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where one ragged step's tokens stand and which pages they may see. Built once a step."""
 
@@ -27,6 +35,8 @@ class AttentionBatch:
     # Host-side bounds, so that no kernel has to read a length back from the device.
     max_query: int  # the longest row of this step, tokens
     max_kv: int  # an upper bound of kv_lengths
+    # For attention that plans on the host (`kernels.flashinfer`); None: it reads lengths back.
+    host: HostRows | None = None
 
 
 @dataclass(frozen=True, slots=True)

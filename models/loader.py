@@ -11,6 +11,8 @@ import torch
 from models.decoder import Decoder
 from models.errors import CheckpointError, UnsupportedArchitecture
 from models.parallel import ALONE, Collective
+from models.quantization.layouts import stored_layout
+from models.quantization.load import META, load_quantized
 from models.spec import ModelSpec
 from models.weights import dummy_weights, load_weights, read_json
 
@@ -49,26 +51,47 @@ def load_decoder(
     max_model_len: int | None = None,
     load_format: str = "safetensors",
     seed: int = 0,
+    quantization: str = "none",
     progress: Callable[[str], None] = lambda _: None,
     collective: Collective = ALONE,
 ) -> Decoder:
     """Builds and fills the decoder; `load_format` is safetensors or dummy (random weights);
     with a `collective` of several ranks, this one's part of it.
 
+    quantization: what a dense checkpoint's weights are rounded to, see
+    `models.quantization.layouts.format_for`.
     Raises `CheckpointError` (also `UnsupportedArchitecture`), one sentence for a person.
     """
     spec = read_spec(folder)
     if not spec.native:
         raise UnsupportedArchitecture(f"{spec.model_type} has no native decoder.")
+    if load_format not in ("safetensors", "dummy"):
+        raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
+    stored = stored_layout(read_json(folder, "config.json"))
+    if stored is not None or quantization != "none":
+        if collective.shard.size > 1:
+            raise CheckpointError(
+                "weights in few bits are not divided among ranks yet: serve them without "
+                "--tensor-parallel-size."
+            )
+        meta = Decoder(spec, dtype=dtype, device=META, max_model_len=max_model_len)
+        load_quantized(
+            meta,
+            folder,
+            device or torch.device("cpu"),
+            stored,
+            quantization,
+            dummy_seed=seed if load_format == "dummy" else None,
+            progress=progress,
+        )
+        return meta.eval()
     decoder = Decoder(
         spec, dtype=dtype, device=device, max_model_len=max_model_len, collective=collective
     )
     if load_format == "dummy":
         dummy_weights(decoder.targets(), seed)
-    elif load_format == "safetensors":
-        load_weights(folder, decoder.targets(), cuts=decoder.cuts(), progress=progress)
     else:
-        raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
+        load_weights(folder, decoder.targets(), cuts=decoder.cuts(), progress=progress)
     return decoder.eval()
 
 
@@ -80,6 +103,7 @@ def load_model(
     max_model_len: int | None = None,
     load_format: str = "safetensors",
     seed: int = 0,
+    quantization: str = "none",
     progress: Callable[[str], None] = lambda _: None,
     collective: Collective = ALONE,
 ) -> Decoder | TransformersDecoder:
@@ -93,10 +117,16 @@ def load_model(
             max_model_len=max_model_len,
             load_format=load_format,
             seed=seed,
+            quantization=quantization,
             progress=progress,
             collective=collective,
         )
     collective.shard.spec(spec)  # refuses
+    if quantization != "none":
+        raise CheckpointError(
+            "weights are quantized for the native decoders only, and this architecture has none: "
+            "serve it with --quantization none."
+        )
     from models.transformers_fallback import load_fallback
 
     return load_fallback(

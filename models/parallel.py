@@ -11,7 +11,7 @@ a global group, and with one rank (`ALONE`) nothing is wrapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -46,10 +46,6 @@ class Cut:
     def index(self) -> tuple[slice, ...]:
         """To be applied to the whole tensor."""
         return (slice(None),) * self.dim + (slice(self.start, self.stop),)
-
-    def whole(self, shape: Sequence[int]) -> list[int]:
-        """The shape of the tensor that a part of this shape is cut from."""
-        return [*shape[: self.dim], self.full, *shape[self.dim + 1 :]]
 
 
 @dataclass(frozen=True, slots=True)

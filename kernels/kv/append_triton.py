@@ -9,17 +9,13 @@ Not run on hardware yet: it compiles for sm_90 and is tested under Triton's inte
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.kv.codec import LARGEST
 from kernels.kv.paged import Paged
-from kernels.kv.rotation import signs
+from kernels.kv.rotation_triton import hadamard, hadamard_constants, signs_on
 from kernels.kv.triton_launch import Launch, affine, dense_heads, layout_constants
 
 APPEND_ROWS = 16  # keys, and values, that one program encodes
@@ -28,7 +24,8 @@ APPEND_ROWS = 16  # keys, and values, that one program encodes
 def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
     """As `Paged.append`: k, v: [tokens, kv_heads, head_dim]; kv: [pages, bytes] uint8, written in
     place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
-    copying of the signs. Raises ValueError for codecs and heads that the kernels do not take."""
+    copying of the signs and of the mean. Raises ValueError for codecs and heads that the kernels do
+    not take."""
     tokens, kv_heads, head_dim = k.shape
     if tokens == 0:
         return
@@ -39,8 +36,8 @@ def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> 
         v,
         kv,
         kv_slots,
-        kv if paged.key_mean is None else paged.key_mean.contiguous(),
-        kv if paged.rotation is None else _signs(head_dim, k.device),
+        kv if paged.key_mean is None else paged.mean_on(k.device),
+        kv if paged.rotation is None else signs_on(head_dim, k.device),
         tokens,
         k.stride(0),
         v.stride(0),
@@ -55,24 +52,17 @@ def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> 
 
 def append_launch(paged: Paged) -> Launch:
     keys, values = affine(paged.keys), affine(paged.values)
-    head_dim = paged.head_dim
     constants = {
         **layout_constants(paged),
+        **hadamard_constants(paged.head_dim),
         "rotated": paged.rotation is not None,
         "with_mean": paged.key_mean is not None,
-        "stages": head_dim.bit_length() - 1,
-        "norm": 1.0 / math.sqrt(head_dim),
         "key_clip": keys.clip,
         "value_clip": values.clip,
         "largest": LARGEST,
         "block": APPEND_ROWS,
     }
     return Launch(constants, warps=4, stages=1)
-
-
-@lru_cache(maxsize=16)
-def _signs(head_dim: int, device: torch.device) -> Tensor:
-    return signs(head_dim).to(device)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -122,7 +112,7 @@ def _append(
     if with_mean:
         x -= tl.load(key_mean + at).to(tl.float32)
     if rotated:
-        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+        x = hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
     _write(
         x,
         page,
@@ -141,7 +131,7 @@ def _append(
     x = tl.load(v + (token * v_stride)[:, None] + at, mask=valid[:, None], other=0.0)
     x = x.to(tl.float32)
     if rotated:
-        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+        x = hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
     _write(
         x,
         page,
@@ -157,19 +147,6 @@ def _append(
         value_clip,
         largest,
     )
-
-
-@triton.jit
-def _hadamard(
-    x: tl.tensor, rows: tl.constexpr, n: tl.constexpr, stages: tl.constexpr, norm: tl.constexpr
-) -> tl.tensor:
-    """Of [rows, n] fp32: butterflies in the order of `rotation.hadamard`, for the same bits."""
-    for i in tl.static_range(stages):
-        pairs = tl.reshape(x, (rows, n >> (i + 1), 2, 1 << i))
-        low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-        pairs = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
-        x = tl.reshape(pairs, (rows, n))
-    return x * norm
 
 
 @triton.jit
@@ -235,6 +212,3 @@ def _store_plane(
     packed = tl.sum(tl.reshape(codes, (rows, runs, size)) << shifts[None, :, None], 1)
     at = (plane + place * size)[:, None] + tl.arange(0, size)[None, :]
     tl.store(at, packed.to(tl.uint8), mask=valid[:, None])
-
-
-# No number that changes with steps is worth a kernel of its own while requests wait for it.

@@ -80,6 +80,7 @@ class Paged:
         self.rotation = Rotation(head_dim) if rotated else None
         self.key_mean = None if key_mean is None else key_mean.float().contiguous()
         self.reads_coarsely = False
+        self._mean_on: dict[torch.device, Tensor] = {}
 
     @property
     def name(self) -> str:
@@ -102,7 +103,7 @@ class Paged:
     def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
         k, v = k.float(), v.float()
         if self.key_mean is not None:
-            k = k - self.key_mean.to(k.device)
+            k = k - self.mean_on(k.device)
         if self.rotation is not None:
             k, v = self.rotation.forth(k), self.rotation.forth(v)
         key, value = self.keys.encode(k), self.values.encode(v)
@@ -113,6 +114,13 @@ class Paged:
         for plane, code in zip(self._planes(kv), found, strict=True):
             if plane.shape[-1]:
                 plane[pages, :, offsets] = code
+
+    def mean_on(self, device: torch.device) -> Tensor:
+        """The key mean there: copied once, for a copy from the host is waited for."""
+        assert self.key_mean is not None
+        if device not in self._mean_on:
+            self._mean_on[device] = self.key_mean.to(device)
+        return self._mean_on[device]
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         return self.read(kv, pages, self.reads_coarsely)

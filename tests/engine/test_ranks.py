@@ -18,7 +18,7 @@ from cli.config import PROJECT
 from engine.build import build_worker
 from engine.client import EngineClient
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, StartupError
+from engine.errors import StartupError
 from engine.llm import LLM
 from engine.ranks import Ranks
 from engine.supervisor import RestartPolicy, Supervisor
@@ -180,14 +180,15 @@ def request(name: str, max_tokens: int) -> Request:
 
 async def test_a_follower_that_dies_ends_all_and_all_are_started_again() -> None:
     async with served() as (client, link, first):
-        engine = link.pid
-        stream = client.submit(request("r", 4000))
+        engine, process = link.pid, link._process
+        stream = client.submit(request("r", 300))
         await anext(stream)
         os.kill(first[0], signal.SIGKILL)
-        words = r"rank 1: its process ended unexpectedly \(killed by SIGKILL\)"
-        with pytest.raises(EngineDeadError, match=words):
-            [output async for output in stream]
-        await asyncio.wait_for(client.ready(), 60)
+        words = await asyncio.wait_for(asyncio.wrap_future(process.exited), 20)
+        said = "the engine met a fault: rank 1: its process ended unexpectedly (killed by SIGKILL)"
+        assert words == said
+        outputs = [output async for output in stream]  # goes on with the next engine
+        assert outputs[-1].finish.reason is FinishReason.LENGTH
         second = followers(link.pid)
         assert len(second) == 1
         assert gone([engine, *first])
@@ -212,12 +213,12 @@ async def test_a_follower_that_dies_while_nothing_runs_is_noticed() -> None:
 
 async def test_followers_end_with_a_killed_engine_in_the_middle_of_a_step() -> None:
     async with served() as (client, link, first):
-        stream = client.submit(request("r", 4000))
+        stream = client.submit(request("r", 300))
         await anext(stream)
         os.kill(link.pid, signal.SIGKILL)
         assert await asyncio.to_thread(gone, first)
-        with pytest.raises(EngineDeadError, match="SIGKILL"):
-            [output async for output in stream]
+        outputs = [output async for output in stream]  # goes on with the next engine
+        assert outputs[-1].finish.reason is FinishReason.LENGTH
 
 
 async def test_sigterm_drains_through_rank_0() -> None:

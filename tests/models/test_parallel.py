@@ -71,14 +71,14 @@ def test_a_rank_reads_and_holds_its_part_alone(
     save(tmp_path, model_type, **changes)
     whole = load(tmp_path)
     read: dict[int, int] = {}
-    tensors = weights._tensors
+    tensors = weights.read_tensors
 
     def counted(path, cuts):
-        for name, shape, tensor in tensors(path, cuts):
+        for name, tensor in tensors(path, cuts):
             read[id(cuts)] = read.get(id(cuts), 0) + tensor.numel()
-            yield name, shape, tensor
+            yield name, tensor
 
-    monkeypatch.setattr(weights, "_tensors", counted)
+    monkeypatch.setattr(weights, "read_tensors", counted)
     size = 2
     parts = on_ranks(size, lambda collective: load(tmp_path, collective))
 
@@ -110,7 +110,7 @@ def test_shapes_of_the_whole_are_told(tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.o_proj.weight"
     tensors[name] = torch.ones(64, 80)
     save_file(tensors, file)
-    words = rf"{name} has shape \[64, 80\] where config.json implies \[64, 64\]"
+    words = rf"{name} has shape \[64, 80\] where config.json implies 64 along dimension 1"
     with pytest.raises(CheckpointError, match=words):
         on_ranks(2, lambda collective: load(tmp_path, collective))
 
@@ -148,6 +148,17 @@ def test_a_model_that_the_transformers_library_runs(tmp_path: Path) -> None:
     spec = replace(read_spec(tmp_path), native=False, model_type="gpt_neox")
     with pytest.raises(CheckpointError, match=r"^a gpt_neox model runs through the transformers"):
         Shard(1, 2).spec(spec)
+
+
+def test_weights_in_few_bits(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    with pytest.raises(CheckpointError, match="few bits are not divided among ranks yet"):
+        on_ranks(
+            2,
+            lambda collective: load_decoder(
+                tmp_path, dtype=torch.float32, quantization="int8", collective=collective
+            ),
+        )
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
