@@ -205,6 +205,7 @@ def _check(config: Config) -> None:
         "max_queued_tokens": schedule.max_queued_tokens,
         "ttft_target": schedule.ttft_target,
         "mtpot_target": schedule.mtpot_target,
+        "tensor_parallel_size": config.engine.device.tensor_parallel_size,
         "threads": config.engine.device.threads,
         "length_window": schedule.length_window,
         "max_body_bytes": server.max_body_bytes,

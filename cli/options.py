@@ -39,7 +39,7 @@ class Option:
     @property
     def flags(self) -> tuple[str, ...]:
         names = (self.name.replace("_", "-"), *self.aliases)
-        return tuple(f"-{name}" if len(name) == 1 else f"--{name}" for name in names)
+        return tuple(f"-{name}" if len(name) <= 2 else f"--{name}" for name in names)
 
     @property
     def off_flags(self) -> tuple[str, ...]:

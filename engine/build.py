@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from engine.cuda import (
 )
 from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
+from engine.ranks import Ranks
 from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
@@ -37,6 +40,7 @@ from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.loader import load_model, read_spec
 from models.model import LanguageModel
+from models.parallel import ALONE, Shard
 from models.spec import ModelSpec
 from models.weights import resolve_checkpoint
 from scheduler.prefix import chain_root
@@ -47,6 +51,7 @@ from worker.executor import Executor, ThreadExecutor
 from worker.graphs import Buckets, graph_bytes
 from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
 from worker.native import native_runner
+from worker.ranks import LeadingRunner
 from worker.runner import EagerRunner, Runner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
@@ -74,25 +79,34 @@ def build_worker(
     Raises `StartupError`, one sentence for a person, for whatever the user can mend.
     """
     try:
-        return _build(config, progress, patient)
+        with ExitStack() as undo:
+            built = _build(config, progress, patient, undo)
+            undo.pop_all()
+            return built
     except (CheckpointError, BudgetError, DeviceError) as error:
         raise StartupError(str(error)) from error
 
 
 def _build(
-    config: EngineConfig, progress: Callable[[str], None], patient: bool
+    config: EngineConfig, progress: Callable[[str], None], patient: bool, undo: ExitStack
 ) -> tuple[Worker, SchedulerConfig]:
-    device = resolve_device(config.device.device)
-    threads = config.device.threads or torch.get_num_threads()
+    """`undo`: for a start that fails."""
+    shard = Shard(0, config.device.tensor_parallel_size)
+    device = resolve_device(config.device.device, ranks=shard.size)
+    threads = max((config.device.threads or torch.get_num_threads()) // shard.size, 1)
     torch.set_num_threads(threads)
     backend = choose_backend(config.device, device, config.cache.page_size)
     native = _start_native_build(config.device, device) if backend.native else None
     progress("imports")
 
     folder = resolve_checkpoint(config.model.model, config.model.revision)
-    spec = read_spec(folder)
+    whole = read_spec(folder)
+    spec = shard.spec(whole)
     max_model_len = context_of(config, spec)
     dtype = dtype_of(config, device, spec)
+    formats = formats_of(config, whole, shard)
+    ranks = _start_ranks(config, folder, threads, undo) if shard.size > 1 else None
+    collective = ALONE if ranks is None else ranks.join(device)
 
     load = partial(
         load_model,
@@ -103,8 +117,8 @@ def _build(
         load_format=config.model.load_format,
         quantization=config.model.quantization,
         progress=log.debug,
+        collective=collective,
     )
-    formats = _formats(config, spec)
 
     def load_formatted() -> Decoder | TransformersDecoder:
         loaded = load()
@@ -128,14 +142,16 @@ def _build(
     # done, the build is waited for.
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
-    readers = _readers(native, formats)
+    readers = _readers(native, formats, shard.size)
     runner = _native_runner(model, readers, patience)
-    runner = runner or _runner(model, dtype, config, backend)
+    runner = runner or eager_runner(model, dtype, config, backend)
+    if ranks is not None:
+        runner = LeadingRunner(runner, ranks, collective)
     small: Draft | None = None
     if draft is not None:
         parameters = parameter_count(draft)
         arithmetic = _native_runner(draft, native, patience)
-        arithmetic = arithmetic or _runner(draft, dtype, config, backend)
+        arithmetic = arithmetic or eager_runner(draft, dtype, config, backend)
         small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
 
@@ -151,17 +167,20 @@ def _build(
     drafts = config.speculation.max_draft_tokens
     if device.torch_device.type == "cuda":
         executor = stream_executor(config.device, device.torch_device, threads)
-        activations = measured_activations(
-            runner,
-            spec,
-            formats,
-            dtype,
-            slots,
-            sampler,
-            step_tokens=_step_tokens(config, device),
-            drafts=drafts,
-            max_model_len=max_model_len,
-        )
+        if ranks is None:
+            activations = measured_activations(
+                runner,
+                spec,
+                formats,
+                dtype,
+                slots,
+                sampler,
+                step_tokens=_step_tokens(config, device),
+                drafts=drafts,
+                max_model_len=max_model_len,
+            )
+        else:  # the other ranks have no pools yet to compute on
+            activations = activations_of(config, spec, dtype, device)
         verified = drafts if drafter_names(config.speculation) else 0
         buckets = graph_buckets(
             config.device, runner, num_slots - 1, verified, max_model_len, page_size
@@ -171,13 +190,18 @@ def _build(
         if config.device.worker_core is not None:
             raise StartupError("worker_core is about the thread that feeds a GPU; there is none.")
         executor = ThreadExecutor(threads)
-        activations = _activations(config, spec, dtype, _step_tokens(config, device))
+        activations = activations_of(config, spec, dtype, device)
     graphs = 0
     if buckets is not None:
-        forward = _activations(config, spec, dtype, buckets.tokens[-1])
+        forward = activations_of(config, spec, dtype, device, buckets.tokens[-1])
         models = [spec] if small is None else [spec, small.spec]
         graphs = sum(graph_bytes(buckets, forward, m.hidden_size, dtype.itemsize) for m in models)
-    budget = _budget(config, device, page, max_model_len, before, activations, graphs)
+    budget = budget_of(config, device, page, max_model_len, before, activations, graphs)
+    if ranks is not None:
+        pages, host_pages = ranks.allocate(budget.num_pages, budget.host_pages)
+        limit = budget.limit if pages == budget.num_pages else "another rank's memory"
+        budget = replace(budget, num_pages=pages, host_pages=host_pages, limit=limit)
+        log.info("%d ranks; the budget is that of rank 0, its part of weights and KV", shard.size)
     log.info("%s", budget)
     kv = allocate_pool(
         spec, budget.num_pages, budget.page_size, dtype, device.torch_device, formats
@@ -214,7 +238,7 @@ def _build(
             max_model_len=max_model_len,
             num_pages=budget.num_pages,
             page_size=budget.page_size,
-            device=device.name,
+            device=device.name if shard.size == 1 else f"{shard.size} × {device.name}",
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
             arithmetic=runner.name,
@@ -223,6 +247,7 @@ def _build(
         host,
         drafting,
         transfer_for(device.torch_device),
+        ranks,
     )
     drafter = None if drafting is None else drafting.model
 
@@ -261,7 +286,15 @@ def _build(
     )
 
 
-def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
+def _start_ranks(config: EngineConfig, folder: Path, threads: int, undo: ExitStack) -> Ranks:
+    """The other ranks, which load while this one does. What is downloaded is so by now."""
+    ranks = Ranks(replace(config, model=replace(config.model, model=str(folder))), threads)
+    undo.callback(ranks.close)
+    return ranks
+
+
+def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFormat]:
+    """Of the pages of a model's part, layer by layer. `spec`: of the whole model."""
     cache = config.cache
     if COARSE in drafter_names(config.speculation) and cache.kv_format not in HALVES:
         raise StartupError(
@@ -269,14 +302,19 @@ def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
             f"{' or '.join(HALVES)}."
         )
     try:
+        calibration = None
+        if cache.kv_calibration is not None:
+            calibration = _calibration(Path(cache.kv_calibration))
+            calibration.check(cache.kv_format, (spec.num_layers, spec.num_kv_heads, spec.head_dim))
+            calibration = calibration.part(*shard.kv_piece(spec.num_kv_heads))
         return layer_formats(
             cache.kv_format,
             spec.num_layers,
-            spec.num_kv_heads,
+            shard.spec(spec).num_kv_heads,
             cache.page_size,
             spec.head_dim,
             cache.kv_boundary_layers,
-            None if cache.kv_calibration is None else _calibration(Path(cache.kv_calibration)),
+            calibration,
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
@@ -312,7 +350,7 @@ def _step_tokens(config: EngineConfig, device: Device) -> int:
     return schedule.max_step_tokens or max(device.step_tokens, schedule.max_num_seqs)
 
 
-def _budget(
+def budget_of(
     config: EngineConfig,
     device: Device,
     page: int,
@@ -336,13 +374,21 @@ def _budget(
         default_cap=device.pool_cap,
         kv_bytes=cache.kv_bytes,
         num_pages=cache.num_pages,
-        swap_bytes=_swap_bytes(cache.swap_bytes, device),
+        swap_bytes=_swap_bytes(cache.swap_bytes, device) // config.device.tensor_parallel_size,
         graphs=graphs,
     )
 
 
-def _activations(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
-    """An estimate for a step of so many tokens, and as many logits rows as there can be."""
+def activations_of(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: Device,
+    tokens: int | None = None,
+) -> int:
+    """Bytes that a step of so many tokens, by default the largest, is estimated to take, with as
+    many logits rows as there can be."""
+    tokens = tokens or _step_tokens(config, device)
     most = config.schedule.max_num_seqs * (1 + config.speculation.max_draft_tokens)
     return activation_bytes(
         max_step_tokens=tokens,
@@ -375,10 +421,16 @@ def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOp
 
 
 def _readers(
-    native: Future[NativeOps] | None, formats: Sequence[KVFormat]
+    native: Future[NativeOps] | None, formats: Sequence[KVFormat], ranks: int
 ) -> Future[NativeOps] | None:
     """The native kernels, if they read such pages."""
     if native is None:
+        return None
+    if ranks > 1:
+        log.info(
+            "several ranks compute in plain torch operations: the native decoder is one call a "
+            "step, in which they could not meet"
+        )
         return None
     try:
         for form in formats:
@@ -401,7 +453,7 @@ def _native_runner(
         return None  # `_swap_when_built` tries again and says what is wrong
 
 
-def _runner(
+def eager_runner(
     model: LanguageModel, dtype: torch.dtype, config: EngineConfig, backend: Backend
 ) -> Runner:
     if isinstance(model, Decoder):

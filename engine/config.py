@@ -25,9 +25,9 @@ def option(
 ) -> T:
     """A dataclass field with its documentation.
 
-    The flag is the field's name with dashes; `aliases` are further flags for it, and `opposites`
-    flags that turn it off. Typed as the default's type, so that a class body reads like plain
-    assignments.
+    The flag is the field's name with dashes; `aliases` are further flags for it, those of one or
+    two letters after a single dash, and `opposites` flags that turn it off. Typed as the default's
+    type, so that a class body reads like plain assignments.
     """
     made: Any = field(
         default=default,
@@ -121,7 +121,7 @@ class CacheConfig:
     )
     kv_bytes: int | None = option(
         None,
-        "Exact size of the KV pool in bytes, instead of a fraction.",
+        "Exact size of the KV pool in bytes, of each rank, instead of a fraction.",
         aliases=("kv-cache-memory-bytes",),
     )
     num_pages: int | None = option(
@@ -195,6 +195,12 @@ class DeviceConfig:
 
     device: str = option(
         "auto", "`auto` takes the GPU when there is one.", choices=("auto", "cpu", "cuda")
+    )
+    tensor_parallel_size: int = option(
+        1,
+        "Ranks that share the model, each with a part of the weights and of every page: GPUs of"
+        " this machine, or on a CPU processes that divide the threads. See docs/operations.md.",
+        aliases=("tp",),
     )
     threads: int | None = option(None, "CPU threads of the worker. Default: all cores.")
     attention_backend: str = option(

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.sampling.accept import longest_matches
-from scheduler.plan import NO_DRAFTING, DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
+from scheduler.plan import (
+    NO_DRAFTING,
+    DraftTime,
+    PageCopy,
+    Row,
+    RowResult,
+    Shadow,
+    StepPlan,
+    StepResult,
+)
 from scheduler.request import SamplingParams, TokenLogprob
 from worker.batch import StepBatch, build_batch
 from worker.drafting import Drafting
 from worker.executor import Executor, PendingStep
 from worker.kv_pool import copy_pages
 from worker.outcome import Outcome
+from worker.ranks import Copies, Followers, Nobody
 from worker.runner import Runner
 from worker.sampler import Form, Sampler
 from worker.slots import SlotTable
@@ -92,6 +103,7 @@ class Worker:
         # None: rows verify what stands in the token table.
         drafting: Drafting | None = None,
         transfer: Transfer | None = None,  # None: host and device memory are the same
+        followers: Followers | None = None,  # other ranks, which hold other parts of the pages
     ) -> None:
         self.facts = facts
         self._kv = kv
@@ -102,6 +114,7 @@ class Worker:
         self._drafting = drafting
         self._transfer = transfer or HostTransfer()
         self._unread: deque[BegunStep] = deque()  # oldest first
+        self._followers = followers or Nobody()
         self._runner = runner  # for sequences admitted from now on
         self._runners: list[Runner] = [runner] * len(slots.epoch)  # by slot
         self._params: list[SamplingParams | None] = [None] * len(slots.epoch)
@@ -115,6 +128,11 @@ class Worker:
     def kv(self) -> Sequence[Tensor]:
         """The KV pool, for those who copy its pages; see `allocate_pool`."""
         return self._kv
+
+    @property
+    def lost(self) -> Future[str]:
+        """Resolves, in a sentence, when steps cannot succeed any more; see `Followers`."""
+        return self._followers.lost
 
     def use(self, runner: Runner) -> None:
         """Gives sequences admitted from now on another runner.
@@ -135,6 +153,7 @@ class Worker:
         self._executor.close()
         if self._drafting is not None:
             self._drafting.close()
+        self._followers.close()
 
     def _begin(self, plan: StepPlan) -> BegunStep:
         """Gives all work of a step to the device; the results of earlier steps may be outstanding.
@@ -149,9 +168,9 @@ class Worker:
                 self._unread[0].read()
         span = self._transfer.begin()
         with torch.inference_mode():
-            copy_pages(self._kv, self._host, plan.saves)
+            self._copy(plan.saves, to_host=True)
             for admit in plan.admits:
-                copy_pages(self._host, self._kv, admit.loads)
+                self._copy(admit.loads, to_host=False)
                 self._slots.admit(admit)
                 self._sampler.slots.admit(admit.slot, admit.params, admit.choice, admit.prompt_len)
                 self._runners[admit.slot] = self._runner
@@ -195,6 +214,13 @@ class Worker:
             drafting=step.drafting,
             shadows=step.shadows,
         )
+
+    def _copy(self, pages: Sequence[PageCopy], *, to_host: bool) -> None:
+        if not pages:
+            return
+        self._followers.tell(Copies(list(pages), to_host))
+        pools = (self._kv, self._host) if to_host else (self._host, self._kv)
+        copy_pages(*pools, pages)
 
     def _by_runner(self, rows: Sequence[Row]) -> list[tuple[Runner, list[int]]]:
         """Row indices by runner; more than one only while a swap is under way."""

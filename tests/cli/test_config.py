@@ -57,7 +57,7 @@ def test_names_known_from_elsewhere():
             *("--block-size", "32", "--no-enable-prefix-caching", "--kv-cache-dtype", "auto"),
             *("--api-key", "k1", "--api-key", "k2", "--allowed-origins", "*"),
             *("--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem", "--root-path", "/llm"),
-            *("--dtype", "bfloat16", "--seed", "5", "--load-format", "dummy"),
+            *("--dtype", "bfloat16", "--seed", "5", "--load-format", "dummy", "-tp", "4"),
         ],
         HOME,
     )
@@ -69,6 +69,7 @@ def test_names_known_from_elsewhere():
     assert engine.schedule.max_step_tokens == 512
     assert (engine.cache.memory_fraction, engine.cache.page_size) == (0.5, 32)
     assert engine.cache.enable_prefix_cache is False
+    assert engine.device.tensor_parallel_size == 4
     assert server.api_keys == ("k1", "k2")
     assert (server.tls_certificate, server.tls_key) == ("c.pem", "k.pem")
 

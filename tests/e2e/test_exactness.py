@@ -73,13 +73,12 @@ SAMPLERS = {
 }
 
 
-def layers(kv_format: str) -> list[KVFormat]:
-    heads, dim = SPEC.num_kv_heads, SPEC.head_dim
+def layers(kv_format: str, heads: int = SPEC.num_kv_heads) -> list[KVFormat]:
+    dim = SPEC.head_dim
     return layer_formats(kv_format, SPEC.num_layers, heads, CONFIG.page_size, dim)
 
 
-@cache
-def decoder(kv_format: str = "auto") -> Decoder:
+def filled() -> Decoder:
     torch.manual_seed(0)
     model = Decoder(SPEC, dtype=torch.float32, max_model_len=CONTEXT)
     for name, target in model.targets().items():
@@ -87,6 +86,12 @@ def decoder(kv_format: str = "auto") -> Decoder:
             target.normal_(0.0, 1.0 if "embed" in name else 0.3)
         else:
             target.fill_(1.0)
+    return model
+
+
+@cache
+def decoder(kv_format: str = "auto") -> Decoder:
+    model = filled()
     prepare_linears(model, "invariant")
     model.use_formats(layers(kv_format))
     return model
@@ -156,7 +161,12 @@ def alone(sampler: str, kv_format: str = "auto") -> dict[tuple[str, int], Result
     return found
 
 
-def same(found: dict[tuple[str, int], Result], sampler: str, kv_format: str = "auto") -> None:
+def same(
+    found: dict[tuple[str, int], Result],
+    sampler: str,
+    kv_format: str = "auto",
+    within: float = 1e-4,  # of a log-probability
+) -> None:
     expected = alone(sampler, kv_format)
     assert found.keys() == expected.keys()
     for key, result in found.items():
@@ -166,7 +176,7 @@ def same(found: dict[tuple[str, int], Result], sampler: str, kv_format: str = "a
         assert ends[1] is not None
         assert ends[0].reason == ends[1].reason, key
         assert [p.logprob for p in result.logprobs] == pytest.approx(
-            [p.logprob for p in expected[key].logprobs], abs=1e-4
+            [p.logprob for p in expected[key].logprobs], abs=within
         )
 
 
