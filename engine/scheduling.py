@@ -71,8 +71,10 @@ def draft_policy(
         most = min(config.fixed_draft_tokens, config.max_draft_tokens)
         ahead = config.draft_ahead == "on"
         return FixedDrafts(most, tuple(range(len(names))), names, ahead=ahead)
-    options = options_of(names, config.draft_ahead if beside else "off")
-    return Controller(options, names, config.max_draft_tokens, cost, mtpot_target, max(beside, 1.0))
+    mode = config.draft_ahead if beside else "off"
+    expected = beside if mode == "auto" else 1.0  # where nobody chooses, nothing is expected
+    options = options_of(names, mode)
+    return Controller(options, names, config.max_draft_tokens, cost, mtpot_target, expected)
 
 
 def options_of(names: Sequence[str], ahead: str = "off") -> list[Option]:

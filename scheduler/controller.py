@@ -436,8 +436,8 @@ class Controller:
         for turn in range(self._turn, self._turn + len(self.options)):
             number = turn % len(self.options)
             option, cost = self.options[number], self.draft_costs[number]
-            if option.ahead:
-                continue
+            if option.ahead and (option.drafters, False) in self._number:
+                continue  # the other says the same
             forwards, tokens = 0, 0.0
             if option.computes:
                 forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS

@@ -16,12 +16,13 @@ from benchmarks.speculation_simulated import (
     fixed,
     rate,
 )
-from scheduler.controller import GAP_AIM, Controller, Option
+from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, Controller, Option
 from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
 from scheduler.scheduler import Scheduler
 from scheduler.simulated_drafts import DraftingCosts
+from scheduler.speculation import NO_RULES
 from scheduler.step_cost import StepCost
 from scheduler.verify_cost import LEAST_PLAIN
 
@@ -64,6 +65,7 @@ class Alone:
         cost = StepCost.from_profile(H200_8B)
         every = Option((0,), False), Option((0, 1), True), Option((1,), True)
         self.policy = Controller(options or every, ["suffix", "model"], MOST, cost)
+        self.rules = NO_RULES
         self.scheduler = Scheduler(SchedulerConfig(num_pages=2000), self.policy, cost=cost)
         params = SamplingParams(max_tokens=4000)
         self.scheduler.add(Request("0", (1,) * 40, params, 0.0, speculation=speculation), 0.0)
@@ -76,10 +78,11 @@ class Alone:
         self.shadows: tuple[Shadow, ...] = ()
 
     def step(self, chance: float) -> None:
-        rules = self.policy.plan([self.sequence])
+        self.rules = rules = self.policy.plan([self.sequence])
         drafts, drafters = self.sequence.drafts, self.sequence.drafters
         self.lengths.append(drafts)
-        row = Row(1, 1, None, True, drafts, drafters)
+        ahead = drafts if rules.ahead else 0
+        row = Row(1, 1, None, True, drafts, drafters, ahead)
         right = 0
         while right < drafts and self._rng.random() < chance:
             right += 1
@@ -96,7 +99,11 @@ class Alone:
             tokens = drafts + self._behind
             work = DraftTime(0.5e-3 * drafts + 2e-6 * tokens, drafts, tokens)
             self._behind = 0
-        result = StepResult(0, (done,), 4.5e-3, work, self.shadows)
+        seconds = 4.5e-3
+        if ahead:  # it pays under no circumstances
+            seconds *= 3
+            work = work._replace(beside=1e-3 * ahead, ahead=1)
+        result = StepResult(0, (done,), seconds, work, self.shadows)
         self.shadows = ()
         self.policy.settled(plan, result, self.now)
 
@@ -226,3 +233,32 @@ def test_texts_written_without_drafts_say_when_drafts_would_pay() -> None:
         for _ in range(12):
             alone.step(1.0)
     assert alone.mean(4) > 1
+
+
+def test_working_ahead_is_kept_where_it_pays() -> None:
+    """A draft model on a device of its own, against the same one taking turns; and one that slows
+    the target down so much that it does not pay, which must be found out at little cost."""
+    slow = DraftingCosts(forward=1.2e-3, token=0.01e-3)
+    beside = DraftingCosts(slow.forward, slow.token, ahead=True, foreseen=0.7)
+    trace = backlog(60, (0.8,))
+    for streams in (1, 4):
+        turns = rate(controller(True), trace, streams, slow, SECONDS)
+        both = rate(controller(True, ahead=True), trace, streams, beside, SECONDS)
+        assert both > 1.2 * turns
+    useless = DraftingCosts(slow.forward, slow.token, ahead=True, foreseen=0.0)
+    hopeless = backlog(60, (0.2,))
+    turns = rate(controller(True), hopeless, 4, slow, SECONDS)
+    assert rate(controller(True, ahead=True), hopeless, 4, useless, SECONDS) > 0.97 * turns
+
+
+def test_whether_it_works_ahead_is_tried_again() -> None:
+    """What either takes is forgotten unless it is seen, so the other way has its turns, ever more
+    seldom while nothing changes."""
+    alone = Alone(WILLING, Option((1,), True), Option((1,), True, ahead=True))
+    for _ in range(128):  # until both were seen
+        alone.step(0.9)
+    tried = 0
+    for _ in range(5 * TWIN_AFTER):
+        alone.step(0.9)
+        tried += alone.rules.ahead
+    assert tried == 2 * TWIN_STEPS
