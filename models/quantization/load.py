@@ -124,7 +124,7 @@ def projections(decoder: Decoder) -> list[Projection]:
         id(child.weight): Projection(parent, name, child)
         for parent in decoder.modules()
         for name, child in parent.named_children()
-        if isinstance(child, DenseLinear)
+        if isinstance(child, DenseLinear) and child.weight is not decoder.embedding
     }
     for name, view in decoder.targets().items():
         projection = found.get(id(view._base))

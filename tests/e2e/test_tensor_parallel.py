@@ -137,7 +137,8 @@ def worker(
         drafting = Drafting(slots, [made], made)
     facts = WorkerFacts(VOCAB, CONTEXT, config.num_pages, config.page_size, "cpu", "float32")
     executor = ThreadExecutor(1)
-    return Worker(runner, kv, slots, sampler, executor, facts, host, drafting, followers), followers
+    made = Worker(runner, kv, slots, sampler, executor, facts, host, drafting, followers=followers)
+    return made, followers
 
 
 def run(
