@@ -20,7 +20,7 @@ from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
 from kernels.cpu.packed import native_format
 from kernels.kv.calibration import Calibration
-from kernels.kv.format import KVFormat
+from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import HALVES, layer_formats
 from kernels.linear.prepare import LinearMode, prepare_linears
 from kernels.torch_ops import TorchOps
@@ -35,13 +35,14 @@ from scheduler.request import SchedulerConfig
 from worker.device import DTYPES, Device, DeviceError, available_host_memory, resolve_device
 from worker.drafters.registry import COARSE
 from worker.executor import ThreadExecutor
-from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
+from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, window_bytes
 from worker.native import native_runner
 from worker.runner import EagerRunner, Runner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.sizing import MIB, Budget, BudgetError, activation_bytes, plan_budget
 from worker.slots import SlotTable
+from worker.window_pages import WindowPages, dense_page_count
 from worker.worker import Worker, WorkerFacts
 
 if TYPE_CHECKING:
@@ -121,13 +122,20 @@ def _build(
     page = page_bytes(spec, config.cache.page_size, dtype, formats)
     if small is not None:  # a page of the target's has one of the draft model's beside it
         page += page_bytes(small.spec, config.cache.page_size, dtype)
-    budget = _budget(config, device, spec, page, dtype, max_model_len, before)
+    num_slots, page_size = config.schedule.max_num_seqs + 1, config.cache.page_size
+    windows = windows_of(formats)
+    copies = dense_page_count(windows, num_slots, page_size, _step_tokens(config, device))
+    dense = window_bytes(spec, copies, page_size, dtype, formats)
+    budget = _budget(config, device, spec, page, dense, dtype, max_model_len, before)
     log.info("%s", budget)
-    num_slots = config.schedule.max_num_seqs + 1
-    slots = SlotTable(num_slots, max_model_len, budget.page_size, device.torch_device)
+    near: WindowPages | None = None
+    if windows is not None:
+        most = -(-max_model_len // page_size)
+        near = WindowPages(windows, copies, num_slots, most, page_size, device.torch_device)
+    slots = SlotTable(num_slots, max_model_len, page_size, device.torch_device, near)
     sampling = SlotSampling(num_slots, spec.vocab_size, device.torch_device)
     kv = allocate_pool(
-        spec, budget.num_pages, budget.page_size, dtype, device.torch_device, formats
+        spec, budget.num_pages, page_size, dtype, device.torch_device, formats, copies
     )
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
@@ -139,6 +147,7 @@ def _build(
         small,
         Draft(runner, spec, dtype, size),
         kv,
+        budget.num_pages,
         _step_tokens(config, device),
     )
     worker = Worker(
@@ -182,6 +191,7 @@ def _build(
         max_step_tokens=_step_tokens(config, device),
         max_model_len=max_model_len,
         enable_prefix_cache=config.cache.enable_prefix_cache,
+        prefix_block=0 if windows is None else windows.block,
         host_pages=budget.host_pages,
         hash_root=chain_root(
             str(folder.resolve()).encode(),
@@ -203,7 +213,7 @@ def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
             f"{' or '.join(HALVES)}."
         )
     try:
-        return layer_formats(
+        formats = layer_formats(
             cache.kv_format,
             spec.num_layers,
             spec.num_kv_heads,
@@ -211,9 +221,17 @@ def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
             spec.head_dim,
             cache.kv_boundary_layers,
             None if cache.kv_calibration is None else _calibration(Path(cache.kv_calibration)),
+            cache.kv_sink,
+            cache.kv_window,
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
+    if COARSE in drafter_names(config.speculation) and windows_of(formats) is not None:
+        raise StartupError(
+            f"the drafter `{COARSE}` does not read dense windows: serve without --kv-window and "
+            "--kv-sink."
+        )
+    return formats
 
 
 def _calibration(file: Path) -> Calibration:
@@ -251,6 +269,7 @@ def _budget(
     device: Device,
     spec: ModelSpec,
     page: int,
+    windows: int,
     dtype: torch.dtype,
     max_model_len: int,
     before: int,
@@ -275,6 +294,7 @@ def _budget(
             dtype_bytes=dtype.itemsize,
         ),
         page_bytes=page,
+        window_bytes=windows,
         page_size=cache.page_size,
         max_model_len=max_model_len,
         max_num_seqs=config.schedule.max_num_seqs,

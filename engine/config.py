@@ -99,6 +99,17 @@ class CacheConfig:
         "First layers, and last, whose keys and values get 8 bits. Default: as the format asks for,"
         " at most two.",
     )
+    kv_window: int | None = option(
+        None,
+        "Latest tokens whose keys and values are dense beside a format of fewer bits: those since"
+        " the last multiple of so many, a multiple of page_size. Cached prefixes end at such"
+        " multiples. 0: none. Default: as the format asks for.",
+    )
+    kv_sink: int | None = option(
+        None,
+        "First tokens whose keys and values are dense beside a format of fewer bits. 0: none."
+        " Default: as the format asks for.",
+    )
     memory_fraction: float = option(
         0.9,
         "Share of the device's memory to use, weights and activations included.",

@@ -77,18 +77,20 @@ def build_drafting(
     draft: Draft | None,
     target: Draft,
     kv: Sequence[Tensor],
+    num_pages: int,
     step_tokens: int,
 ) -> Drafting | None:
-    """None where nobody guesses. `target`: the model that is served, `kv` its pool."""
+    """None where nobody guesses. `target`: the model that is served, `kv` its pool of `num_pages`
+    pages."""
     names = drafter_names(config)
     if not names:
         return None
     model: ModelDrafter | None = None
     if draft is not None:
-        pages, device = kv[0].shape[0], slots.tokens.device
+        device = slots.tokens.device
         model = ModelDrafter(
             draft.runner,
-            allocate_pool(draft.spec, pages, slots.page_size, draft.dtype, device),
+            allocate_pool(draft.spec, num_pages, slots.page_size, draft.dtype, device),
             slots,
             sampler,
             draft.parameters,

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.kv.format import DENSE, KVFormat
+from kernels.kv.windows import DensePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class AttentionBatch:
     # Host-side bounds, so that no kernel has to read a length back from the device.
     max_query: int  # the longest row of this step, tokens
     max_kv: int  # an upper bound of kv_lengths
+    copies: DensePages | None = None  # where windows of packed pages are dense
 
 
 @dataclass(frozen=True, slots=True)

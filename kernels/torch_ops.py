@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels import activation, norm
-from kernels.attention.paged import QueryGroup, attend_group, plan_queries
+from kernels.attention.paged import attend_group, plan_queries
+from kernels.attention.tiles import QueryGroup
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.rope import rotate
 
@@ -58,7 +59,7 @@ class TorchOps:
         self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
     ) -> None:
         """See `kernels.ops.Ops.append`."""
-        layer.kv.append(k, v, kv, batch.kv_slots)
+        layer.kv.append(k, v, kv, batch.kv_slots, batch.copies)
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         """See `kernels.ops.Ops.attend`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,7 @@ def build_batch(rows: Sequence[Row], slots: SlotTable) -> StepBatch:
         positions = start[token_rows] + offsets
         token_slots = row_slots[token_rows]
 
+    windows = slots.windows
     chunk_tokens: list[int] = []
     chunk_at: list[int] = []  # token rows the chunks' tokens stand at
     max_kv = 0
@@ -64,6 +66,8 @@ def build_batch(rows: Sequence[Row], slots: SlotTable) -> StepBatch:
             chunk_tokens.extend(row.chunk)
             chunk_at.extend(range(at, at + count))
         at += count
+        if windows is not None:
+            windows.cover(row.slot, slots.bound[row.slot], slots.bound[row.slot] + count)
         slots.bound[row.slot] += count
         max_kv = max(max_kv, slots.bound[row.slot])
     if chunk_tokens:
@@ -89,6 +93,7 @@ def build_batch(rows: Sequence[Row], slots: SlotTable) -> StepBatch:
         kv_slots=kv_slots,
         max_query=max(counts),
         max_kv=max_kv,
+        copies=None if windows is None else windows.of(row_slots, token_slots, positions, pages),
     )
 
     sample_at: list[int] = []
@@ -117,3 +122,52 @@ def build_batch(rows: Sequence[Row], slots: SlotTable) -> StepBatch:
             [1 if row.chunk is None else len(row.chunk) for row in rows], device=device
         ),
     )
+
+
+def span_batch(
+    slots: SlotTable, spans: Sequence[tuple[int, int, int]], more: int = 0
+) -> AttentionBatch:
+    """One ragged forward over known positions: (slot, first, behind the last) of each row. The page
+    table reaches `more` positions further."""
+    device, size = slots.tokens.device, slots.page_size
+    table = np.array(spans, dtype=np.int64)
+    counts = table[:, 2] - table[:, 1]
+    starts = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    rows = np.repeat(np.arange(len(spans)), counts)
+    positions = np.arange(starts[-1]) - starts[rows] + table[rows, 1]
+    longest = int(table[:, 2].max())
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
+    page_table = slots.page_table[row_slots, : -(-(longest + more) // size)]
+    return AttentionBatch(
+        positions=at,
+        token_rows=token_rows,
+        query_starts=put(starts),
+        kv_lengths=put(table[:, 2].astype(np.int32)),
+        page_table=page_table,
+        kv_slots=page_table[token_rows, at // size].long() * size + at % size,
+        max_query=int(counts.max()),
+        max_kv=longest,
+    )
+
+
+def sink_batch(slots: SlotTable, ends: Sequence[tuple[int, int]]) -> tuple[Tensor, AttentionBatch]:
+    """The first positions of slots, (slot, behind the last) each, whose packed pages are in the pool
+    already. Returns token ids, [tokens] int64, and a step that writes dense copies only.
+    """
+    windows = slots.windows
+    assert windows is not None
+    for slot, end in ends:
+        windows.cover(slot, 0, end)
+    batch = span_batch(slots, [(slot, 0, end) for slot, end in ends])
+    at = batch.positions
+    row_slots = torch.tensor([slot for slot, _ in ends], device=at.device)
+    token_slots = row_slots[batch.token_rows]
+    pages = batch.page_table.shape[1]
+    null = at % slots.page_size  # in page 0
+    copies = windows.of(row_slots, token_slots, at, pages)
+    return slots.tokens[token_slots, at].long(), replace(batch, kv_slots=null, copies=copies)

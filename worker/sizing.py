@@ -25,6 +25,7 @@ class Budget:
     page_size: int
     num_pages: int  # the null page included
     limit: str  # what decided the number of pages
+    window_bytes: int = 0  # of dense windows beside the pages
     host_pages: int = 0  # that may hold what paused sequences computed, in host memory
 
     @property
@@ -46,6 +47,8 @@ class Budget:
             (f"KV pool: {self.num_pages} pages of {self.page_bytes} bytes", self.pool),
             (f"host memory: {self.host_pages} pages to swap to", self.host_pages * self.page_bytes),
         ]
+        if self.window_bytes:
+            rows.insert(-1, ("dense windows", self.window_bytes))
         lines = [f"  {name:<48}{size / MIB:>12,.1f} MiB" for name, size in rows]
         tail = f"  room for {self.positions:,} token positions; limited by {self.limit}"
         return "\n".join(["memory budget", *lines, tail])
@@ -84,8 +87,9 @@ def plan_budget(
     kv_bytes: int | None,
     num_pages: int | None,
     swap_bytes: int = 0,
+    window_bytes: int = 0,
 ) -> Budget:
-    """Decides the number of pages.
+    """Decides the number of pages. `window_bytes` are needed beside them.
 
     An explicit `num_pages` or `kv_bytes` wins; otherwise the usable memory less the activations,
     bounded by what `max_num_seqs` sequences of full length could ever fill and by `default_cap`.
@@ -94,15 +98,16 @@ def plan_budget(
     if num_pages is not None:
         pages, limit = num_pages, "num_pages"
     elif kv_bytes is not None:
-        pages, limit = kv_bytes // page_bytes, "kv_bytes"
+        pages, limit = (kv_bytes - window_bytes) // page_bytes, "kv_bytes"
     else:
-        usable = int(available * fraction) - activations
+        usable = int(available * fraction) - activations - window_bytes
         pages, limit = usable // page_bytes, "memory_fraction"
         full = max_num_seqs * -(-max_model_len // page_size) + 1
         if full < pages:
             pages, limit = full, "max_num_seqs sequences of max_model_len"
-        if default_cap is not None and default_cap // page_bytes < pages:
-            pages, limit = default_cap // page_bytes, "the default pool size on a CPU (kv_bytes)"
+        if default_cap is not None and (default_cap - window_bytes) // page_bytes < pages:
+            pages = (default_cap - window_bytes) // page_bytes
+            limit = "the default pool size on a CPU (kv_bytes)"
     needed = -(-max_model_len // page_size) + 1
     if pages < needed:
         raise BudgetError(
@@ -121,5 +126,6 @@ def plan_budget(
         page_size=page_size,
         num_pages=pages,
         limit=limit,
+        window_bytes=window_bytes,
         host_pages=swap_bytes // page_bytes,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scheduler.plan import Admit
+from worker.window_pages import WindowPages
 
 
 class SlotTable:
@@ -25,8 +26,16 @@ class SlotTable:
     computed: Tensor  # [slots] int64
     page_table: Tensor  # [slots, max_pages] int32
 
-    def __init__(self, num_slots: int, max_len: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_len: int,
+        page_size: int,
+        device: torch.device,
+        windows: WindowPages | None = None,
+    ) -> None:
         max_pages = -(-max_len // page_size)
+        self.windows = windows
         self.page_size = page_size
         self.tokens = torch.zeros(num_slots, max_len + 1, dtype=torch.int32, device=device)
         self.computed = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -42,6 +51,8 @@ class SlotTable:
         slot, cached = admit.slot, len(admit.cached)
         self.epoch[slot] = admit.epoch
         self.pages[slot] = []
+        if self.windows is not None:
+            self.windows.clear(slot)
         self.bound[slot] = cached
         self.computed[slot] = cached
         if cached:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.sampling.accept import accepted_counts
 from scheduler.plan import NO_DRAFTING, Row, RowResult, StepPlan, StepResult
 from scheduler.request import SamplingParams, TokenLogprob
-from worker.batch import StepBatch, build_batch
+from worker.batch import StepBatch, build_batch, sink_batch
 from worker.drafting import Drafting
 from worker.executor import PendingStep, ThreadExecutor
 from worker.kv_pool import copy_pages
@@ -109,6 +109,7 @@ class Worker:
                 self._prompt_len[admit.slot] = admit.prompt_len
                 if self._drafting is not None:
                     self._drafting.admit(admit)
+            self._recall_sinks(plan)
             for row in plan.rows:
                 self._slots.add_pages(row.slot, row.new_pages)
             rows: Sequence[Row] = plan.rows
@@ -119,6 +120,9 @@ class Worker:
             for runner, indices in self._by_runner(rows):
                 some = [rows[i] for i in indices]
                 results.update(zip(indices, self._forward(runner, some), strict=True))
+            if self._slots.windows is not None:
+                for row in rows:
+                    self._slots.windows.settle(row.slot, self._slots.bound[row.slot])
             if not any(row.samples for row in rows):
                 self._finish()  # nothing was read back, so nothing was waited for
         return StepResult(
@@ -128,6 +132,18 @@ class Worker:
             drafting=drafting,
             shadows=() if self._drafting is None else self._drafting.take_shadows(),
         )
+
+    def _recall_sinks(self, plan: StepPlan) -> None:
+        """Computes the sinks of cached prefixes again: a prefix comes packed, and they are to be
+        dense. They see nothing but each other, so they become what they were."""
+        windows = self._slots.windows
+        if windows is None or not windows.windows.sink:
+            return
+        sink = windows.windows.sink
+        ends = [(a.slot, min(sink, len(a.cached))) for a in plan.admits if a.cached]
+        if ends:
+            ids, batch = sink_batch(self._slots, ends)
+            self._runner.forward(ids, batch, self._kv)
 
     def _finish(self) -> None:
         """Waits for the device, so that a step's seconds are its own and not its successor's."""

@@ -12,10 +12,12 @@ from kernels.kv.codec import Affine, Codec
 from kernels.kv.format import DENSE, KVFormat
 from kernels.kv.paged import Paged
 from kernels.kv.table import Float8, LloydMax, Octopus
+from kernels.kv.windows import Windows
 
 AUTO = "auto"  # dense, in the model's dtype
 BOUNDARY = "int8n"  # what the first and last layers get where a format asks for it
 EVERY_LAYERS = 8  # a layer at each end for every so many, at most two
+TWO_BIT_WINDOWS = (64, 128)
 LEAST_LAYERS = 4  # a model of fewer has no ends to speak of
 
 
@@ -28,6 +30,7 @@ class Preset:
     rotated: bool = True
     # The first and last layers want more bits: at least so many of them at each end. None: no.
     boundary: int | None = None
+    windows: tuple[int, int] = (0, 0)  # the first positions and blocks of the latest, see `Windows`
 
 
 PRESETS = {
@@ -35,8 +38,15 @@ PRESETS = {
     "k8v4": Preset(lambda: Affine(8), lambda: Affine(4)),
     "int4h": Preset(lambda: Affine(4), lambda: Affine(4), boundary=0),
     "int4h64": Preset(lambda: Affine(4, group=64), lambda: Affine(4, group=64), boundary=0),
-    "k4v2h": Preset(lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=1),
-    "int2h": Preset(lambda: Affine(2, clip=1.5), lambda: Affine(2, clip=1.5), boundary=1),
+    "k4v2h": Preset(
+        lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=1, windows=TWO_BIT_WINDOWS
+    ),
+    "int2h": Preset(
+        lambda: Affine(2, clip=1.5),
+        lambda: Affine(2, clip=1.5),
+        boundary=1,
+        windows=TWO_BIT_WINDOWS,
+    ),
     "fp8": Preset(Float8, Float8, rotated=False),
     "turbo4": Preset(lambda: LloydMax(4), lambda: LloydMax(4), boundary=0),
     "turbo3": Preset(lambda: LloydMax(3), lambda: LloydMax(3), boundary=1),
@@ -56,15 +66,21 @@ def layer_formats(
     head_dim: int,
     boundary_layers: int | None = None,
     calibration: Calibration | None = None,
+    sink: int | None = None,
+    window: int | None = None,
 ) -> list[KVFormat]:
     """One for each layer. `boundary_layers` at each end get eight bits; None: those that the
-    calibration names, or as many as the format asks for. Raises ValueError, in a sentence, where a
-    head does not suit the format, or the calibration the model."""
+    calibration names, or as many as the format asks for. The others have dense windows: the first
+    `sink` positions and blocks of `window`; None: as the format asks for. Raises ValueError, in a
+    sentence, where a head does not suit the format, a window the pages, or the calibration the
+    model."""
     if calibration is not None:
         calibration.check(name, (num_layers, kv_heads, head_dim))
     if name == AUTO:
         if boundary_layers:
             raise ValueError("boundary layers get 8 bits beside a format of fewer, not dense pages")
+        if sink or window:
+            raise ValueError("windows are kept dense beside packed pages, and these are dense")
         return [DENSE] * num_layers
     if name not in PRESETS:
         raise ValueError(f"there is no KV format {name!r}; there are {', '.join([AUTO, *PRESETS])}")
@@ -76,11 +92,28 @@ def layer_formats(
     wide = {i for i in range(num_layers) if min(i, num_layers - 1 - i) < ends}
     if boundary_layers is None and calibration is not None:
         wide = set(calibration.eight_bit_layers)
+    windows = _windows(PRESETS[name], page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
     return [
-        _paged(BOUNDARY if i in wide else name, kv_heads, page_size, head_dim, means[i])
+        _paged(BOUNDARY, kv_heads, page_size, head_dim, means[i])
+        if i in wide
+        else _paged(name, kv_heads, page_size, head_dim, means[i], windows)
         for i in range(num_layers)
     ]
+
+
+def _windows(
+    preset: Preset, page_size: int, sink: int | None, window: int | None
+) -> Windows | None:
+    first, latest = preset.windows
+    if sink is None:
+        sink = first
+    if window is None:
+        window = -(-latest // page_size) * page_size
+    found = Windows(sink, window)
+    if found.block % page_size:
+        raise ValueError(f"a window of {found.block} tokens is no multiple of a page's {page_size}")
+    return found if found.sink or found.block else None
 
 
 def _ends(least: int | None, num_layers: int) -> int:
@@ -90,7 +123,12 @@ def _ends(least: int | None, num_layers: int) -> int:
 
 
 def _paged(
-    name: str, kv_heads: int, page_size: int, head_dim: int, key_mean: Tensor | None
+    name: str,
+    kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    key_mean: Tensor | None,
+    windows: Windows | None = None,
 ) -> Paged:
     preset = PRESETS[name]
     try:
@@ -102,6 +140,7 @@ def _paged(
             preset.values(),
             rotated=preset.rotated,
             key_mean=key_mean,
+            windows=windows,
         )
     except ValueError as error:
         raise ValueError(f"the KV format {name} does not fit this model: {error}") from error

@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from kernels.kv.format import KVFormat
+from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import layer_formats
 from kernels.linear.prepare import prepare_linears
 from kernels.torch_ops import TorchOps
@@ -30,6 +30,7 @@ from worker.runner import EagerRunner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.slots import SlotTable
+from worker.window_pages import WindowPages, dense_page_count
 from worker.worker import Worker, WorkerFacts
 
 VOCAB, CONTEXT, CPU = 160, 256, torch.device("cpu")
@@ -73,9 +74,19 @@ SAMPLERS = {
 }
 
 
+# Of the texts here, which are short: first tokens, and blocks of the latest.
+WINDOWS = {"k4v2h": (12, 32), "int2h": (40, 16), "turbo2": (0, 24), "turbo3": (20, 0)}
+
+
 def layers(kv_format: str) -> list[KVFormat]:
-    heads, dim = SPEC.num_kv_heads, SPEC.head_dim
-    return layer_formats(kv_format, SPEC.num_layers, heads, CONFIG.page_size, dim)
+    heads, dim, windows = SPEC.num_kv_heads, SPEC.head_dim, WINDOWS.get(kv_format, (0, 0))
+    size = CONFIG.page_size
+    return layer_formats(kv_format, SPEC.num_layers, heads, size, dim, None, None, *windows)
+
+
+def windowed(config: SchedulerConfig, kv_format: str) -> SchedulerConfig:
+    windows = windows_of(layers(kv_format))
+    return config if windows is None else replace(config, prefix_block=windows.block)
 
 
 @cache
@@ -93,9 +104,14 @@ def decoder(kv_format: str = "auto") -> Decoder:
 
 
 def worker(config: SchedulerConfig, kv_format: str = "auto") -> Worker:
-    slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
-    formats = layers(kv_format)
-    kv = allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU, formats)
+    num_slots, size, formats = config.max_num_seqs + 1, config.page_size, layers(kv_format)
+    windows = windows_of(formats)
+    copies = dense_page_count(windows, num_slots, size, config.max_step_tokens)
+    near: WindowPages | None = None
+    if windows is not None:
+        near = WindowPages(windows, copies, num_slots, -(-CONTEXT // size), size, CPU)
+    slots = SlotTable(num_slots, CONTEXT, size, CPU, near)
+    kv = allocate_pool(SPEC, config.num_pages, size, torch.float32, CPU, formats, copies)
     return Worker(
         EagerRunner(decoder(kv_format), TorchOps()),
         kv,
@@ -137,6 +153,7 @@ def run(
     policy: Policy | None = None,
     kv_format: str = "auto",
 ) -> tuple[dict[tuple[str, int], Result], Scheduler]:
+    config = windowed(config, kv_format)
     scheduler, device = Scheduler(config, FixedDrafts(drafts), policy), worker(config, kv_format)
     try:
         found = drive(scheduler, device, batch, depth=depth, arrivals_per_step=arrivals_per_step)

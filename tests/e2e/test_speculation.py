@@ -34,8 +34,9 @@ from tests.e2e.test_exactness import (
     requests,
     same,
 )
+from worker.batch import span_batch
 from worker.drafters.base import Ask, Drafter, Guess
-from worker.drafters.model import ModelDrafter, span_batch
+from worker.drafters.model import ModelDrafter
 from worker.drafters.registry import MODEL_FREE
 from worker.drafting import Drafting
 from worker.executor import ThreadExecutor

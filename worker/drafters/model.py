@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.cpu.chain import ChainRows, NativeChain
-from kernels.ops import AttentionBatch
+from worker.batch import span_batch
 from worker.drafters.base import LATER, Ask, Guess
 from worker.drafters.followed import Followed, OwnPages, TargetPages
 from worker.runner import Runner
@@ -243,31 +243,3 @@ class ModelDrafter:
             row.tokens.append(token)
             row.confidence.append(confidence)
             row.all_right *= confidence
-
-
-def span_batch(slots: SlotTable, spans: Sequence[Span], more: int = 0) -> AttentionBatch:
-    """One ragged forward over known positions; the page table reaches `more` positions further."""
-    device, size = slots.tokens.device, slots.page_size
-    table = np.array(spans, dtype=np.int64)
-    counts = table[:, 2] - table[:, 1]
-    starts = np.zeros(len(spans) + 1, dtype=np.int32)
-    np.cumsum(counts, out=starts[1:])
-    rows = np.repeat(np.arange(len(spans)), counts)
-    positions = np.arange(starts[-1]) - starts[rows] + table[rows, 1]
-    longest = int(table[:, 2].max())
-
-    def put(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
-    page_table = slots.page_table[row_slots, : -(-(longest + more) // size)]
-    return AttentionBatch(
-        positions=at,
-        token_rows=token_rows,
-        query_starts=put(starts),
-        kv_lengths=put(table[:, 2].astype(np.int32)),
-        page_table=page_table,
-        kv_slots=page_table[token_rows, at // size].long() * size + at % size,
-        max_query=int(counts.max()),
-        max_kv=longest,
-    )
