@@ -156,8 +156,9 @@ def span_batch(
 
 
 def sink_batch(slots: SlotTable, ends: Sequence[tuple[int, int]]) -> tuple[Tensor, AttentionBatch]:
-    """The first positions of slots, (slot, behind the last) each, whose packed pages are in the pool
-    already. Returns token ids, [tokens] int64, and a step that writes dense copies only.
+    """The first positions of slots, (slot, behind the last) each, whose packed pages the pool has.
+
+    Returns token ids, [tokens] int64, and a step that writes dense copies only.
     """
     windows = slots.windows
     assert windows is not None

@@ -110,10 +110,12 @@ def plan_budget(
             limit = "the default pool size on a CPU (kv_bytes)"
     needed = -(-max_model_len // page_size) + 1
     if pages < needed:
+        beside = f" beside {window_bytes / MIB:,.1f} MiB of dense windows" if window_bytes else ""
         raise BudgetError(
             f"the KV pool has room for {max(pages - 1, 0) * page_size:,} token positions "
-            f"({max(pages, 0) * page_bytes / MIB:,.1f} MiB, limited by {limit}), but one sequence "
-            f"of max_model_len {max_model_len:,} needs {needed * page_bytes / MIB:,.1f} MiB: "
+            f"({max(pages, 0) * page_bytes / MIB:,.1f} MiB{beside}, limited by {limit}), "
+            f"but one sequence of max_model_len {max_model_len:,} needs "
+            f"{needed * page_bytes / MIB:,.1f} MiB: "
             "lower --max-model-len or give the pool more memory."
         )
     return Budget(

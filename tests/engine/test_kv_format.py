@@ -11,6 +11,7 @@ import torch
 
 from engine.build import build_worker
 from engine.config import CacheConfig
+from engine.errors import StartupError
 from engine.llm import LLM
 from kernels.kv.calibration import Calibration
 from kernels.kv.presets import AUTO, HALVES, PRESETS
@@ -88,6 +89,35 @@ def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> Non
         roots.add(limits.hash_root)
         worker.close()
     assert len(roots) == len(FORMATS) + 3
+
+
+def test_windows_are_the_user_s_to_choose(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    roots = set()
+    for window, sink in ((None, None), (32, 8), (32, 0), (0, 8), (0, 0)):
+        worker, limits = build(tmp_path, kv_format="k4v2h", kv_window=window, kv_sink=sink)
+        assert limits.prefix_block == (128 if window is None else window)
+        roots.add(limits.hash_root)
+        worker.close()
+    assert len(roots) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kv_window": 64}, "windows are kept dense beside packed pages, and these are dense"),
+        ({"kv_format": "int4h", "kv_window": 40}, "a window of 40 tokens is no multiple of a page"),
+        ({"kv_format": "int4h", "kv_sink": -1}, "are less than none"),
+        (
+            {"kv_format": "int8n", "kv_window": 64, "drafters": ("coarse",)},
+            "the drafter `coarse` does not read dense windows",
+        ),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(tmp_path: Path, options: dict, sentence: str) -> None:
+    save(tmp_path, "llama")
+    with pytest.raises(StartupError, match=sentence):
+        build(tmp_path, **options)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -59,3 +59,13 @@ def test_host_memory_is_counted_in_whole_pages_and_changes_nothing_else() -> Non
     assert swapping.num_pages == plain.num_pages
     line = next(line for line in str(swapping).splitlines() if "10 pages to swap to" in line)
     assert line.endswith("10.0 MiB")
+
+
+def test_dense_windows_are_paid_for_before_pages() -> None:
+    windows = {"window_bytes": 20 * MIB}
+    assert plan_budget(**BASE, **windows).num_pages == 280
+    assert plan_budget(**BASE | {"kv_bytes": 50 * MIB}, **windows).num_pages == 30
+    assert plan_budget(**BASE | {"default_cap": 40 * MIB}, **windows).num_pages == 20
+    assert "dense windows" in str(plan_budget(**BASE, **windows))
+    with pytest.raises(BudgetError, match=r"beside 20\.0 MiB of dense windows"):
+        plan_budget(**BASE | {"kv_bytes": 25 * MIB}, **windows)
