@@ -14,8 +14,9 @@ the server sets them.
 
 "exact mode" is int8n with drafts by the upper halves of its own pages.
 
-Capacity is counted in bytes of pages for Qwen3-8B. Attention is timed on native kernels in bf16:
-one sequence, in turns, medians.
+Capacity is counted in bytes of pages for Qwen3-8B and a sequence of 8,192 tokens, windows included.
+Attention is timed on native kernels in bf16, without windows, which they do not read: one sequence,
+in turns, medians. `--sink` and `--window` change those of all formats.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from engine.llm import LLM
 from kernels.cpu.build import start_build
 from kernels.cpu.ops import NativeOps
 from kernels.kv.codec import Affine
-from kernels.kv.format import KVFormat, page_bytes
+from kernels.kv.format import KVFormat, dense_rows, page_bytes, windows_of
 from kernels.kv.presets import AUTO, PRESETS, layer_formats
 from kernels.ops import AttentionLayer
 from makers.demo_data import Corpus, Mixture
@@ -50,6 +51,7 @@ from models.decoder import Decoder, DecoderLayer
 from models.loader import load_decoder
 from scheduler.request import SamplingParams
 from worker.kv_quality import PAGE, Distance, Reader, one_row
+from worker.window_pages import dense_page_count
 
 CPU = torch.device("cpu")
 BUCKETS = (0, 256, 1024, 4096)  # positions
@@ -58,6 +60,7 @@ LOSS = {"int8n": 0.001, "int4h": 0.01, "int4h64": 0.01, "k4v2h": 0.03}
 SAME = {"int8n": 0.995}
 CAPACITY = {"int8n": 1.9, "int4h": 3.3, "k4v2h": 3.8}
 AFFINE = [name for name, preset in PRESETS.items() if isinstance(preset.keys(), Affine)]
+CONTEXT = 8192  # tokens
 HALF_BITS, WHOLE_BITS = 4.25, 8.25  # of int8n's numbers in a head of 128, with their scales
 SLOWER = 2.5  # times the time of dense attention, at most
 QWEN3_8B = {"layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -85,9 +88,18 @@ def inject_outliers(decoder: Decoder, seed: int = 0) -> None:
         output /= value.repeat_interleave(group, 0).flatten()
 
 
-def formats_of(reader: Reader, name: str, boundary: int | None = None) -> list[KVFormat]:
+Windowing = tuple[int | None, int | None]  # first tokens, block of the latest; None: as the server
+
+
+def formats_of(
+    reader: Reader,
+    name: str,
+    boundary: int | None = None,
+    windows: Windowing = (None, None),
+) -> list[KVFormat]:
     spec = reader.model.spec
-    return layer_formats(name, spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim, boundary)
+    shape = (spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
+    return layer_formats(name, *shape, boundary, None, *windows)
 
 
 def quality(
@@ -96,6 +108,7 @@ def quality(
     texts: Sequence[Sequence[int]],
     label: str,
     boundary: int | None = None,
+    windows: Windowing = (None, None),
 ) -> tuple[list[tuple[str, ...]], list[Row]]:
     """Lines by format and position, and the rows that have a target."""
     found = {(name, bucket): Distance() for name in names for bucket in range(len(BUCKETS) - 1)}
@@ -104,7 +117,8 @@ def quality(
         following = torch.tensor(tokens[1:])
         dense = reader.log_probabilities(tokens, formats_of(reader, AUTO))[:-1]
         for name in names:
-            other = reader.log_probabilities(tokens, formats_of(reader, name, boundary))[:-1]
+            forms = formats_of(reader, name, boundary, windows)
+            other = reader.log_probabilities(tokens, forms)[:-1]
             whole[name].add(other, dense, following)
             for bucket in range(len(BUCKETS) - 1):
                 part = slice(BUCKETS[bucket], BUCKETS[bucket + 1])
@@ -206,13 +220,19 @@ def exact_mode(model: Path, lengths: Sequence[int], cache: str | None) -> list[R
 
 
 def capacity(formats: Sequence[str]) -> list[Row]:
-    """Tokens in the bytes of one dense token."""
+    """Tokens in the bytes of one dense token, for a sequence of `CONTEXT` and its windows."""
     layers, heads = QWEN3_8B["layers"], QWEN3_8B["kv_heads"]
     dim = QWEN3_8B["head_dim"]
+    dtype = torch.bfloat16
 
     def size(name: str) -> int:
         forms = layer_formats(name, layers, heads, PAGE, dim)
-        return sum(page_bytes(form, heads, PAGE, dim, torch.bfloat16) for form in forms)
+        copies = dense_page_count(windows_of(forms), 1, PAGE, 0)
+        return sum(
+            (CONTEXT // PAGE + dense_rows(form, copies, heads, PAGE, dim, dtype))
+            * page_bytes(form, heads, PAGE, dim, dtype)
+            for form in forms
+        )
 
     return [
         Row(
@@ -234,7 +254,7 @@ def attention_times(ops: NativeOps, formats: Sequence[str], context: int, rounds
     q = torch.randn(1, heads, dim, generator=generator).bfloat16()
     cases = {}
     for name in (AUTO, *formats):
-        form = layer_formats(name, 1, kv_heads, PAGE, dim, 0)[0]
+        form = layer_formats(name, 1, kv_heads, PAGE, dim, 0, sink=0, window=0)[0]
         layer = replace(shape, kv=form)
         size = (pages + 1, *form.page_shape(kv_heads, PAGE, dim))
         kv = torch.zeros(size, dtype=form.pool_dtype(torch.bfloat16))
@@ -268,6 +288,8 @@ def parser() -> argparse.ArgumentParser:
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--length", type=int, default=2048, help="tokens of each")
     add("--boundary", type=int, help="layers at each end in 8 bits; default: as the server has it")
+    add("--sink", type=int, help="first tokens that are dense; default: as the server has it")
+    add("--window", type=int, help="block of the latest tokens that is dense; likewise")
     add("--own", type=int, default=4000, help="tokens of the text that the model writes itself")
     add("--own-formats", nargs="*", choices=list(PRESETS), default=["int8n", "int4h", "k4v2h"])
     add("--needles", type=int, default=20, help="questions about hidden facts; 0: none")
@@ -291,7 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     decoder = load_decoder(args.model, dtype=torch.float32, device=CPU)
     reader = Reader(decoder, ops, torch.float32, CPU)
-    plain = quality(reader, args.formats, texts, "held-out", args.boundary)
+    windows = (args.sink, args.window)
+    plain = quality(reader, args.formats, texts, "held-out", args.boundary, windows)
     exact = reader.log_probabilities(texts[0], formats_of(reader, AUTO))
     for name in args.own_formats:
         own = own_text(args.model, name, args.own, args.cache_dir)
@@ -299,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += found[0]
     inject_outliers(decoder)
     changed = reader.log_probabilities(texts[0], formats_of(reader, AUTO)).exp() - exact.exp()
-    outliers = quality(reader, args.formats, texts, "outliers", args.boundary)
+    outliers = quality(reader, args.formats, texts, "outliers", args.boundary, windows)
     lines = [*plain[0], *outliers[0], *lines]
     rows += [*plain[1], *outliers[1]]
     rows.append(

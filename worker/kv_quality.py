@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.kv.format import DENSE, Dense, KVFormat
+from kernels.kv.format import DENSE, Dense, KVFormat, windows_of
 from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch, Ops
 from kernels.torch_ops import TorchOps
@@ -42,7 +42,9 @@ class Reader:
         pages = -(-len(tokens) // PAGE)
         spec = self.model.spec
         kv = allocate_pool(spec, pages + 1, PAGE, self.dtype, self.device, formats, pages + 1)
-        runner = EagerRunner(self.model, self.ops)
+        # Native kernels read no windows; the model's weights suit both.
+        ops = self.ops if windows_of(formats) is None else TorchOps()
+        runner = EagerRunner(self.model, ops)
         found = []
         with torch.inference_mode():
             for start in range(0, len(tokens), CHUNK):

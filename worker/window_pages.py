@@ -13,11 +13,12 @@ from kernels.kv.windows import DensePages, Windows
 def dense_page_count(
     windows: Windows | None, num_slots: int, page_size: int, max_step_tokens: int
 ) -> int:
-    """How many are enough, the null page included: for each slot its sinks, its latest block and a
-    page that a step begins; and those that the tokens of one step fill."""
+    """How many are enough, the null page included: for each slot its sinks, its latest block (or
+    the page that its next token falls into) and a page that a step begins; and those that the
+    tokens of one step fill."""
     if windows is None:
         return 0
-    of_slot = -(-windows.sink // page_size) + windows.block // page_size + 1
+    of_slot = -(-windows.sink // page_size) + max(windows.block // page_size, 1) + 1
     return 1 + num_slots * of_slot + -(-max_step_tokens // page_size)
 
 
