@@ -64,13 +64,16 @@ def test_pages_that_native_code_does_not_read_are_said_and_served(
 def test_the_same_bytes_hold_more_pages(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     pages = {}
-    for name in (AUTO, "int8n", "int4h", "k4v2h"):
-        options = {"kv_format": name, "kv_bytes": 4_000_000, "num_pages": None}
-        worker, limits = build(tmp_path, **options)
+    bare = {"kv_window": 0, "kv_sink": 0}
+    for name, more in ((AUTO, {}), ("int8n", {}), ("int4h", {}), ("k4v2h", bare), ("windows", {})):
+        kv_format = "k4v2h" if name == "windows" else name
+        options = {"kv_format": kv_format, "kv_bytes": 4_000_000, "num_pages": None}
+        worker, limits = build(tmp_path, **options, **more)
         pages[name] = limits.num_pages
         assert sum(layer.nbytes for layer in worker.kv) <= 4_000_000
         worker.close()
     assert pages[AUTO] < pages["int8n"] < pages["int4h"] < pages["k4v2h"]
+    assert pages["windows"] < pages["k4v2h"], "dense pages are paid for"
 
 
 def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> None:
