@@ -66,9 +66,13 @@ class Knowing(Acceptance):
         return Curves(chance[:, None] ** np.arange(1, MOST + 1), np.ones(MOST))
 
 
-def controller(computes: bool, knows: Sequence[float] | None = None) -> Make:
+def controller(computes: bool, knows: Sequence[float] | None = None, ahead: bool = False) -> Make:
+    options = [Option((0,), computes)]
+    if ahead:
+        options.append(Option((0,), computes, ahead=True))
+
     def make(cost: StepCost) -> Controller:
-        made = Controller([Option((0,), computes)], ["model"], MOST, cost)
+        made = Controller(options, ["model"], MOST, cost)
         if knows is not None:
             made.acceptance = Knowing(knows)
         return made
@@ -168,7 +172,7 @@ def ahead(seconds: float) -> list[Row]:
     for streams in (1, 2, 4):
         trace = backlog(60, (0.8,))
         turns = rate(controller(True), trace, streams, slow, seconds)
-        both = rate(controller(True), trace, streams, hidden, seconds)
+        both = rate(controller(True, ahead=True), trace, streams, hidden, seconds)
         name = f"working ahead on a second device, {streams} streams, right 0.8"
         rows.append(Row(f"{name}: over taking turns", both / turns, 1.3))
     return rows

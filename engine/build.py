@@ -164,6 +164,7 @@ def _build(
             device=device.name,
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
+            beside=0.0 if drafting is None else drafting.slowdown,
         ),
         host,
         drafting,

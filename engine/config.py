@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -228,6 +228,11 @@ class SpeculationConfig:
     )
     fixed_draft_tokens: int | None = option(
         None, "Always so many, instead of what pays: for comparisons."
+    )
+    draft_ahead: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Whether the draft model goes on for the likeliest outcome while its drafts are verified:"
+        " `auto` finds out whether that is faster. It takes one of a CPU's threads.",
     )
 
 

@@ -20,6 +20,7 @@ from models.errors import CheckpointError
 from models.loader import load_decoder
 from models.spec import ModelSpec
 from models.weights import resolve_checkpoint
+from worker.beside import Beside
 from worker.device import Device
 from worker.drafters.base import Drafter
 from worker.drafters.model import ModelDrafter
@@ -115,7 +116,14 @@ def build_drafting(
             drafters.append(model)
         else:
             drafters.append(MODEL_FREE[name]())
-    return Drafting(slots, drafters, model)
+    beside = None
+    if config.draft_ahead != "off" and draft is not None and Beside.possible(slots.tokens.device):
+        beside = Beside(slots.tokens.device)
+    elif config.draft_ahead == "on":
+        raise StartupError(
+            "draft_ahead: on needs a draft model and a second CPU thread for it, or a GPU."
+        )
+    return Drafting(slots, drafters, model, beside)
 
 
 def _check_vocabulary(target: Path, draft: Path) -> None:

@@ -130,7 +130,7 @@ class LLM:
         self._transport = LocalEngineTransport()
         self._transport.connect(CLIENT, self._receive)
         self.facts = facts_of(self._worker, scheduler_config)
-        self._scheduler = build_scheduler(config, scheduler_config)
+        self._scheduler = build_scheduler(config, scheduler_config, self._worker.facts.beside)
         self._core = EngineCore(self._scheduler, self._worker, self._transport, self.facts)
         self._growing: dict[str, list[_Growing]] = {}
         self._refused: dict[str, str] = {}

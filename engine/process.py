@@ -52,6 +52,8 @@ class WorkerFacts(Protocol):
     def dtype(self) -> str: ...
     @property
     def drafters(self) -> tuple[str, ...]: ...
+    @property
+    def beside(self) -> float: ...
 
 
 class BuiltWorker(StepWorker, Protocol):
@@ -111,7 +113,7 @@ def serve(launch: Launch, reporter: Reporter) -> int:
     """Builds the worker and runs the loop. Returns the exit code."""
     try:
         worker, scheduler_config = load_builder(launch.builder)(launch.config, reporter.phase)
-        scheduler = build_scheduler(launch.config, scheduler_config)
+        scheduler = build_scheduler(launch.config, scheduler_config, worker.facts.beside)
         transport = ZmqEngineTransport(launch.address)
     except StartupError as error:
         reporter.failed(str(error))

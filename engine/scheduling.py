@@ -20,8 +20,13 @@ from worker.drafters.registry import COARSE, COMPUTING, MODEL, NAMES
 log = logging.getLogger(__name__)
 
 
-def build_scheduler(config: EngineConfig, limits: SchedulerConfig) -> Scheduler:
-    """Raises `StartupError`, one sentence for a person, for whatever the user can mend."""
+def build_scheduler(
+    config: EngineConfig, limits: SchedulerConfig, beside: float = 0.0
+) -> Scheduler:
+    """`beside`: see `worker.worker.WorkerFacts`.
+
+    Raises `StartupError`, one sentence for a person, for whatever the user can mend.
+    """
     schedule = config.schedule
     cost = step_cost(schedule.profile)
     log.debug("step times: %s", cost.label)
@@ -31,7 +36,7 @@ def build_scheduler(config: EngineConfig, limits: SchedulerConfig) -> Scheduler:
     file = history_file(config)
     if policy.window is not None and file is not None:
         restore(policy.window, file)
-    drafts = draft_policy(config.speculation, cost, schedule.mtpot_target)
+    drafts = draft_policy(config.speculation, cost, schedule.mtpot_target, beside)
     return Scheduler(limits, drafts, policy, cost)
 
 
@@ -53,7 +58,10 @@ def drafter_names(config: SpeculationConfig) -> tuple[str, ...]:
 
 
 def draft_policy(
-    config: SpeculationConfig, cost: StepCost, mtpot_target: float | None = None
+    config: SpeculationConfig,
+    cost: StepCost,
+    mtpot_target: float | None = None,
+    beside: float = 0.0,
 ) -> DraftPolicy:
     """How many tokens are guessed ahead. Raises `StartupError`."""
     names = drafter_names(config)
@@ -61,17 +69,27 @@ def draft_policy(
         return FixedDrafts()
     if config.fixed_draft_tokens is not None:
         most = min(config.fixed_draft_tokens, config.max_draft_tokens)
-        return FixedDrafts(most, tuple(range(len(names))), names)
-    return Controller(options_of(names), names, config.max_draft_tokens, cost, mtpot_target)
+        ahead = config.draft_ahead == "on"
+        return FixedDrafts(most, tuple(range(len(names))), names, ahead=ahead)
+    options = options_of(names, config.draft_ahead if beside else "off")
+    return Controller(options, names, config.max_draft_tokens, cost, mtpot_target, max(beside, 1.0))
 
 
-def options_of(names: Sequence[str]) -> list[Option]:
+def options_of(names: Sequence[str], ahead: str = "off") -> list[Option]:
     """The orders in which drafters may be asked: everyone's beginnings of the configured order,
-    so that each may be the last one who is asked, and each alone."""
+    so that each may be the last one who is asked, and each alone. Those with a draft model may
+    have it work ahead, see `SpeculationConfig.draft_ahead`."""
     orders = [tuple(range(i + 1)) for i in range(len(names))]
     orders += [(i,) for i in range(1, len(names))]
-    computes = [name in COMPUTING for name in names]
-    return [Option(order, any(computes[i] for i in order)) for order in orders]
+    options: list[Option] = []
+    for order in orders:
+        who = [names[i] for i in order]
+        can = MODEL in who and ahead != "off"
+        if not (can and ahead == "on"):
+            options.append(Option(order, any(name in COMPUTING for name in who)))
+        if can:
+            options.append(Option(order, computes=True, ahead=True))
+    return options
 
 
 def keep_history(config: EngineConfig, scheduler: Scheduler) -> None:

@@ -14,6 +14,9 @@ drafts, the number of its forwards in a row counts beside, so every depth is loo
 
 How much is right is learnt in `acceptance.py`, what drafting takes in `draft_cost.py`, and when a
 drafter should stop early in `calibration.py`.
+
+A draft model may also work ahead while the target verifies (`Row.ahead`). That is an option like
+any other: verifying takes longer beside it, and drafting keeps the target waiting for less.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from scheduler.acceptance import Acceptance
 from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
 from scheduler.gap import gap_target
-from scheduler.plan import Row, RowResult, StepPlan, StepResult
+from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import StepCost
@@ -54,6 +57,11 @@ PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
 VERIFY_POINTS = 8  # at which the time to verify is asked for
 MOST_CERTAIN = 0.95  # a draft is worth its time if it is right with this probability, whatever else
+TWIN_AFTER = 1024  # plans with a draft model after which working ahead, or not, is tried again;
+TWIN_STEPS = 12  # for so many. What that costs is doubled seldom: the first number doubles
+FORESEEN = 0.5  # of wrong drafts, those drafted on for what is right: until that was seen
+FORESEEN_RATE = 0.2  # smoothing, per decision
+LONGEST_TWIN = 16 * TWIN_AFTER  # each time in which nothing changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ class Option:
 
     drafters: tuple[int, ...]
     computes: bool  # a draft model is among them
+    ahead: bool = False  # which works ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +107,34 @@ class Controller:
         most: int,
         cost: StepCost,
         mtpot_target: float | None = None,
+        beside: float = 1.0,
     ) -> None:
         """`options` must not be empty; `names` are the drafters' by number; `most` is the largest
-        number of drafts in a row, `mtpot_target` the server's."""
+        number of drafts in a row, `mtpot_target` the server's. `beside`: how many times as long
+        verifying is taken to last while a draft model works ahead, until that was seen."""
         if not options or most < 1:
             raise ValueError("a controller needs somebody who drafts, at least a token")
         self.options = tuple(options)
         self.most = most
         self.draft_costs = [DraftCost() for _ in options]
-        self.acceptance = Acceptance([option.drafters for option in options], most)
+        orders = dict.fromkeys(option.drafters for option in options)
+        self.acceptance = Acceptance(list(orders), most)
+        self._computes = {option.drafters: option.computes for option in options}
+        self._number = {(o.drafters, o.ahead): i for i, o in enumerate(options)}
         self._calibration = [Calibration() for _ in names]
         self._alone = {name: (number,) for number, name in enumerate(names)}
-        self._steps = VerifyCost(cost)
+        self._steps = VerifyCost(cost, beside)
         self._mtpot_target = mtpot_target
         # In use; at first the one that asks most drafters, for one of them may know.
-        self._option = max(range(len(options)), key=lambda i: len(options[i].drafters))
+        self._option = max(
+            range(len(options)), key=lambda i: (len(options[i].drafters), not options[i].ahead)
+        )
+        self._twin_in = self._twin_after = TWIN_AFTER  # plans until the next try
+        self._was_ahead = False  # drafts were made ahead while the last step was verified
+        self._foreseen = FORESEEN
+        # Of rows that were drafted for ahead: those with drafts to verify, those without; and how
+        # many of both had drafts in the step after. Of the last step, and since the last decision.
+        self._last_rows, self._outcomes = np.zeros(3), np.zeros(3)
         self._usual = 0.0  # drafts of a sequence, on average
         self._rules = NO_RULES
         self._news = False  # from texts that were written without drafts
@@ -154,7 +176,7 @@ class Controller:
                     self._decide(live)
                 else:
                     self._probe(live)
-        return self._rules
+        return self._tried(self._rules)
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
         if not done.proposed and done.drafter >= 0:
@@ -172,15 +194,33 @@ class Controller:
 
     def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
         drafting = [row.drafters for row in plan.rows if row.drafts]
-        asked = len(drafting)
+        asked, work = len(drafting), result.drafting
         if asked:
-            number = self.acceptance.number(drafting[0])
-            if number is not None and drafting.count(drafting[0]) == asked:
-                self.draft_costs[number].observe(asked, result.drafting)
+            served = sum(done.proposed > 0 for done in result.rows)
+            if drafting.count(drafting[0]) == asked:
+                self._observe(drafting[0], plan, work)
+            if self._was_ahead:
+                self._outcomes += self._last_rows
+                self._outcomes[2] += work.foreseen
+            self._last_rows[:2] = served, asked - served
         for shadow in result.shadows:
             self.acceptance.learn_from(shadow, self.most)
             self._news = True
+        self._was_ahead = work.ahead > 0
         self._watch(plan, result, now, asked)
+
+    def _observe(self, drafters: tuple[int, ...], plan: StepPlan, work: DraftTime) -> None:
+        """What drafting has taken."""
+        number = self._number.get((drafters, False))
+        if number is not None and not work.ahead and not self._was_ahead:
+            asked = sum(row.drafts > 0 for row in plan.rows)
+            self.draft_costs[number].observe(asked, work)
+        number = self._number.get((drafters, True))
+        if number is not None and work.ahead:
+            # A guess at the token that is being chosen comes before the drafts.
+            depths = [row.ahead + 1 for row in plan.rows if row.ahead]
+            beside = DraftTime(work.beside, max(depths), sum(depths))
+            self.draft_costs[number].observe(work.ahead, beside)
 
     # --- deciding -------------------------------------------------------------------------------
 
@@ -193,20 +233,33 @@ class Controller:
         if not self._usual or self._decisions % ALL_OPTIONS == 0:
             numbers = range(len(self.options))
         self._decisions += 1
-        verify = self._verify(live)
+        self._learn_foreseen(live)
+        verify = {
+            ahead: self._verify(live, ahead)
+            for ahead in {self.options[number].ahead for number in (self._option, *numbers)}
+        }
         seconds = self._steps.plain(len(live), sum(len(s.tokens) for s in live))
         plain = len(live) / (seconds + self._overhead)
-        found = {number: self._allocate(live, number, plain, verify) for number in numbers}
+        found = {
+            number: self._allocate(live, number, plain, verify[self.options[number].ahead])
+            for number in numbers
+        }
         present = found[self._option]
         best = max(found.values(), key=lambda allocation: allocation.rate)
         if best.rate < present.rate * MARGIN:
             best = present
         if best.rate < plain * (1.0 if self._usual else MARGIN):
             best = best.nobody()
+        if best.option != self._option:
+            self._twin_in = self._twin_after = TWIN_AFTER
         self._option = best.option
-        self._usual = float(best.drafts.mean())
+        # Those near their end say nothing of others.
+        far = [s.limit - len(s.tokens) - 2 >= self.most for s in live]
+        if any(far):
+            self._usual = float(best.drafts[far].mean())
         least = tuple(c.threshold(best.least) for c in self._calibration)
-        self._rules = Rules(least, self._heard(live, best))
+        ahead = self.options[best.option].ahead
+        self._rules = Rules(least, self._heard(live, best), ahead, self._patience(best, live))
         for sequence, drafts in zip(live, best.drafts.tolist(), strict=True):
             sequence.drafts = drafts
             sequence.drafters = self._drafters(sequence, best.option)
@@ -225,19 +278,34 @@ class Controller:
         length = round(float(best.drafts.sum()) / asked)
         price = best.rate * self.draft_costs[best.option].of_a_draft(asked) * length
         for place, number in enumerate(drafters[:-1]):
-            rest = self.acceptance.number(drafters[place + 1 :])
+            behind = drafters[place + 1 :]
+            rest = self.acceptance.number(behind)
             if rest is None:
                 continue
             usual = float(self.acceptance.curves(live, rest).survival[:, :length].sum(1).mean())
-            paid = price if self.options[rest].computes else 0.0
+            paid = price if self._computes[behind] else 0.0
             heard[number] = max(usual - paid, 0.0) / self._calibration[number].honesty
         return tuple(heard)
 
-    def _verify(self, live: list[Sequence]) -> tuple[Floats, Floats]:
+    def _tried(self, rules: Rules) -> Rules:
+        """What was decided, or for a few steps with a draft model that works ahead where it does
+        not, or does not where it does: what either takes has to be seen now and then."""
+        option = self.options[self._option]
+        if not self._usual or (option.drafters, not option.ahead) not in self._number:
+            return rules
+        self._twin_in -= 1
+        if self._twin_in >= 0:
+            return rules
+        if self._twin_in <= -TWIN_STEPS:
+            self._twin_after = min(2 * self._twin_after, LONGEST_TWIN)
+            self._twin_in = self._twin_after
+        return rules._replace(ahead=not option.ahead)
+
+    def _verify(self, live: list[Sequence], ahead: bool) -> tuple[Floats, Floats]:
         """Numbers of tokens, and the seconds a step takes to verify so many."""
         rows, context = len(live), sum(len(s.tokens) for s in live)
         sizes = np.unique(np.geomspace(rows, rows * (1 + self.most), VERIFY_POINTS).round())
-        seconds = [self._steps.drafted(rows, int(n), context) for n in sizes]
+        seconds = [self._steps.drafted(rows, int(n), context, ahead) for n in sizes]
         return sizes, np.array(seconds)
 
     def _allocate(
@@ -245,7 +313,9 @@ class Controller:
     ) -> Allocation:
         """The best numbers of drafts if this option is used for all."""
         option, most, rows = self.options[number], self.most, len(live)
-        survival, proposed = self.acceptance.curves(live, number)
+        order = self.acceptance.number(option.drafters)
+        assert order is not None
+        survival, proposed = self.acceptance.curves(live, order)
         for i, sequence in enumerate(live):
             if sequence.request.speculation.drafter is not None:  # whatever is used for others
                 own = self.acceptance.number(self._drafters(sequence, number))
@@ -256,33 +326,87 @@ class Controller:
         room = [min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]
         allowed = np.arange(most) < np.array(room)[:, None]
         worth = np.where(allowed, survival, 0.0).ravel()
-        order = np.argsort(-worth, kind="stable")
-        order = order[worth[order] > 0.0]
+        ranked = np.argsort(-worth, kind="stable")
+        ranked = ranked[worth[ranked] > 0.0]
         nobody = Allocation(number, plain, plain, 0.0, np.zeros(rows, dtype=np.int64))
-        if not len(order):
+        if not len(ranked):
             return nobody
-        columns = order % most
+        columns = ranked % most
         depths = np.arange(1, most + 1)[:, None] if option.computes else np.array([[most]])
         taken = columns < depths  # [depths, drafts]
-        gained = np.cumsum(np.where(taken, worth[order], 0.0), axis=1)
+        gained = np.cumsum(np.where(taken, worth[ranked], 0.0), axis=1)
         tokens = np.cumsum(np.where(taken, proposed[columns], 0.0), axis=1)
         asked = np.cumsum(columns == 0)
-        forwards = depths if option.computes else 0
+        served: Floats | float = 1.0
+        if option.ahead:
+            served = self._served(survival.mean(0))[:, None]
+        forwards = depths + option.ahead if option.computes else 0
         drafting = self.draft_costs[number].seconds(
             asked, forwards, tokens if option.computes else 0.0
         )
-        verifying = np.interp(rows + tokens, *verify)
-        seconds = verifying + drafting + self._overhead
-        rates = (rows + gained) / seconds
+        verifying = np.interp(rows + served * tokens, *verify)
+        if option.ahead:
+            seconds = np.maximum(verifying, drafting) + self._overhead
+        else:
+            seconds = verifying + drafting + self._overhead
+        rates = (rows + served * gained) / seconds
         rates[seconds > self._longest(live)] = 0.0
         at = int(np.argmax(rates))
-        depth, last = divmod(at, len(order))
+        depth, last = divmod(at, len(ranked))
         rate = float(rates.flat[at])
         if rate <= plain:
             return nobody
-        chosen = order[: last + 1][taken[depth, : last + 1]]
+        chosen = ranked[: last + 1][taken[depth, : last + 1]]
         drafts = np.bincount(chosen // most, minlength=rows)
         return Allocation(number, plain, rate, self._price(number, rate, drafts, verify), drafts)
+
+    def _hits(self, survival: Floats) -> tuple[Floats, float]:
+        """How probable it is that a row's outcome was foreseen, by the number of its drafts,
+        [most], and if it had none. `survival`: of all drafts up to a position, usually.
+
+        Foreseen is that all are right and so is the guess at the token after them; or a wrong one,
+        if the right token in its place was thought of.
+        """
+        following = survival[1:]
+        last = survival[-1] ** 2 / survival[-2] if len(survival) > 1 else survival[-1] ** 2
+        hit = np.append(following, last) + (1.0 - survival) * self._foreseen
+        return hit, float(survival[0] + (1.0 - survival[0]) * self._foreseen)
+
+    def _served(self, survival: Floats) -> Floats:
+        """The share of rows that have drafts if these are made ahead only, by their number."""
+        hit, alone = self._hits(survival)
+        return np.asarray(alone / (1.0 - hit + alone))
+
+    def _learn_foreseen(self, live: list[Sequence]) -> None:
+        """From what was foreseen since the last decision."""
+        with_drafts, without, foreseen = self._outcomes.tolist()
+        self._outcomes[:] = 0
+        order = self.acceptance.number(self.options[self._option].drafters)
+        if not with_drafts + without or order is None:
+            return
+        survival = self.acceptance.curves(live, order).survival.mean(0)
+        hit, alone = self._hits(survival)
+        length = min(max(math.ceil(self._usual), 1), self.most)
+        expected = with_drafts * hit[length - 1] + without * alone
+        moved = self._foreseen + FORESEEN_RATE * (foreseen - expected) / (with_drafts + without)
+        self._foreseen = float(min(max(moved, 0.0), 1.0))
+
+    def _patience(self, best: Allocation, live: list[Sequence]) -> int:
+        """See `StepPlan.patience`: what the drafts of so many rows bring is more than what all
+        would bring in the time that these take."""
+        drafters = self.options[best.option].drafters
+        waiting = self._number.get((drafters, False))
+        order = self.acceptance.number(drafters)
+        asked = int(np.count_nonzero(best.drafts))
+        if (drafters, True) not in self._number or waiting is None or order is None or not asked:
+            return 0
+        length = math.ceil(float(best.drafts.sum()) / asked)
+        gain = float(self.acceptance.curves(live, order).survival[:, :length].sum(1).mean())
+        cost = self.draft_costs[waiting]
+        for rows in range(1, asked + 1):
+            if rows * gain > best.rate * cost.total(rows, length, rows * length):
+                return rows
+        return asked + 1
 
     def _price(
         self, number: int, rate: float, drafts: NDArray[np.int64], verify: tuple[Floats, Floats]
@@ -307,11 +431,13 @@ class Controller:
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
         drafts = min(2, sequence.most_drafts, self.most)
         context = sum(len(s.tokens) for s in live)
-        more = self._steps.drafted(len(live), len(live) + drafts, context)
+        more = self._steps.drafted(len(live), len(live) + drafts, context, ahead=False)
         more -= self._steps.plain(len(live), context)
         for turn in range(self._turn, self._turn + len(self.options)):
             number = turn % len(self.options)
             option, cost = self.options[number], self.draft_costs[number]
+            if option.ahead:
+                continue
             forwards, tokens = 0, 0.0
             if option.computes:
                 forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS
@@ -342,7 +468,7 @@ class Controller:
             return
         rows, context = len(plan.rows), plan.shape.decode_context
         tokens = rows + sum(done.proposed for done in result.rows)
-        self._steps.observe(rows, tokens, context, result.seconds)
+        self._steps.observe(rows, tokens, context, result.seconds, result.drafting.ahead > 0)
         if not asked or self._probing:
             return
         plain = self._steps.plain(rows, context) + self._overhead

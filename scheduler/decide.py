@@ -31,6 +31,7 @@ class Work:
     tokens: int  # of the chunk; 0 for a live row
     drafts: int
     pages: int  # new ones
+    ahead: int = 0  # drafts while those are verified
 
 
 @dataclass(slots=True)
@@ -160,6 +161,14 @@ class Decider:
                 rows.append(sequence)
                 work.append(None)
                 continue
+            # Drafts for the step after lie behind these, in pages that it will need anyway.
+            ahead = max(min(k, sequence.limit - reach - k - 2), 0) if k and d.rules.ahead else 0
+            if ahead:
+                more = -(-(reach + k + 1 + ahead) // size) - len(sequence.pages)
+                if more <= d.free:
+                    need = more
+                else:
+                    ahead = 0
             if k and need > 0 and need > d.free:  # the first retreat: no drafts
                 k = 0
                 need = -(-reach // size) - len(sequence.pages)
@@ -175,7 +184,7 @@ class Decider:
             context += reach
             spare -= k
             rows.append(sequence)
-            work.append(Work(0, k, need))
+            work.append(Work(0, k, need, ahead))
         d.context = context
         d.budget = spare + len(running) - len(rows)
         return others

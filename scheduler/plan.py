@@ -50,6 +50,8 @@ class Row:
     samples: bool  # False for a chunk that does not reach the end of the known tokens
     drafts: int = 0  # a cap
     drafters: tuple[int, ...] = ()  # by number, in the order to be asked: the first that knows
+    # A cap: drafts to be made while these are verified, for the likeliest outcome.
+    ahead: int = 0
     next_token: int | None = None  # the known token after the chunk; only prompt logprobs need it
     new_pages: tuple[int, ...] = ()  # appended to the slot's page table before the row runs
 
@@ -68,6 +70,9 @@ class StepPlan:
     # By drafter: where others can be asked after it, it is heard only if it expects so many or more
     # of its drafts to be right. Those left out always are.
     heard: tuple[float, ...] = ()
+    # Where drafts are made ahead, it pays to draft now only for so many rows whose outcome was not
+    # foreseen: fewer go without, and are drafted for ahead.
+    patience: int = 0
     saves: tuple[PageCopy, ...] = ()  # device page -> host page; the rows may overwrite the former
 
     @property
@@ -77,11 +82,18 @@ class StepPlan:
 
 
 class DraftTime(NamedTuple):
-    """What drafting took of a step, beside verification."""
+    """What drafting took of a step, beside verification.
 
-    seconds: float = 0.0
+    Drafts that were made ahead, while the step before was verified, count as work of the step that
+    verifies them; of their time, what nobody waited for does not count.
+    """
+
+    seconds: float = 0.0  # that verification waited
     depth: int = 0  # forwards of a draft model, one after the other
     tokens: int = 0  # computed by them, the prompt's included
+    beside: float = 0.0  # seconds of drafting ahead while this step was verified
+    ahead: int = 0  # rows that were drafted for ahead then
+    foreseen: int = 0  # rows whose drafts had been made ahead
 
 
 NO_DRAFTING = DraftTime()

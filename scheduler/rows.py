@@ -33,7 +33,9 @@ def launch_rows(decision: Decision, pool: PagePool) -> tuple[tuple[Row, ...], St
         else:
             more += drafts
             drafters = sequence.drafters if drafts else ()
-            row = Row(sequence.slot, sequence.epoch, None, True, drafts, drafters, None, new)
+            row = Row(
+                sequence.slot, sequence.epoch, None, True, drafts, drafters, work.ahead, None, new
+            )
         if row.samples:
             sequence.pending_min += 1
             sequence.pending_max += 1 + drafts
@@ -47,7 +49,7 @@ def _chunk(sequence: Sequence, use: int, new: tuple[int, ...]) -> Row:
     reaches = end == len(tokens)
     following = None if reaches or sequence.prompt_logprobs is None else tokens[end]
     chunk = tuple(tokens[start:end])
-    return Row(sequence.slot, sequence.epoch, chunk, reaches, 0, (), following, new)
+    return Row(sequence.slot, sequence.epoch, chunk, reaches, 0, (), 0, following, new)
 
 
 def shape_as_run(plan: StepPlan, result: StepResult) -> StepShape:

@@ -197,6 +197,7 @@ class Scheduler:
             shape=shape,
             least=decision.rules.least,
             heard=decision.rules.heard,
+            patience=decision.rules.patience,
             saves=self._memory.saves(),
         )
         self._counts.steps += 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from scheduler.gate import Overloaded
@@ -20,6 +21,7 @@ from scheduler.outcome import Record, SimulationReport, Targets, Timeline
 from scheduler.plan import RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Output, Request, SamplingParams
+from scheduler.rows import shape_as_run
 from scheduler.scheduler import ContextTooLong, Scheduler
 from scheduler.simulated_drafts import DraftingCosts, Drafts
 from scheduler.trace import TraceRequest
@@ -64,7 +66,7 @@ class CountingWorker:
     def expect(self, number: int, request: TraceRequest) -> None:
         self._requests[number] = request
 
-    def run(self, plan: StepPlan, seconds: float) -> StepResult:
+    def run(self, plan: StepPlan, costs: Costs) -> StepResult:
         length, end = self._length, self._end
         for admit in plan.admits:
             request = self._requests[admit.params.seed]
@@ -74,7 +76,7 @@ class CountingWorker:
             self._drafts.admit(admit.slot, request.right)
             end[admit.slot] = admit.prompt_len + request.output_tokens if stops else 0
         rows: list[RowResult] = []
-        drafting = self._drafts.time(plan, seconds)
+        drafting, without = self._drafts.draft(plan)
         for row in plan.rows:
             slot = row.slot
             if row.chunk is not None:
@@ -83,20 +85,26 @@ class CountingWorker:
                     rows.append(_NOTHING)
                     continue
             if row.drafts:
-                rows.append(self._verify(slot, row.drafts))
+                drafts = 0 if slot in without else row.drafts
+                rows.append(self._verify(slot, drafts, row.ahead))
                 continue
             length[slot] = now = length[slot] + 1
             rows.append(_END if now == end[slot] else _MORE)
-        return StepResult(plan.step, tuple(rows), seconds, drafting)
+        result = StepResult(plan.step, tuple(rows), drafting=drafting)
+        shape = shape_as_run(plan, result) if without else plan.shape
+        seconds = costs.seconds(shape)
+        return replace(
+            result, seconds=seconds, drafting=self._drafts.verified(plan, drafting, seconds)
+        )
 
-    def _verify(self, slot: int, drafts: int) -> RowResult:
+    def _verify(self, slot: int, drafts: int, ahead: int) -> RowResult:
         length, end = self._length[slot], self._end[slot]
-        gained = 1 + self._drafts.verify(slot, length - self._prompt[slot], drafts)
+        gained = 1 + self._drafts.verify(slot, length - self._prompt[slot], drafts, ahead)
         tokens = [FILLER] * gained
         if end and length + gained >= end:
             tokens = [*tokens[: end - length - 1], STOP]
         self._length[slot] += len(tokens)
-        return RowResult(tokens=tuple(tokens), proposed=drafts)
+        return RowResult(tokens=tuple(tokens), proposed=drafts, drafter=0)
 
 
 class Prompts:
@@ -245,10 +253,10 @@ class SimulatedEngine:
                 return
             if self._on_plan is not None:
                 self._on_plan(plan)
-            seconds = self._cost.seconds(plan.shape)
             copies = self._cost.copy_seconds(plan.copies) if plan.copies else 0.0
-            result = self._worker.run(plan, seconds)
-            self._free = max(self._free, now) + copies + result.drafting.seconds + seconds
+            result = self._worker.run(plan, self._cost)
+            seconds = copies + result.drafting.seconds + result.seconds
+            self._free = max(self._free, now) + seconds
             self._in_flight.append((plan, result, self._free))
 
     def _collect(self, outputs: Iterable[Output], now: float) -> None:

@@ -32,34 +32,47 @@ class Drafts:
         self._costs = costs
         self._right = [""] * (slots + 1)
         self._ready = [False] * (slots + 1)  # drafts for what came were made while it was verified
-        self._verified = 0.0  # seconds of the step before
 
     def admit(self, slot: int, right: str) -> None:
         self._right[slot], self._ready[slot] = right, False
 
-    def verify(self, slot: int, produced: int, drafts: int) -> int:
-        """How many drafts after so many output tokens are right."""
+    def draft(self, plan: StepPlan) -> tuple[DraftTime, set[int]]:
+        """What the target waits for before it verifies, and the slots that go without drafts."""
+        asked = [row for row in plan.rows if row.drafts]
+        if self._costs is None or not asked:
+            return NO_DRAFTING, set()
+        hidden = [row for row in asked if self._ready[row.slot]]
+        now = [row for row in asked if not self._ready[row.slot]]
+        without: set[int] = set()
+        if len(now) < plan.patience:
+            without, now = {row.slot for row in now}, []
+        drafts = [row.drafts for row in asked if row.slot not in without]
+        seconds = self._chain([row.drafts for row in now])
+        work = DraftTime(seconds, max(drafts, default=0), sum(drafts), foreseen=len(hidden))
+        return work, without
+
+    def _chain(self, drafts: list[int]) -> float:
+        assert self._costs is not None
+        return max(drafts, default=0) * self._costs.forward + sum(drafts) * self._costs.token
+
+    def verify(self, slot: int, produced: int, drafts: int, ahead: int) -> int:
+        """How many drafts after so many output tokens are right; `ahead` others are made while
+        that is found out."""
         right = self._right[slot]
         run = 0
         while run <= drafts and right[produced + run : produced + run + 1] == "1":
             run += 1
-        if self._costs is not None and self._costs.ahead:
+        self._ready[slot] = False
+        if self._costs is not None and self._costs.ahead and ahead:
             chance = (produced + 1) * _SPREAD % 1.0
             self._ready[slot] = run > drafts or (run < drafts and chance < self._costs.foreseen)
         return min(run, drafts)
 
-    def time(self, plan: StepPlan, verifying: float) -> DraftTime:
-        """What the target waits for before it verifies, which takes `verifying` seconds."""
-        before, self._verified = self._verified, verifying
-        costs = self._costs
-        asked = [row for row in plan.rows if row.drafts]
-        if costs is None or not asked:
-            return NO_DRAFTING
-
-        def chain(rows: list[int]) -> float:
-            return max(rows, default=0) * costs.forward + sum(rows) * costs.token
-
-        now = [row.drafts for row in asked if not self._ready[row.slot]]
-        hidden = [row.drafts for row in asked if self._ready[row.slot]]
-        waits = chain(now) + max(chain(hidden) - before, 0.0)
-        return DraftTime(waits, max(row.drafts for row in asked), sum(row.drafts for row in asked))
+    def verified(self, plan: StepPlan, work: DraftTime, seconds: float) -> DraftTime:
+        """Verification has taken so long: what drafting has taken, with what was done beside."""
+        ahead = [row.ahead + 1 for row in plan.rows if row.ahead]
+        if self._costs is None or not self._costs.ahead or not ahead:
+            return work
+        beside = self._chain(ahead)
+        late = max(beside - seconds, 0.0)
+        return work._replace(seconds=work.seconds + late, beside=beside, ahead=len(ahead))

@@ -14,6 +14,8 @@ class Rules(NamedTuple):
 
     least: tuple[float, ...] = ()
     heard: tuple[float, ...] = ()
+    ahead: bool = False  # drafts are made ahead: see `Row.ahead`
+    patience: int = 0
 
 
 NO_RULES = Rules()
@@ -47,9 +49,16 @@ class FixedDrafts:
     """The same number for everybody, always; 0 is plain decoding."""
 
     def __init__(
-        self, drafts: int = 0, drafters: tuple[int, ...] = (0,), names: Sequence[str] = ()
+        self,
+        drafts: int = 0,
+        drafters: tuple[int, ...] = (0,),
+        names: Sequence[str] = (),
+        *,
+        ahead: bool = False,
+        patience: int = 0,
     ) -> None:
         """`names`: those of the drafters by number, for requests that name one."""
+        self._rules = Rules(ahead=ahead, patience=patience)
         self._drafts = drafts
         self._drafters = drafters
         self._alone = {name: (number,) for number, name in enumerate(names)}
@@ -60,7 +69,7 @@ class FixedDrafts:
         sequence.drafters = wanted or self._drafters
 
     def plan(self, running: list[Running]) -> Rules:
-        return NO_RULES
+        return self._rules
 
     def learn(self, sequence: Running, row: Row, done: RowResult) -> None:
         pass

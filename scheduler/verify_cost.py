@@ -19,10 +19,13 @@ _CLIP = 2.0  # of a factor: steps that were so much slower or faster were distur
 class VerifyCost:
     """Of live rows alone; steps with chunks of prompts are left to `StepCost`."""
 
-    def __init__(self, cost: StepCost) -> None:
+    def __init__(self, cost: StepCost, beside: float = 1.0) -> None:
+        """`beside`: see `Controller`."""
         self._cost = cost
         self._plain = 1.0  # observed over predicted, without drafts
-        self._drafted = 1.0  # the same with drafts, over that
+        # The same with drafts, over that: as such, and beside a draft model that works ahead.
+        self._drafted = {False: 1.0, True: beside}
+        self._ahead_steps = 0
         self._plain_steps = 0
         self._since_plain = 0
         self._steps = 0
@@ -41,15 +44,18 @@ class VerifyCost:
         """Of a step without drafts; `context` are the positions that its rows attend."""
         return self._of(rows, rows, context) * self._plain
 
-    def drafted(self, rows: int, tokens: int, context: int) -> float:
-        """Of a step that verifies so many tokens, those of the rows included."""
-        return self._of(rows, tokens, context) * self._plain * self._drafted
+    def drafted(self, rows: int, tokens: int, context: int, ahead: bool) -> float:
+        """Of a step that verifies so many tokens, those of the rows included; `ahead`: while a
+        draft model works for the next."""
+        return self._of(rows, tokens, context) * self._plain * self._drafted[ahead]
 
     def saw_chunks(self) -> None:
         """A step without drafts, which had chunks: what `StepCost` learns from it serves here."""
         self._plain_steps, self._since_plain = self._plain_steps + 1, 0
 
-    def observe(self, rows: int, tokens: int, context: int, seconds: float) -> None:
+    def observe(
+        self, rows: int, tokens: int, context: int, seconds: float, ahead: bool = False
+    ) -> None:
         """A step has taken so long."""
         predicted = self._of(rows, tokens, context) * self._plain
         if predicted <= 0.0 or seconds <= 0.0:
@@ -61,7 +67,12 @@ class VerifyCost:
             self._plain *= 1.0 + rate * (_clipped(seconds / predicted) - 1.0)
         else:
             self._since_plain += 1
-            self._drafted += _RATE * (_clipped(seconds / predicted) - self._drafted)
+            ratio, known = _clipped(seconds / predicted), self._drafted[ahead]
+            rate = _RATE
+            if ahead:  # at first it is a guess, and there may be few steps to see
+                self._ahead_steps += 1
+                rate = max(_RATE, 1.0 / self._ahead_steps)
+            self._drafted[ahead] = known + rate * (ratio - known)
 
     def _of(self, rows: int, tokens: int, context: int) -> float:
         return self._cost.uncorrected(StepShape(rows, tokens, context, 0))

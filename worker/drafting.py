@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from scheduler.plan import NO_DRAFTING, Admit, DraftTime, Row, Shadow, StepPlan
+from worker.beside import Beside
 from worker.drafters.base import LATER, NOTHING, Ask, Drafter, Guess
 from worker.drafters.model import ModelDrafter
 from worker.slots import SlotTable
@@ -68,8 +69,12 @@ class Drafting:
         slots: SlotTable,
         drafters: Sequence[Drafter],
         model: ModelDrafter | None = None,
+        beside: Beside | None = None,
     ) -> None:
-        """`model`: the one among them that computes, if any does."""
+        """`model`: the one among them that computes, if any does; `beside`: where it can do so
+        while its drafts are verified, if it can."""
+        self._beside = beside
+        self._ahead, self._took, self._waited = 0, 0.0, 0.0  # rows, seconds; of this step
         self._slots = slots
         self._drafters = drafters
         self.model = model
@@ -78,6 +83,11 @@ class Drafting:
         self._of_slot: dict[int, Drafted] = {}  # of the step being run
         self._shadows: list[Shadow] = []  # since the last step
         self._credit, self._credited = MOST_CREDIT, time.perf_counter()  # seconds for `_end`
+
+    @property
+    def slowdown(self) -> float:
+        """See `WorkerFacts.beside`."""
+        return 0.0 if self._beside is None else self._beside.slowdown
 
     def admit(self, admit: Admit) -> None:
         slot = admit.slot
@@ -115,6 +125,8 @@ class Drafting:
             if row.chunk is not None:
                 self._tokens[row.slot] += row.chunk
         if not asking:
+            if self.model is not None:
+                self.model.forget()
             return plan.rows, NO_DRAFTING
         started = time.perf_counter()
         with self._spared():
@@ -124,8 +136,49 @@ class Drafting:
                 round_ += 1
         self._write()
         rows = [self._with_drafts(row) if row.drafts else row for row in plan.rows]
-        work = (0, 0) if self.model is None else self.model.take_work()
-        return rows, DraftTime(time.perf_counter() - started, *work)
+        if self.model is None:
+            return rows, DraftTime(time.perf_counter() - started)
+        self.model.forget()
+        depth, tokens, foreseen = self.model.take_work()
+        seconds = time.perf_counter() - started
+        return rows, DraftTime(seconds, depth, tokens, foreseen=foreseen)
+
+    def look_ahead(self, rows: Sequence[Row]) -> None:
+        """Starts to draft for what comes after these rows, which go to be verified. Until `wait`
+        nothing else may be asked of the drafters."""
+        model, beside = self.model, self._beside
+        if model is None or beside is None:
+            return
+        number = self._drafters.index(model)
+        asks: list[Ask] = []
+        drafts: list[list[int]] = []
+        for row in rows:
+            if row.ahead and number in row.drafters:
+                drafted = self._of_slot.get(row.slot)
+                asks.append(Ask(row.slot, self._tokens[row.slot], row.ahead))
+                drafts.append([] if drafted is None else drafted.guess.tokens)
+        if asks:
+            self._ahead = len(asks)
+            beside.start(lambda: model.foresee(asks, drafts))
+
+    def wait(self) -> None:
+        """For what `look_ahead` started, before anything is committed."""
+        if self._beside is not None and self._beside.busy:
+            with self._spared():
+                took, waited = self._beside.wait()
+                self._took, self._waited = self._took + took, self._waited + waited
+
+    def finished(self, work: DraftTime) -> DraftTime:
+        """The step is: what drafting has taken of it altogether."""
+        self.wait()
+        seconds = work.seconds + self._waited
+        work = work._replace(seconds=seconds, beside=self._took, ahead=self._ahead)
+        self._ahead, self._took, self._waited = 0, 0.0, 0.0
+        return work
+
+    def close(self) -> None:
+        if self._beside is not None:
+            self._beside.close()
 
     @contextmanager
     def _spared(self) -> Iterator[None]:
@@ -149,7 +202,11 @@ class Drafting:
         for number, group in by_drafter.items():
             asks = [Ask(row.slot, self._tokens[row.slot], row.drafts) for row in group]
             stop = least[number] if number < len(least) else 0.0
-            guesses = self._drafters[number].propose(asks, stop)
+            drafter = self._drafters[number]
+            if drafter is self.model:
+                guesses = self.model.propose(asks, stop, plan.patience)
+            else:
+                guesses = drafter.propose(asks, stop)
             for row, guess in zip(group, guesses, strict=True):
                 if guess is LATER:
                     # What another one has said, though it was not heard, is better than nothing.

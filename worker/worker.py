@@ -37,6 +37,9 @@ class WorkerFacts:
     device: str
     dtype: str
     drafters: tuple[str, ...] = ()  # by name
+    # How many times as long verifying is expected to take while a draft model works ahead; 0: none
+    # can.
+    beside: float = 0.0
 
 
 class Worker:
@@ -95,6 +98,8 @@ class Worker:
 
     def close(self) -> None:
         self._executor.close()
+        if self._drafting is not None:
+            self._drafting.close()
 
     def _execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
@@ -116,6 +121,7 @@ class Worker:
             drafting = NO_DRAFTING
             if self._drafting is not None:
                 rows, drafting = self._drafting.draft(plan)
+                self._drafting.look_ahead(rows)
             results: dict[int, RowResult] = {}
             for runner, indices in self._by_runner(rows):
                 some = [rows[i] for i in indices]
@@ -125,6 +131,8 @@ class Worker:
                     self._slots.windows.settle(row.slot, self._slots.bound[row.slot])
             if not any(row.samples for row in rows):
                 self._finish()  # nothing was read back, so nothing was waited for
+            if self._drafting is not None:
+                drafting = self._drafting.finished(drafting)
         return StepResult(
             step=plan.step,
             rows=tuple(results[i] for i in range(len(rows))),
@@ -175,6 +183,8 @@ class Worker:
             hidden = hidden[batch.sample_tokens]
         logits = runner.logits(hidden)
         sampled = self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
+        if self._drafting is not None:
+            self._drafting.wait()
         return self._commit(batch, sampled, prompt_logprobs)
 
     def _commit(

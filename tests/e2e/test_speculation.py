@@ -35,6 +35,7 @@ from tests.e2e.test_exactness import (
     same,
 )
 from worker.batch import span_batch
+from worker.beside import Beside
 from worker.drafters.base import Ask, Drafter, Guess
 from worker.drafters.model import ModelDrafter
 from worker.drafters.registry import MODEL_FREE
@@ -101,7 +102,7 @@ def drafter(name: str, slots: SlotTable, sampler: Sampler, pages: int) -> Drafte
     return ModelDrafter(EagerRunner(model, TorchOps()), kv, slots, sampler, 10**6, vocab, 20)
 
 
-def worker(config: SchedulerConfig, *names: str) -> Worker:
+def worker(config: SchedulerConfig, *names: str, ahead: bool = False) -> Worker:
     slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
     kv = allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU)
     sampler = Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens)
@@ -115,7 +116,7 @@ def worker(config: SchedulerConfig, *names: str) -> Worker:
         ThreadExecutor(1),
         WorkerFacts(VOCAB, CONTEXT, config.num_pages, config.page_size, "cpu", "float32"),
         allocate_host_pool(kv, config.host_pages + 1),
-        Drafting(slots, drafters, model),
+        Drafting(slots, drafters, model, Beside(CPU) if ahead else None),
     )
 
 
@@ -123,7 +124,8 @@ def check(
     config: SchedulerConfig, sampler: str, drafts: DraftPolicy, *names: str, **how
 ) -> Scheduler:
     """Runs all requests and compares."""
-    scheduler, device = Scheduler(config, drafts, how.pop("policy", None)), worker(config, *names)
+    scheduler = Scheduler(config, drafts, how.pop("policy", None))
+    device = worker(config, *names, ahead=how.pop("ahead", False))
     try:
         found = drive(scheduler, device, requests(sampler), **how)
     finally:
@@ -202,6 +204,37 @@ def test_lengths_that_change_with_every_step(sampler: str) -> None:
     check(CONFIG, sampler, Random(), "suffix", "stranger", depth=1, arrivals_per_step=1)
 
 
+@everywhere
+@pytest.mark.parametrize(("name", "patience"), [("twin", 0), ("twin", 99), ("narrow", 2)])
+def test_drafting_ahead(sampler: str, name: str, patience: int) -> None:
+    drafts = FixedDrafts(3, ahead=True, patience=patience)
+    scheduler = check(CONFIG, sampler, drafts, name, depth=1, arrivals_per_step=2, ahead=True)
+    load = scheduler.load()
+    if name == "twin":  # whatever it guesses comes true, and few wait in vain
+        assert load.accepted_tokens > 0.9 * load.draft_tokens
+        assert load.steps < 60
+    if patience < 99:
+        assert load.draft_tokens
+
+
+@everywhere
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_drafting_ahead_under_memory_pressure(sampler: str, depth: int) -> None:
+    config = replace(CONFIG, num_pages=34, max_step_tokens=64)
+    crowded = make_policy("aggressive", watermark=0.0)
+    drafts = FixedDrafts(4, (0, 1), ahead=True, patience=depth)
+    how = {"depth": depth, "policy": crowded, "ahead": True}
+    scheduler = check(config, sampler, drafts, "suffix", "twin", **how)
+    assert scheduler.load().preemptions > 0
+
+
+@everywhere
+def test_the_controller_drafts_ahead(sampler: str) -> None:
+    options = [Option((0,), True), Option((0,), True, ahead=True)]
+    policy = Controller(options, ["twin"], 5, StepCost.learning())
+    check(CONFIG, sampler, policy, "twin", depth=1, arrivals_per_step=3, ahead=True)
+
+
 def test_a_request_may_refuse_drafts() -> None:
     plain = Speculation(enabled=False)
     batch = [
@@ -217,13 +250,17 @@ def test_a_request_may_refuse_drafts() -> None:
     assert all(drafted[name] for name in drafted.keys() - refused)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_what_is_known_between_steps(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "ahead"),
+    [*((name, False) for name in DRAFTERS), ("twin", True), ("stranger", True), ("narrow", True)],
+)
+def test_what_is_known_between_steps(name: str, ahead: bool) -> None:
     """Invariants I1 to I7 of batched speculation (EQSPEC, arXiv 2510.22876, and its review): tokens
     committed are contiguous, keys and values reach up to the last token and are those of the text,
     and so are those of the draft model, as far as it has any."""
     config = replace(CONFIG, num_pages=60)
-    scheduler, device = Scheduler(config, FixedDrafts(3)), worker(config, name)
+    scheduler = Scheduler(config, FixedDrafts(3, ahead=ahead))
+    device = worker(config, name, ahead=ahead)
     drafting, slots = device._drafting, device._slots
     assert drafting is not None
     now = 0.0

@@ -72,6 +72,7 @@ class Facts:
     device: str = "scripted"
     dtype: str = "none"
     drafters: tuple[str, ...] = ()
+    beside: float = 0.0
 
 
 class ThreadedWorker:

@@ -8,9 +8,10 @@ table serve both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +43,21 @@ class _Row:
     confidence: list[float] = field(default_factory=list)
     all_right: float = 1.0  # the probability that all drafts so far are
 
+    def add(self, token: int, confidence: float) -> None:
+        self.tokens.append(token)
+        self.confidence.append(confidence)
+        self.all_right *= confidence
+
     def drafts_on(self, least: float) -> bool:
         return len(self.tokens) < self.ask.most and self.all_right >= least
+
+
+class _Foreseen(NamedTuple):
+    """Drafts that were made while the target was still choosing."""
+
+    known: int  # tokens at that time
+    coming: tuple[int, ...]  # the outcome they were made for: the tokens after those
+    guess: Guess
 
 
 class ModelDrafter:
@@ -51,6 +65,10 @@ class ModelDrafter:
 
     A sequence is followed only while it is asked about. Whatever was computed of it before, or by
     another sequence that shares its first pages, is made use of.
+
+    While a row's drafts are verified it can be drafted for ahead, for the likeliest outcome: all
+    are right, and the token after them is the one that this model would choose. It draws with the
+    target's noise, so that guess is as good as any draft.
     """
 
     def __init__(
@@ -81,6 +99,9 @@ class ModelDrafter:
         self._most_tokens = most_tokens
         self._vocab = sampler.slots.vocab_size
         self._depth = self._fed = 0  # see `take_work`
+        self._drafted: dict[int, list[int]] = {}  # by slot, in the last `propose`
+        self._ready: dict[int, _Foreseen] = {}  # by slot
+        self._hits = 0
 
     def use(self, runner: Runner) -> None:
         """Computes by another runner from now on. On the worker's thread."""
@@ -88,13 +109,81 @@ class ModelDrafter:
 
     def admit(self, slot: int, group: bytes) -> None:
         self.followed.admit(slot)
+        self._ready.pop(slot, None)
 
     def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
         return None
 
-    def propose(self, asks: Sequence[Ask], least: float) -> list[Guess]:
+    def propose(self, asks: Sequence[Ask], least: float, patience: int = 0) -> list[Guess]:
+        """See `Drafter`; `patience`: see `StepPlan`."""
         rows = [_Row(ask) for ask in asks]
-        through, spans = self._behind(rows)
+        late = [row for row in rows if not self._foresaw(row, least)]
+        self._hits += len(rows) - len(late)
+        if len(late) >= patience:
+            through, spans = self._behind(late, self.followed.read)
+            self._draft(late, through, spans, least)
+            for slot, _, end in spans:
+                self.followed.advance(slot, end)
+        self._drafted = {row.ask.slot: row.tokens for row in rows}
+        return [Guess(row.tokens, row.confidence) if row.tokens else LATER for row in rows]
+
+    def foresee(self, asks: Sequence[Ask], drafts: Sequence[list[int]]) -> None:
+        """Drafts on for each of these, as if all of its `drafts`, which are being verified, were
+        right. The asks' tokens are the known ones; what they allow is meant for the step after."""
+        depth, fed = self._depth, self._fed  # the work of the step that verifies what comes of it
+        rows = [
+            _Row(Ask(ask.slot, ask.tokens + right, 1 + ask.most))
+            for ask, right in zip(asks, drafts, strict=True)
+        ]
+        known = {ask.slot: len(ask.tokens) for ask in asks}
+
+        def read(ask: Ask) -> int:
+            own = self._drafted.get(ask.slot)
+            right = ask.tokens[known[ask.slot] :]
+            # Of its own drafts all but the last were fed.
+            return len(ask.tokens) - 1 if own == right != [] else self.followed.read(ask)
+
+        through, spans = self._behind(rows, read)
+        self._draft(rows, through, spans, 0.0)
+        for slot, _, end in spans:
+            self.followed.advance(slot, min(end, known[slot]))
+        for row in through:
+            slot, tokens = row.ask.slot, row.ask.tokens
+            coming = (*tokens[known[slot] :], row.tokens[0])
+            guess = Guess(row.tokens[1:], row.confidence[1:])
+            self._ready[slot] = _Foreseen(known[slot], coming, guess)
+        self._depth, self._fed = depth, fed
+
+    def forget(self) -> None:
+        """What was foreseen has come, or not."""
+        self._ready.clear()
+
+    def _foresaw(self, row: _Row, least: float) -> bool:
+        """Gives the row the drafts that were made for what has come, if they were."""
+        slot, tokens = row.ask.slot, row.ask.tokens
+        foreseen = self._ready.get(slot)
+        if foreseen is None:
+            return False
+        came = tuple(tokens[foreseen.known :])
+        if came[:-1] != foreseen.coming[:-1]:
+            return False
+        guess = foreseen.guess
+        if came != foreseen.coming or not guess.tokens:
+            self.followed.advance(slot, len(tokens) - 1)
+            return False
+        self.followed.advance(slot, len(tokens))
+        for token, confidence in zip(guess.tokens, guess.confidence, strict=True):
+            if row.tokens and not row.drafts_on(least):
+                break
+            row.add(token, confidence)
+        self._depth = max(self._depth, len(row.tokens))
+        self._fed += len(row.tokens)
+        return True
+
+    def _draft(
+        self, rows: list[_Row], through: list[_Row], spans: list[Span], least: float
+    ) -> None:
+        """Feeds the spans, and drafts for the rows that are through with what is known."""
         needs = self._sampler.slots.needs
         chain = self.runner.chain
         if chain is None or any(needs[row.ask.slot] & Need.PROCESSING for row in through):
@@ -103,9 +192,6 @@ class ModelDrafter:
             self._in_one_call(chain, rows, through, spans, least)
         elif spans:
             self._forward(self._ids(rows, spans), spans, None)
-        for slot, _, end in spans:
-            self.followed.advance(slot, end)
-        return [Guess(row.tokens, row.confidence) if row.tokens else LATER for row in rows]
 
     def _one_by_one(
         self, rows: list[_Row], through: list[_Row], spans: list[Span], least: float
@@ -164,23 +250,28 @@ class ModelDrafter:
             right += 1
         self.followed.confirmed(slot, right)
 
-    def take_work(self) -> tuple[int, int]:
-        """Forwards, one after the other, and the tokens they computed, since it was last asked."""
-        work, self._depth, self._fed = (self._depth, self._fed), 0, 0
+    def take_work(self) -> tuple[int, int, int]:
+        """Forwards, one after the other, the tokens they computed, and how many rows' drafts were
+        made ahead, since it was last asked."""
+        work = self._depth, self._fed, self._hits
+        self._depth = self._fed = self._hits = 0
         return work
 
     @staticmethod
     def _length(row: _Row) -> int:
         return len(row.ask.tokens) + len(row.tokens)
 
-    def _behind(self, rows: list[_Row]) -> tuple[list[_Row], list[Span]]:
-        """Those that will be through with what is known, and what is to be fed: theirs first."""
+    def _behind(
+        self, rows: list[_Row], read: Callable[[Ask], int]
+    ) -> tuple[list[_Row], list[Span]]:
+        """Those that will be through with what is known, and what is to be fed: theirs first.
+        `read`: positions of an ask that were computed."""
         budget = self._most_tokens
         through: list[_Row] = []
         spans: list[Span] = []
-        for row in sorted(rows, key=lambda r: len(r.ask.tokens) - self.followed.read(r.ask)):
+        for row in sorted(rows, key=lambda r: len(r.ask.tokens) - read(r.ask)):
             slot, known = row.ask.slot, len(row.ask.tokens)
-            start = min(self.followed.read(row.ask), known - 1)  # the last gives the first draft
+            start = min(read(row.ask), known - 1)  # the last gives the first draft
             end = min(known, start + max(budget, 1 if known - start == 1 else 0))
             if end == start:
                 continue
@@ -240,6 +331,4 @@ class ModelDrafter:
         drawn = self._sampler.draw(logits, slots, positions)
         taken = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
         for row, token, confidence in zip(rows, drawn.tolist(), taken.exp().tolist(), strict=True):
-            row.tokens.append(token)
-            row.confidence.append(confidence)
-            row.all_right *= confidence
+            row.add(token, confidence)
