@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scheduling, serving, speculation
+from benchmarks import kv_formats, scheduling, serving, speculation
 from cli import calibrate, document, plan, simulate
 from cli import profile as profiling
 from cli.options import options
@@ -88,6 +88,7 @@ def test_options_exist(page: Path) -> None:
         plan.parser(),
         scheduling.parser(),
         speculation.parser(),
+        kv_formats.parser(),
     ):
         ours |= set(chain.from_iterable(action.option_strings for action in made._actions))
     for maker in (root / "makers").glob("*.py"):
