@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": ("cli.chat", "talk to a server from the terminal"),
     "profile": ("cli.profile", "measure what steps cost on this machine"),
     "calibrate": ("cli.calibrate", "choose a KV format, and fit it to a model, by your prompts"),
+    "quantize": ("cli.quantize", "write a checkpoint in few bits, and measure what that costs"),
     "version": ("cli.version", "print the version"),
 }
 

@@ -37,7 +37,8 @@ class Option:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return tuple(f"--{flag}" for flag in (self.name.replace("_", "-"), *self.aliases))
+        names = (self.name.replace("_", "-"), *self.aliases)
+        return tuple(f"-{name}" if len(name) == 1 else f"--{name}" for name in names)
 
     @property
     def variable(self) -> str:

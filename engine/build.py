@@ -22,7 +22,8 @@ from kernels.cpu.packed import native_format
 from kernels.kv.calibration import Calibration
 from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import HALVES, layer_formats
-from kernels.linear.prepare import LinearMode, prepare_linears
+from kernels.linear.prepare import LinearMode, isolate_rows, prepare_linears
+from kernels.linear.quantized import is_quantized, parameter_count, weight_bytes
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.errors import CheckpointError
@@ -90,6 +91,7 @@ def _build(
         device=device.torch_device,
         max_model_len=max_model_len,
         load_format=config.model.load_format,
+        quantization=config.model.quantization,
         progress=log.debug,
     )
     formats = _formats(config, spec)
@@ -97,14 +99,20 @@ def _build(
     def load_formatted() -> Decoder | TransformersDecoder:
         loaded = load()
         loaded.use_formats(formats)
+        if config.device.deterministic:
+            isolate_rows(loaded)
         return loaded
 
     load_small = load_draft(config, folder, dtype, device, max_model_len)
     before = device.available_memory()
     model = load_formatted()
     draft = None if load_small is None else load_small()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    size = sum(p.numel() for p in model.parameters())
+    weights, size = weight_bytes(model), parameter_count(model)
+    if device.torch_device.type == "cpu" and is_quantized(model):
+        log.info(
+            "quantized weights are unpacked by plain torch operations on a CPU: they take less "
+            "memory there, and more time"
+        )
     # The eager model and the native one live side by side until the last stream of the former has
     # ended; where there is no room for both, and where text must not depend on when a build was
     # done, the build is waited for.
@@ -114,7 +122,7 @@ def _build(
     runner = _native_runner(model, readers, patience) or _torch_runner(model, config, device)
     small: Draft | None = None
     if draft is not None:
-        parameters = sum(p.numel() for p in draft.parameters())
+        parameters = parameter_count(draft)
         arithmetic = _native_runner(draft, native, patience) or _torch_runner(draft, config, device)
         small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
@@ -197,6 +205,7 @@ def _build(
         hash_root=chain_root(
             str(folder.resolve()).encode(),
             str(dtype).encode(),
+            config.model.quantization.encode(),
             "/".join(form.name for form in formats).encode(),
         ),
         max_queued_requests=config.schedule.max_queued_requests,

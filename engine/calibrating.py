@@ -1,4 +1,4 @@
-"""A model and what reads texts with it, for `foresight calibrate`."""
+"""A model and what reads texts with it, for `foresight calibrate` and `foresight quantize`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def build_reader(config: EngineConfig) -> tuple[Reader, Callable[[str], Sequence
             device=device.torch_device,
             max_model_len=context_of(config, spec),
             load_format=config.model.load_format,
+            quantization=config.model.quantization,
         )
     except (CheckpointError, DeviceError) as error:
         raise StartupError(str(error)) from error

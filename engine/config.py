@@ -51,6 +51,14 @@ class ModelConfig:
         " it natively, else float32.",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    quantization: str = option(
+        "none",
+        "Rounds the weights of a dense checkpoint when it is loaded. int8, fp8: a scale a row;"
+        " int6, int4: a scale for every 128 inputs, or 64 or 32 where the sizes need it. `none`: as"
+        " they are, also those of a checkpoint in few bits. See docs/quantization.md.",
+        aliases=("q",),
+        choices=("none", "int8", "int6", "int4", "fp8"),
+    )
     max_model_len: int | None = option(
         None, "Longest sequence in tokens, prompt and output. Default: the checkpoint's context."
     )

@@ -24,6 +24,7 @@ from worker.beside import Beside
 from worker.device import Device
 from worker.drafters.base import Drafter
 from worker.drafters.model import ModelDrafter
+from worker.drafters.outcomes import MOST_BRANCHES
 from worker.drafters.registry import COARSE, COMPUTING, MODEL, MODEL_FREE
 from worker.drafting import Drafting
 from worker.kv_pool import allocate_pool
@@ -32,6 +33,9 @@ from worker.sampler import Sampler
 from worker.slots import SlotTable
 
 log = logging.getLogger(__name__)
+
+# Of the draft model's pool, for what is written ahead: a branch of it takes two.
+SPARE_PAGES = 2 * MOST_BRANCHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +91,19 @@ def build_drafting(
     if not names:
         return None
     model: ModelDrafter | None = None
+    beside = _beside(config, slots.tokens.device)
     if draft is not None:
         device = slots.tokens.device
+        spare = SPARE_PAGES if beside is not None else 0
         model = ModelDrafter(
             draft.runner,
-            allocate_pool(draft.spec, num_pages, slots.page_size, draft.dtype, device),
+            allocate_pool(draft.spec, num_pages + spare, slots.page_size, draft.dtype, device),
             slots,
             sampler,
             draft.parameters,
             draft.spec.vocab_size,
             step_tokens,
+            spare_pages=range(num_pages, num_pages + spare),
         )
     elif COARSE in names:
         model = ModelDrafter(
@@ -116,14 +123,19 @@ def build_drafting(
             drafters.append(model)
         else:
             drafters.append(MODEL_FREE[name]())
-    beside = None
-    if config.draft_ahead != "off" and draft is not None and Beside.possible(slots.tokens.device):
-        beside = Beside(slots.tokens.device)
-    elif config.draft_ahead == "on":
+    return Drafting(slots, drafters, model, beside)
+
+
+def _beside(config: SpeculationConfig, device: torch.device) -> Beside | None:
+    """Where the draft model works ahead, if it can and may. Raises `StartupError`."""
+    drafts = MODEL in drafter_names(config)
+    if config.draft_ahead != "off" and drafts and Beside.possible(device):
+        return Beside(device)
+    if config.draft_ahead == "on":
         raise StartupError(
             "draft_ahead: on needs a draft model and a second CPU thread for it, or a GPU."
         )
-    return Drafting(slots, drafters, model, beside)
+    return None
 
 
 def _check_vocabulary(target: Path, draft: Path) -> None:

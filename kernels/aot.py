@@ -27,6 +27,8 @@ from kernels.kv import append_triton
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS
 from kernels.kv.triton_launch import Launch
+from kernels.linear import quantized_triton
+from kernels.linear.formats import Fp8Format, IntFormat, WeightFormat
 from kernels.sampling import gumbel_triton
 from kernels.sampling.philox import GUMBEL_SPAN, NOISE_VERSION
 
@@ -40,6 +42,15 @@ KV_HEADS, PAGE_SIZE, GROUP = 8, 16, 4  # of a model of common shape
 NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}  # as Triton has them
 # Query tokens of a row: decoding (few drafts are the same), a prompt's chunk.
 QUERIES = {"decode": 1, "prefill": 512}
+WEIGHTS: tuple[WeightFormat, ...] = (
+    IntFormat(8, None),
+    IntFormat(8, 128),
+    IntFormat(6, 128),
+    IntFormat(4, 128),
+    IntFormat(4, 32),
+    IntFormat(4, 128, zero_point=True),
+    Fp8Format(128),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,8 @@ def jobs() -> Iterator[Job]:
             yield _attend(name, _paged("int8n", head_dim), queries, dtype=torch.float32)
         yield _merge(head_dim)
     yield from _draw(blocks=38)  # a vocabulary of about 150,000
+    for form, rows in itertools.product(WEIGHTS, (16, 64)):
+        yield _weight(form, rows)
 
 
 def compile_job(job: Job) -> Compiled:
@@ -193,6 +206,30 @@ def _merge(head_dim: int) -> Job:
     launch = Launch({"n": head_dim, "tile": packed_triton.MERGE_TILE}, 4, 3)
     types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "splits": "i32", "rows": "i32"}
     return _job(f"merge {head_dim}", packed_triton._merge, types, launch, {"splits", "rows"})
+
+
+def _weight(form: WeightFormat, rows: int) -> Job:
+    """A product by one of Qwen3-8B's matrices, its inputs in splits."""
+    meta = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    weight = form.quantize(meta)
+    types = {
+        "x": "*bf16",
+        "low": "*fp8e4nv" if isinstance(form, Fp8Format) else "*u8",
+        "high": "*fp8e4nv" if isinstance(form, Fp8Format) else "*u8",
+        "scales": NAMES[weight.scales.dtype],
+        "zeros": "*u8",
+        "out": "*fp32",
+        "rows": "i32",
+        "inputs": "i32",
+        "outputs": "i32",
+        "groups": "i32",
+        "split_tiles": "i32",
+    }
+    launch = quantized_triton.product_launch(weight, rows)
+    zeros = " zeros" if weight.zeros is not None else ""
+    name = f"weight {form.name.split()[0]} {form.group or 'row'}{zeros} x {rows}"
+    odd = {"rows", "groups", "split_tiles"}
+    return _job(name, quantized_triton._multiply, types, launch, odd)
 
 
 def _draw(blocks: int) -> Iterator[Job]:

@@ -10,6 +10,8 @@ import torch
 
 from models.decoder import Decoder
 from models.errors import CheckpointError, UnsupportedArchitecture
+from models.quantization.layouts import stored_layout
+from models.quantization.load import META, load_quantized
 from models.spec import ModelSpec
 from models.weights import dummy_weights, load_weights, read_json
 
@@ -48,22 +50,38 @@ def load_decoder(
     max_model_len: int | None = None,
     load_format: str = "safetensors",
     seed: int = 0,
+    quantization: str = "none",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Decoder:
     """Builds and fills the decoder; `load_format` is safetensors or dummy (random weights).
 
+    quantization: what a dense checkpoint's weights are rounded to, see
+    `models.quantization.layouts.format_for`.
     Raises `CheckpointError` (also `UnsupportedArchitecture`), one sentence for a person.
     """
     spec = read_spec(folder)
     if not spec.native:
         raise UnsupportedArchitecture(f"{spec.model_type} has no native decoder.")
+    if load_format not in ("safetensors", "dummy"):
+        raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
+    stored = stored_layout(read_json(folder, "config.json"))
+    if stored is not None or quantization != "none":
+        meta = Decoder(spec, dtype=dtype, device=META, max_model_len=max_model_len)
+        load_quantized(
+            meta,
+            folder,
+            device or torch.device("cpu"),
+            stored,
+            quantization,
+            dummy_seed=seed if load_format == "dummy" else None,
+            progress=progress,
+        )
+        return meta.eval()
     decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
     if load_format == "dummy":
         dummy_weights(decoder.targets(), seed)
-    elif load_format == "safetensors":
-        load_weights(folder, decoder.targets(), progress=progress)
     else:
-        raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
+        load_weights(folder, decoder.targets(), progress=progress)
     return decoder.eval()
 
 
@@ -75,6 +93,7 @@ def load_model(
     max_model_len: int | None = None,
     load_format: str = "safetensors",
     seed: int = 0,
+    quantization: str = "none",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Decoder | TransformersDecoder:
     """`load_decoder`, or the transformers library where there is no native decoder."""
@@ -86,7 +105,13 @@ def load_model(
             max_model_len=max_model_len,
             load_format=load_format,
             seed=seed,
+            quantization=quantization,
             progress=progress,
+        )
+    if quantization != "none":
+        raise CheckpointError(
+            "weights are quantized for the native decoders only, and this architecture has none: "
+            "serve it with --quantization none."
         )
     from models.transformers_fallback import load_fallback
 

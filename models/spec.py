@@ -115,12 +115,6 @@ class ModelSpec:
 
 def _check_architecture(config: Mapping[str, Any]) -> str:
     """The native model_type of a configuration; raises `UnsupportedArchitecture`."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise UnsupportedArchitecture(
-            f"the weights are quantized with {method}, which is not read; "
-            "use the checkpoint's original bf16 or fp16 weights."
-        )
     model_type = str(config.get("model_type", ""))
     named = list(config.get("architectures") or ())
     known = ARCHITECTURES.get(model_type)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -84,22 +84,32 @@ def load_weights(
     unexpected: list[str] = []
     for i, path in enumerate(files, 1):
         progress(f"loading weights: {path.name} ({i} of {len(files)})")
-        for name, tensor in _tensors(path):
+        for name, tensor in read_tensors(path):
             target = targets.get(name)
             if target is None:
                 unexpected.append(name)
                 continue
-            if target.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{path.name}: {name} has shape {list(tensor.shape)} where config.json "
-                    f"implies {list(target.shape)}."
-                )
-            target.copy_(tensor)
+            fill(target, name, tensor)
             missing.discard(name)
-    # A tied head may be stored all the same.
-    unexpected = [n for n in unexpected if n != "lm_head.weight" and not DERIVED.match(n)]
     if missing:
         raise CheckpointError(f"{folder} lacks {_list(missing)}.")
+    check_unexpected(folder, unexpected)
+
+
+def fill(target: Tensor, name: str, tensor: Tensor) -> None:
+    """Copies a checkpoint's tensor to its place. Raises `CheckpointError` for another shape."""
+    if target.shape != tensor.shape:
+        raise CheckpointError(
+            f"{name} has shape {list(tensor.shape)} where config.json implies {list(target.shape)}."
+        )
+    target.copy_(tensor)
+
+
+def check_unexpected(folder: Path, names: Sequence[str]) -> None:
+    """Raises `CheckpointError` for tensors of a checkpoint that were not used, unless they are
+    known to be redundant."""
+    # A tied head may be stored all the same.
+    unexpected = [n for n in names if n != "lm_head.weight" and not DERIVED.match(n)]
     if unexpected:
         raise CheckpointError(
             f"{folder} holds tensors this architecture has no place for: {_list(unexpected)}."
@@ -109,12 +119,17 @@ def load_weights(
 def dummy_weights(targets: Mapping[str, Tensor], seed: int = 0) -> None:
     """Random weights of the real shapes: matrices N(0, 0.02), norms one, biases zero."""
     for i, (name, target) in enumerate(targets.items()):
-        if target.dim() > 1:
-            # One generator a tensor, so that a tensor does not depend on those before it.
-            generator = torch.Generator(target.device).manual_seed(seed + i)
-            target.normal_(0.0, DUMMY_STD, generator=generator)
-        else:
-            target.fill_(0.0 if name.endswith("bias") else 1.0)
+        # A seed a tensor, so that a tensor does not depend on those before it.
+        fill_dummy(name, target, seed + i)
+
+
+def fill_dummy(name: str, target: Tensor, seed: int) -> None:
+    """One tensor of `dummy_weights`."""
+    if target.dim() > 1:
+        generator = torch.Generator(target.device).manual_seed(seed)
+        target.normal_(0.0, DUMMY_STD, generator=generator)
+    else:
+        target.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -148,7 +163,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Of one file, one after another. Raises `CheckpointError`."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from scheduler.admission import Admission
 from scheduler.memory import Memory
+from scheduler.plan import DraftTime
 from scheduler.request import Load
 from scheduler.sequence import Sequence
 from scheduler.wait import Waits
@@ -28,6 +29,16 @@ class Counts:
     accepted_tokens: int = 0
     accepted_by_position: list[int] = field(default_factory=list)
     draft_seconds: float = 0.0
+    ahead_seconds: float = 0.0
+    ahead_rows: int = 0
+    foreseen_rows: int = 0
+
+    def drafting(self, work: DraftTime) -> None:
+        """What drafting took of a step."""
+        self.draft_seconds += work.seconds
+        self.ahead_seconds += work.beside
+        self.ahead_rows += work.ahead
+        self.foreseen_rows += work.foreseen
 
     def drafted(self, proposed: int, accepted: int) -> None:
         """A row verified drafts."""
@@ -91,4 +102,7 @@ class Counts:
             accepted_tokens=self.accepted_tokens,
             accepted_by_position=tuple(self.accepted_by_position),
             draft_seconds=self.draft_seconds,
+            ahead_seconds=self.ahead_seconds,
+            ahead_rows=self.ahead_rows,
+            foreseen_rows=self.foreseen_rows,
         )

@@ -217,6 +217,9 @@ class Load:
     accepted_tokens: int = 0  # of these
     accepted_by_position: tuple[int, ...] = ()  # at the first draft of a row, the second, ...
     draft_seconds: float = 0.0  # spent on drafting while the target waited
+    ahead_seconds: float = 0.0  # spent on drafting while the target verified
+    ahead_rows: int = 0  # rows that were drafted for ahead
+    foreseen_rows: int = 0  # of these, those whose drafts were of use
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,7 @@ class Scheduler:
             elif sequence.computed - sequence.registered >= size:
                 self._publish(sequence)
         self._drafts.settled(plan, result, now)
-        self._counts.draft_seconds += result.drafting.seconds
+        self._counts.drafting(result.drafting)
         if self._memory.lift(plan.step):
             self._blocked = False
         return outputs

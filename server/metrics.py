@@ -163,6 +163,18 @@ _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
         lambda x: x.draft_seconds,
     ),
     (
+        Definition("spec_decode_ahead_seconds", "Drafting while the target verified.", False),
+        lambda x: x.ahead_seconds,
+    ),
+    (
+        Definition("spec_decode_num_ahead", "Rows that were drafted for ahead.", False),
+        lambda x: x.ahead_rows,
+    ),
+    (
+        Definition("spec_decode_num_foreseen", "Those whose drafts were of use.", False),
+        lambda x: x.foreseen_rows,
+    ),
+    (
         Definition("step_seconds", "Time from one settled step to the next.", False),
         lambda x: x.step_seconds,
     ),

@@ -56,6 +56,9 @@ def ops_router(services: Services, version: str) -> APIRouter:
             "draft_tokens": now.draft_tokens,
             "accepted_tokens": now.accepted_tokens,
             "draft_seconds": now.draft_seconds,
+            "ahead_seconds": now.ahead_seconds,
+            "ahead_rows": now.ahead_rows,
+            "foreseen_rows": now.foreseen_rows,
             "step_seconds": now.step_seconds,
             "step_seconds_profiled": now.step_seconds_profiled,
         }

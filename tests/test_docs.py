@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kv_formats, scheduling, serving, speculation
-from cli import calibrate, document, plan, simulate
+from cli import calibrate, document, plan, quantize, simulate
 from cli import profile as profiling
 from cli.options import options
 from docs import tables
@@ -84,6 +84,7 @@ def test_options_exist(page: Path) -> None:
         loadtest.parser(),
         profiling.parser(),
         calibrate.parser(),
+        quantize.parser(),
         simulate.parser(),
         plan.parser(),
         scheduling.parser(),

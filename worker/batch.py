@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch
 from scheduler.plan import Row
+from worker.drafters.spans import span_batch
 from worker.slots import SlotTable
 
 
@@ -121,37 +121,6 @@ def build_batch(rows: Sequence[Row], slots: SlotTable) -> StepBatch:
         advance=torch.tensor(
             [1 if row.chunk is None else len(row.chunk) for row in rows], device=device
         ),
-    )
-
-
-def span_batch(
-    slots: SlotTable, spans: Sequence[tuple[int, int, int]], more: int = 0
-) -> AttentionBatch:
-    """One ragged forward over known positions: (slot, first, behind the last) of each row. The page
-    table reaches `more` positions further."""
-    device, size = slots.tokens.device, slots.page_size
-    table = np.array(spans, dtype=np.int64)
-    counts = table[:, 2] - table[:, 1]
-    starts = np.zeros(len(spans) + 1, dtype=np.int32)
-    np.cumsum(counts, out=starts[1:])
-    rows = np.repeat(np.arange(len(spans)), counts)
-    positions = np.arange(starts[-1]) - starts[rows] + table[rows, 1]
-    longest = int(table[:, 2].max())
-
-    def put(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
-    page_table = slots.page_table[row_slots, : -(-(longest + more) // size)]
-    return AttentionBatch(
-        positions=at,
-        token_rows=token_rows,
-        query_starts=put(starts),
-        kv_lengths=put(table[:, 2].astype(np.int32)),
-        page_table=page_table,
-        kv_slots=page_table[token_rows, at // size].long() * size + at % size,
-        max_query=int(counts.max()),
-        max_kv=longest,
     )
 
 

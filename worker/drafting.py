@@ -155,7 +155,7 @@ class Drafting:
         for row in rows:
             if row.ahead and number in row.drafters:
                 drafted = self._of_slot.get(row.slot)
-                asks.append(Ask(row.slot, self._tokens[row.slot], row.ahead))
+                asks.append(Ask(row.slot, self._tokens[row.slot], row.drafts, row.ahead))
                 drafts.append([] if drafted is None else drafted.guess.tokens)
         if asks:
             self._ahead = len(asks)
@@ -200,7 +200,7 @@ class Drafting:
                 by_drafter.setdefault(row.drafters[choice], []).append(row)
         left: list[Row] = []
         for number, group in by_drafter.items():
-            asks = [Ask(row.slot, self._tokens[row.slot], row.drafts) for row in group]
+            asks = [Ask(row.slot, self._tokens[row.slot], row.drafts, row.ahead) for row in group]
             stop = least[number] if number < len(least) else 0.0
             drafter = self._drafters[number]
             if drafter is self.model:

@@ -12,6 +12,7 @@ from kernels.cpu.decoder import NativeDecoder
 from kernels.cpu.linear import NativeLinear
 from kernels.cpu.ops import NativeOps
 from kernels.linear.dense import DenseLinear
+from kernels.linear.quantized import is_quantized
 from kernels.ops import AttentionBatch
 from models.decoder import Decoder, DecoderLayer
 from models.layers import Mlp
@@ -47,13 +48,16 @@ class NativeRunner:
 def native_runner(decoder: Decoder, ops: NativeOps) -> Runner:
     """Takes a freshly loaded decoder over: its dense linear layers are packed and let go.
 
-    Models with experts run operation by operation, on the same kernels. Raises ValueError for
+    Models with experts, and those whose weights are in few bits, run operation by operation, on the
+    same kernels. Raises ValueError for
     shapes and dtypes the kernels do not take.
     """
     for parent in list(decoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, DenseLinear):
                 setattr(parent, name, ops.linear(child.weight, child.bias))
+    if is_quantized(decoder):
+        return EagerRunner(decoder, ops)
     layers: list[NativeLayer] = []
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)

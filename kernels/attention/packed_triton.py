@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.kv.paged import Paged
 from kernels.kv.triton_launch import Launch, dense_heads, layout_constants
 from kernels.ops import AttentionBatch, AttentionLayer
+from kernels.triton_bytes import shift
 
 SPLIT = 512  # positions, unless the splits' outputs would be too many numbers
 PARTIALS = 1 << 23  # fp32 numbers of all splits' outputs that are still fine
@@ -36,7 +37,6 @@ TILE = 64  # positions
 FEW, MANY = 16, 64
 STAGES = 3  # in which a tile's page numbers, then its codes, are on their way
 MERGE_TILE = 16  # splits
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no assembler
 
 
 class Partials(NamedTuple):
@@ -372,42 +372,15 @@ def _codes(
     a time by moving bytes, but each uint8 with a conversion, at a quarter of the speed or less.
     """
     if bits == 2:
-        codes = (_shift(high, 6 - 2 * run) & 192) ^ 160
+        codes = (shift(high, 6 - 2 * run) & 192) ^ 160
     elif bits == 4 or coarse:
-        upper = _shift(high, 4) if run == 0 else high
+        upper = shift(high, 4) if run == 0 else high
         codes = (upper & 240) ^ 136
     elif run == 0:
-        codes = ((_shift(high, 4) & 240) | (low & 15)) ^ 128
+        codes = ((shift(high, 4) & 240) | (low & 15)) ^ 128
     else:
-        codes = ((high & 240) | (_shift(low, -4) & 15)) ^ 128
+        codes = ((high & 240) | (shift(low, -4) & 15)) ^ 128
     return codes.to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _shift(x: tl.tensor, left: tl.constexpr) -> tl.tensor:
-    """x: uint8, shifted to the left, or by -4 to the right; what comes in is anything.
-
-    Four bytes at once: the compiler does so by itself for masks, but not for shifts.
-    """
-    if left == 0:
-        shifted = x
-    elif _INTERPRETED:
-        shifted = (x << left) if left > 0 else (x >> -left)
-    elif left == 2:
-        shifted = _word_op(x, "shl.b32 $0, $1, 2;")
-    elif left == 4:
-        shifted = _word_op(x, "shl.b32 $0, $1, 4;")
-    elif left == 6:
-        shifted = _word_op(x, "shl.b32 $0, $1, 6;")
-    else:
-        tl.static_assert(left == -4)
-        shifted = _word_op(x, "shr.b32 $0, $1, 4;")
-    return shifted
-
-
-@triton.jit
-def _word_op(x: tl.tensor, asm: tl.constexpr) -> tl.tensor:
-    return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.uint8, is_pure=True, pack=4)
 
 
 @triton.jit

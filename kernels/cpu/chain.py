@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p, pointer
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,8 +52,10 @@ class NativeChain:
         rows: ChainRows,
         least: float,
         vocab_size: int,
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens and confidences of each row.
+        others: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]], list[list[int]]]:
+        """Tokens and confidences of each row; with `others`, the tokens that would be drawn if
+        those could not be, else nothing.
 
         ids, batch: the first forward, whose first rows are those that draft; read: [rows] int64,
         the last token of each. A row stops once it has its most, or once the product of its
@@ -65,6 +67,7 @@ class NativeChain:
         tokens = torch.empty(count, width, dtype=torch.int64)
         confidence = torch.empty(count, width)
         counts = torch.empty(count, dtype=torch.int64)
+        second = torch.empty(count, width, dtype=torch.int64) if others else None
         columns = (
             rows.length,
             rows.most,
@@ -86,15 +89,18 @@ class NativeChain:
             least,
             tokens.data_ptr(),
             confidence.data_ptr(),
+            None if second is None else second.data_ptr(),
             counts.data_ptr(),
         )
         threads = torch.get_num_threads()
         self._run(byref(self._decoder.structure), byref(step), byref(chain), threads)
         made = counts.tolist()
-        return (
-            [row[:n] for row, n in zip(tokens.tolist(), made, strict=True)],
-            [row[:n] for row, n in zip(confidence.tolist(), made, strict=True)],
-        )
+
+        def cut(values: Tensor | None) -> list[list[Any]]:
+            rows = [[]] * count if values is None else values.tolist()
+            return [row[:n] for row, n in zip(rows, made, strict=True)]
+
+        return cut(tokens), cut(confidence), cut(second)
 
 
 class _Chain(Structure):
@@ -116,5 +122,6 @@ class _Chain(Structure):
         ("least", c_double),
         ("tokens", c_void_p),
         ("confidence", c_void_p),
+        ("others", c_void_p),
         ("counts", c_void_p),
     ]

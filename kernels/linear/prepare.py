@@ -10,8 +10,20 @@ from torch import nn
 from kernels.linear.dense import DenseLinear
 from kernels.linear.invariant import InvariantLinear
 from kernels.linear.packed import PackedLinear, packing_works
+from kernels.linear.quantized import QuantizedLinear
 
 LinearMode = Literal["dense", "packed", "invariant"]
+
+
+def isolate_rows(model: nn.Module) -> None:
+    """Makes every `QuantizedLinear` below `model` an `InvariantLinear`, for deterministic serving.
+
+    Dense layers are left to `prepare_linears` and to native code, which have their own ways.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantizedLinear):
+                setattr(parent, name, InvariantLinear(child))
 
 
 def prepare_linears(model: nn.Module, mode: LinearMode) -> LinearMode:

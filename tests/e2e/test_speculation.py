@@ -34,11 +34,11 @@ from tests.e2e.test_exactness import (
     requests,
     same,
 )
-from worker.batch import span_batch
 from worker.beside import Beside
 from worker.drafters.base import Ask, Drafter, Guess
 from worker.drafters.model import ModelDrafter
 from worker.drafters.registry import MODEL_FREE
+from worker.drafters.spans import span_batch
 from worker.drafting import Drafting
 from worker.executor import ThreadExecutor
 from worker.kv_pool import allocate_host_pool, allocate_pool
@@ -97,9 +97,10 @@ def drafter(name: str, slots: SlotTable, sampler: Sampler, pages: int) -> Drafte
     if name in MODEL_FREE:
         return MODEL_FREE[name]()
     model = decoder() if name == "twin" else stranger(VOCAB if name == "stranger" else 100)
-    kv = allocate_pool(model.spec, pages, slots.page_size, torch.float32, CPU)
-    vocab = model.spec.vocab_size
-    return ModelDrafter(EagerRunner(model, TorchOps()), kv, slots, sampler, 10**6, vocab, 20)
+    kv = allocate_pool(model.spec, pages + 12, slots.page_size, torch.float32, CPU)
+    vocab, spare = model.spec.vocab_size, range(pages, pages + 12)
+    runner = EagerRunner(model, TorchOps())
+    return ModelDrafter(runner, kv, slots, sampler, 10**6, vocab, 20, spare_pages=spare)
 
 
 def worker(config: SchedulerConfig, *names: str, ahead: bool = False) -> Worker:

@@ -99,7 +99,6 @@ def test_experts_by_layer() -> None:
         ({**BASE, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({**BASE, "architectures": ["Qwen3ForSequenceClassification"]}, "SequenceClassification"),
         ({}, "names none"),
-        ({**BASE, "quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({**BASE, "hidden_act": "gelu"}, "gelu"),
         (
             of_type(

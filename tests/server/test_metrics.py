@@ -27,9 +27,12 @@ COUNTERS = {
     "prompt_tokens_cached",
     "recomputed_tokens",
     "request_success",
+    "spec_decode_ahead_seconds",
     "spec_decode_draft_seconds",
     "spec_decode_num_accepted_tokens",
     "spec_decode_num_accepted_tokens_per_pos",
+    "spec_decode_num_ahead",
+    "spec_decode_num_foreseen",
     "spec_decode_num_draft_tokens",
     "spec_decode_num_drafts",
     "step_seconds",
@@ -88,7 +91,10 @@ OURS_ALONE = {
     "pages_swapped_out",
     "recomputed_tokens",
     "request_num_preemptions",
+    "spec_decode_ahead_seconds",
     "spec_decode_draft_seconds",
+    "spec_decode_num_ahead",
+    "spec_decode_num_foreseen",
     "step_seconds",
     "step_seconds_profiled",
     "waiting_tokens",
@@ -254,6 +260,9 @@ async def test_speculation(prefix: str) -> None:
         accepted_tokens=6,
         accepted_by_position=(4, 2, 0),
         draft_seconds=0.5,
+        ahead_seconds=0.25,
+        ahead_rows=3,
+        foreseen_rows=2,
     )
     async with client_of(reply_engine(load=load), cfg=config(vllm_metrics=True)) as client:
         text = await scrape(client)
@@ -265,6 +274,9 @@ async def test_speculation(prefix: str) -> None:
         found = value(text, f"{name}accepted_tokens_per_pos_total", position=str(position))
         assert found == right
     assert value(text, "foresight_spec_decode_draft_seconds_total") == 0.5
+    assert value(text, "foresight_spec_decode_ahead_seconds_total") == 0.25
+    assert value(text, "foresight_spec_decode_num_ahead_total") == 3
+    assert value(text, "foresight_spec_decode_num_foreseen_total") == 2
 
 
 async def test_token_buckets_end_at_the_context() -> None:

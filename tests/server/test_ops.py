@@ -35,6 +35,7 @@ async def test_version_and_load() -> None:
 
 async def test_load_has_the_counters_of_speculation() -> None:
     counters = {"drafts": 4, "draft_tokens": 9, "accepted_tokens": 6, "draft_seconds": 0.5}
+    counters |= {"ahead_seconds": 0.25, "ahead_rows": 3, "foreseen_rows": 2}
     load = (await get("/load", load=Load(**counters))).json()
     assert {name: load[name] for name in counters} == counters
 

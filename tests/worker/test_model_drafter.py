@@ -111,7 +111,9 @@ class Model:
         rows: ChainRows,
         least: float,
         vocab_size: int,
-    ) -> tuple[list[list[int]], list[list[float]]]:
+        others: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]], list[list[int]]]:
+        assert not others, "nobody drafts ahead here"
         self.chains += 1
         states = self.forward(ids, batch, kv, read)
         assert states[:, 0].tolist() == rows.length.tolist()
@@ -130,7 +132,7 @@ class Model:
                     break
                 assert pages[length // PAGE] > 0
                 kv[0][pages[length // PAGE], length % PAGE] = token
-        return tokens, confidence
+        return tokens, confidence, [[] for _ in tokens]
 
 
 class Setting:

@@ -16,6 +16,7 @@ class Ask:
     # between two admissions of a slot, what was there stays as it was.
     tokens: list[int]
     most: int  # drafts, at least 1
+    ahead: int = 0  # to be made while these are verified
 
 
 class Guess(NamedTuple):

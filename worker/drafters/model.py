@@ -19,15 +19,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.cpu.chain import ChainRows, NativeChain
-from worker.batch import span_batch
 from worker.drafters.base import LATER, Ask, Guess
 from worker.drafters.followed import Followed, OwnPages, TargetPages
+from worker.drafters.outcomes import Foreseen, Outcome, likely_branches
+from worker.drafters.spans import Moved, span_batch
 from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.sampling_state import Need
 from worker.slots import SlotTable
-
-Span = tuple[int, int, int]  # a slot, and positions from the first to before the last
 
 # Multiplications of a forward below which a second CPU thread costs more than it brings: each of
 # the dozens of meetings of two threads takes about a microsecond.
@@ -41,7 +40,14 @@ class _Row:
     ask: Ask
     tokens: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
+    # By draft, what would have been drawn if it could not be; only where drafts are made ahead.
+    others: list[int] = field(default_factory=list)
     all_right: float = 1.0  # the probability that all drafts so far are
+    moved: Moved | None = None  # where its last keys and values lie, if not in the slot's pages
+
+    @property
+    def length(self) -> int:
+        return len(self.ask.tokens) + len(self.tokens)
 
     def add(self, token: int, confidence: float) -> None:
         self.tokens.append(token)
@@ -52,12 +58,18 @@ class _Row:
         return len(self.tokens) < self.ask.most and self.all_right >= least
 
 
-class _Foreseen(NamedTuple):
-    """Drafts that were made while the target was still choosing."""
+class _Reading(NamedTuple):
+    """Positions of a row that go through the model: from `start` to before `end`."""
 
-    known: int  # tokens at that time
-    coming: tuple[int, ...]  # the outcome they were made for: the tokens after those
-    guess: Guess
+    row: _Row
+    start: int
+    end: int
+
+    def ids(self) -> list[int]:
+        known = self.row.ask.tokens
+        if self.start < len(known):
+            return known[self.start : self.end]
+        return self.row.tokens[self.start - len(known) : self.end - len(known)]
 
 
 class ModelDrafter:
@@ -66,9 +78,9 @@ class ModelDrafter:
     A sequence is followed only while it is asked about. Whatever was computed of it before, or by
     another sequence that shares its first pages, is made use of.
 
-    While a row's drafts are verified it can be drafted for ahead, for the likeliest outcome: all
-    are right, and the token after them is the one that this model would choose. It draws with the
-    target's noise, so that guess is as good as any draft.
+    While a row's drafts are verified it can be drafted for ahead, for what the target is likely to
+    choose (`outcomes.py`). What is written for an outcome with a wrong draft lies in pages of its
+    own until it is the one that has come.
     """
 
     def __init__(
@@ -82,11 +94,12 @@ class ModelDrafter:
         most_tokens: int,
         *,
         coarse: bool = False,
+        spare_pages: Sequence[int] = (),
     ) -> None:
         """kv: the draft model's pool, see `kv_pool.allocate_pool`; `parameters` and `vocab_size`
         of the model; `most_tokens` of known text are caught up with in one step, by rows that do
         not draft in it. `coarse`: the model is the target itself, reading its own pages by fewer
-        bits."""
+        bits. `spare_pages`: of the pool, which no sequence has, for drafts made ahead."""
         self.name = "coarse" if coarse else "model"
         self.coarse = coarse
         self.followed: Followed = TargetPages() if coarse else OwnPages(slots)
@@ -99,8 +112,9 @@ class ModelDrafter:
         self._most_tokens = most_tokens
         self._vocab = sampler.slots.vocab_size
         self._depth = self._fed = 0  # see `take_work`
-        self._drafted: dict[int, list[int]] = {}  # by slot, in the last `propose`
-        self._ready: dict[int, _Foreseen] = {}  # by slot
+        self._spare_pages = spare_pages
+        self._drafted: dict[int, _Row] = {}  # by slot, in the last `propose`
+        self._foreseen: dict[int, Foreseen] = {}  # by slot
         self._hits = 0
 
     def use(self, runner: Runner) -> None:
@@ -109,7 +123,7 @@ class ModelDrafter:
 
     def admit(self, slot: int, group: bytes) -> None:
         self.followed.admit(slot)
-        self._ready.pop(slot, None)
+        self._foreseen.pop(slot, None)
 
     def ended(self, slot: int, tokens: list[int], prompt_len: int) -> list[bool] | None:
         return None
@@ -120,59 +134,113 @@ class ModelDrafter:
         late = [row for row in rows if not self._foresaw(row, least)]
         self._hits += len(rows) - len(late)
         if len(late) >= patience:
-            through, spans = self._behind(late, self.followed.read)
-            self._draft(late, through, spans, least)
-            for slot, _, end in spans:
-                self.followed.advance(slot, end)
-        self._drafted = {row.ask.slot: row.tokens for row in rows}
+            readings = self._behind(late, self.followed.read)
+            self._draft(readings, least)
+            for row, _, end in readings:
+                self.followed.advance(row.ask.slot, end)
+        self._drafted = {row.ask.slot: row for row in rows}
         return [Guess(row.tokens, row.confidence) if row.tokens else LATER for row in rows]
 
+    # --- ahead ----------------------------------------------------------------------------------
+
     def foresee(self, asks: Sequence[Ask], drafts: Sequence[list[int]]) -> None:
-        """Drafts on for each of these, as if all of its `drafts`, which are being verified, were
-        right. The asks' tokens are the known ones; what they allow is meant for the step after."""
-        depth, fed = self._depth, self._fed  # the work of the step that verifies what comes of it
+        """Drafts on for each of these while its `drafts` are verified; they may be another's."""
+        work = self._depth, self._fed  # counted with the step that verifies what comes of it
+        known = {ask.slot: len(ask.tokens) for ask in asks}
+        own = [self._own(ask, right) for ask, right in zip(asks, drafts, strict=True)]
+        fed = {ask.slot for ask, row in zip(asks, own, strict=True) if row is not None}
         rows = [
-            _Row(Ask(ask.slot, ask.tokens + right, 1 + ask.most))
+            _Row(Ask(ask.slot, ask.tokens + right, ask.ahead + 1))
             for ask, right in zip(asks, drafts, strict=True)
         ]
-        known = {ask.slot: len(ask.tokens) for ask in asks}
 
         def read(ask: Ask) -> int:
-            own = self._drafted.get(ask.slot)
-            right = ask.tokens[known[ask.slot] :]
             # Of its own drafts all but the last were fed.
-            return len(ask.tokens) - 1 if own == right != [] else self.followed.read(ask)
+            return len(ask.tokens) - 1 if ask.slot in fed else self.followed.read(ask)
 
-        through, spans = self._behind(rows, read)
-        self._draft(rows, through, spans, 0.0)
-        for slot, _, end in spans:
-            self.followed.advance(slot, min(end, known[slot]))
-        for row in through:
-            slot, tokens = row.ask.slot, row.ask.tokens
-            coming = (*tokens[known[slot] :], row.tokens[0])
-            guess = Guess(row.tokens[1:], row.confidence[1:])
-            self._ready[slot] = _Foreseen(known[slot], coming, guess)
-        self._depth, self._fed = depth, fed
+        readings = self._behind(rows, read)
+        branches = self._branches(asks, own)
+        readings += [_Reading(row, row.length - 1, row.length) for row in branches]
+        readings.sort(key=lambda r: r.end < r.row.length)  # see `_draft`
+        self._draft(readings, 0.0)
+        self._depth, self._fed = work
+
+        self._foreseen = {}
+        for row, _, end in readings:
+            slot, tokens, before = row.ask.slot, row.ask.tokens, known[row.ask.slot]
+            if row.moved is None:
+                self.followed.advance(slot, min(end, before))
+            if not row.tokens:
+                continue  # there was too much to read
+            coming, guess = tuple(tokens[before:]), Guess(row.tokens, row.confidence)
+            if row.moved is None:
+                # Its first token is a guess at the one that is chosen now. (Such rows stand before
+                # the branches.)
+                self._foreseen[slot] = Foreseen(before, coming)
+                coming += tuple(row.tokens[:1])
+                guess = Guess(row.tokens[1:], row.confidence[1:])
+            self._foreseen[slot].outcomes[coming] = Outcome(guess, row.moved)
 
     def forget(self) -> None:
         """What was foreseen has come, or not."""
-        self._ready.clear()
+        self._foreseen = {}
+
+    def _own(self, ask: Ask, drafts: list[int]) -> _Row | None:
+        """The row of this drafter's in which these were drafted, if they were."""
+        row = self._drafted.get(ask.slot)
+        return row if drafts and row is not None and row.tokens == drafts else None
+
+    def _branches(self, asks: Sequence[Ask], own: Sequence[_Row | None]) -> list[_Row]:
+        """Rows for outcomes in which a draft is wrong."""
+        needs, size = self._sampler.slots.needs, self._slots.page_size
+        drafts: list[Guess] = []
+        others: list[list[int]] = []
+        for ask, row in zip(asks, own, strict=True):
+            # Processors look into the token table, which holds one text of each slot.
+            usable = row is not None and not needs[ask.slot] & Need.PROCESSING
+            drafts.append(Guess(row.tokens, row.confidence) if usable and row else LATER)
+            others.append(row.others if usable and row else [])
+        found: list[_Row] = []
+        spare = list(self._spare_pages)
+        copied: list[tuple[int, int]] = []
+        for branch in likely_branches(drafts, others):
+            ask = asks[branch.row]
+            at = len(ask.tokens) + branch.accepted
+            first, count = at // size, (at + ask.ahead - 1) // size - at // size + 1
+            if count > len(spare):
+                break
+            pages, spare = tuple(spare[:count]), spare[count:]
+            if at % size:
+                copied.append((self._slots.pages[ask.slot][first], pages[0]))
+            text = [*ask.tokens, *drafts[branch.row].tokens[: branch.accepted], branch.token]
+            found.append(_Row(Ask(ask.slot, text, ask.ahead), moved=Moved(first, pages)))
+        self._copy(copied)
+        return found
+
+    def _copy(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Keys and values of the first of each pair to the second."""
+        if pages:
+            at = torch.tensor(pages, device=self._slots.tokens.device)
+            for layer in self._kv:
+                layer[at[:, 1]] = layer[at[:, 0]]
 
     def _foresaw(self, row: _Row, least: float) -> bool:
         """Gives the row the drafts that were made for what has come, if they were."""
         slot, tokens = row.ask.slot, row.ask.tokens
-        foreseen = self._ready.get(slot)
+        foreseen = self._foreseen.get(slot)
         if foreseen is None:
             return False
-        came = tuple(tokens[foreseen.known :])
-        if came[:-1] != foreseen.coming[:-1]:
+        outcome, all_right = foreseen.look_up(tokens)
+        if not outcome.guess.tokens:
+            if all_right:  # then at least the drafts were fed
+                self.followed.advance(slot, len(tokens) - 1)
             return False
-        guess = foreseen.guess
-        if came != foreseen.coming or not guess.tokens:
-            self.followed.advance(slot, len(tokens) - 1)
-            return False
+        if outcome.moved is not None:
+            first, pages = outcome.moved
+            own = self._slots.pages[slot][first:]
+            self._copy([(page, to) for page, to in zip(pages, own, strict=False)])
         self.followed.advance(slot, len(tokens))
-        for token, confidence in zip(guess.tokens, guess.confidence, strict=True):
+        for token, confidence in zip(*outcome.guess, strict=True):
             if row.tokens and not row.drafts_on(least):
                 break
             row.add(token, confidence)
@@ -180,27 +248,26 @@ class ModelDrafter:
         self._fed += len(row.tokens)
         return True
 
-    def _draft(
-        self, rows: list[_Row], through: list[_Row], spans: list[Span], least: float
-    ) -> None:
-        """Feeds the spans, and drafts for the rows that are through with what is known."""
+    # --- computing ------------------------------------------------------------------------------
+
+    def _draft(self, readings: list[_Reading], least: float) -> None:
+        """Reads, and drafts for the rows that are through with what is known: these come first."""
+        if not readings:
+            return
+        through = [r.row for r in readings if r.end == len(r.row.ask.tokens)]
         needs = self._sampler.slots.needs
         chain = self.runner.chain
         if chain is None or any(needs[row.ask.slot] & Need.PROCESSING for row in through):
-            self._one_by_one(rows, through, spans, least)
+            self._one_by_one(readings, through, least)
         elif through:
-            self._in_one_call(chain, rows, through, spans, least)
-        elif spans:
-            self._forward(self._ids(rows, spans), spans, None)
+            self._in_one_call(chain, readings, through, least)
+        else:
+            self._forward(readings, None)
 
-    def _one_by_one(
-        self, rows: list[_Row], through: list[_Row], spans: list[Span], least: float
-    ) -> None:
-        if not spans:
-            return
-        ids = self._ids(rows, spans)
-        with self._threads(len(ids)):
-            hidden = self._forward(ids, spans, self._last_tokens(spans, len(through)))
+    def _one_by_one(self, readings: list[_Reading], through: list[_Row], least: float) -> None:
+        tokens = sum(r.end - r.start for r in readings)
+        with self._threads(tokens):
+            hidden = self._forward(readings, self._last_tokens(readings[: len(through)]))
             if through:
                 self._draw(through, hidden)
         with self._threads(len(through)):
@@ -209,15 +276,15 @@ class ModelDrafter:
                 through = alive
 
     def _in_one_call(
-        self,
-        chain: NativeChain,
-        rows: list[_Row],
-        through: list[_Row],
-        spans: list[Span],
-        least: float,
+        self, chain: NativeChain, readings: list[_Reading], through: list[_Row], least: float
     ) -> None:
-        ids, count = self._ids(rows, spans), len(through)
-        batch = span_batch(self._slots, spans, max(row.ask.most for row in through))
+        ids, count = [token for r in readings for token in r.ids()], len(through)
+        batch = span_batch(
+            self._slots,
+            [(r.row.ask.slot, r.start, r.end) for r in readings],
+            max(row.ask.most for row in through),
+            [r.row.moved for r in readings],
+        )
         sampling = self._sampler.slots
         slot = torch.tensor([row.ask.slot for row in through])
         drafting = ChainRows(
@@ -231,17 +298,16 @@ class ModelDrafter:
             choice=sampling.choice[slot],
             page_table=batch.page_table[:count],
         )
-        read = self._last_tokens(spans, count)
+        read = self._last_tokens(readings[:count])
         fed = torch.tensor(ids).clamp_(max=self._last)
+        others = any(row.ask.ahead for row in through)
         with self._threads(max(len(ids), count)):
-            tokens, confidence = chain.draft(
-                fed, batch, self._kv, read, drafting, least, self._vocab
-            )
-        for i, row in enumerate(through):
-            row.tokens, row.confidence = tokens[i], confidence[i]
-        made = [len(row.tokens) for row in through]
-        self._depth += max(made)
-        self._fed += len(ids) + sum(made) - count
+            made = chain.draft(fed, batch, self._kv, read, drafting, least, self._vocab, others)
+        for row, tokens, confidence, instead in zip(through, *made, strict=True):
+            row.tokens, row.confidence, row.others = tokens, confidence, instead
+        counts = [len(row.tokens) for row in through]
+        self._depth += max(counts)
+        self._fed += len(ids) + sum(counts) - count
 
     def verified(self, slot: int, fed: Sequence[int], chosen: Sequence[int]) -> None:
         # The last draft was drawn, but not fed.
@@ -257,34 +323,24 @@ class ModelDrafter:
         self._depth = self._fed = self._hits = 0
         return work
 
-    @staticmethod
-    def _length(row: _Row) -> int:
-        return len(row.ask.tokens) + len(row.tokens)
-
-    def _behind(
-        self, rows: list[_Row], read: Callable[[Ask], int]
-    ) -> tuple[list[_Row], list[Span]]:
-        """Those that will be through with what is known, and what is to be fed: theirs first.
-        `read`: positions of an ask that were computed."""
+    def _behind(self, rows: list[_Row], read: Callable[[Ask], int]) -> list[_Reading]:
+        """What is to be fed of what is known: first of those that will be through with it. `read`:
+        positions of an ask that were computed."""
         budget = self._most_tokens
-        through: list[_Row] = []
-        spans: list[Span] = []
+        readings: list[_Reading] = []
         for row in sorted(rows, key=lambda r: len(r.ask.tokens) - read(r.ask)):
-            slot, known = row.ask.slot, len(row.ask.tokens)
+            known = len(row.ask.tokens)
             start = min(read(row.ask), known - 1)  # the last gives the first draft
             end = min(known, start + max(budget, 1 if known - start == 1 else 0))
             if end == start:
                 continue
             budget -= end - start
-            spans.append((slot, start, end))
-            if end == known:
-                through.append(row)
-        return through, spans
+            readings.append(_Reading(row, start, end))
+        return readings
 
-    def _last_tokens(self, spans: list[Span], count: int) -> Tensor:
+    def _last_tokens(self, readings: list[_Reading]) -> Tensor:
         """Where in the forward the last tokens of the first rows stand."""
-        lengths = [end - start for _, start, end in spans[:count]]
-        ends = np.cumsum(lengths, dtype=np.int64)
+        ends = np.cumsum([r.end - r.start for r in readings], dtype=np.int64)
         return torch.from_numpy(ends - 1).to(self._slots.tokens.device)
 
     @contextmanager
@@ -298,25 +354,27 @@ class ModelDrafter:
         finally:
             torch.set_num_threads(threads)
 
-    @staticmethod
-    def _ids(rows: list[_Row], spans: list[Span]) -> list[int]:
-        tokens = {row.ask.slot: row.ask.tokens for row in rows}
-        return [token for slot, start, end in spans for token in tokens[slot][start:end]]
-
     def _continue(self, rows: list[_Row]) -> Tensor:
-        """Feeds the last draft of each, which stands in the token table from here on."""
-        spans = [(row.ask.slot, self._length(row) - 1, self._length(row)) for row in rows]
-        ids = [row.tokens[-1] for row in rows]
-        table = self._slots.tokens
-        at = torch.tensor([[slot, first] for slot, first, _ in spans], device=table.device)
-        table[at[:, 0], at[:, 1]] = torch.tensor(ids, dtype=table.dtype, device=table.device)
-        return self._forward(ids, spans, None)
+        """Feeds the last draft of each. Where processors look at it, it stands in the token table
+        from here on."""
+        needs, table = self._sampler.slots.needs, self._slots.tokens
+        shown = [row for row in rows if needs[row.ask.slot] & Need.PROCESSING]
+        if shown:
+            at = torch.tensor([(r.ask.slot, r.length - 1) for r in shown], device=table.device)
+            last = [row.tokens[-1] for row in shown]
+            table[at[:, 0], at[:, 1]] = torch.tensor(last, dtype=table.dtype, device=table.device)
+        return self._forward([_Reading(row, row.length - 1, row.length) for row in rows], None)
 
-    def _forward(self, ids: list[int], spans: list[Span], read: Tensor | None) -> Tensor:
+    def _forward(self, readings: list[_Reading], read: Tensor | None) -> Tensor:
         device = self._slots.tokens.device
+        ids = [token for r in readings for token in r.ids()]
         self._depth += 1
         self._fed += len(ids)
-        batch = span_batch(self._slots, spans)
+        batch = span_batch(
+            self._slots,
+            [(r.row.ask.slot, r.start, r.end) for r in readings],
+            moved=[r.row.moved for r in readings],
+        )
         fed = torch.tensor(ids, device=device).clamp_(max=self._last)
         return self.runner.forward(fed, batch, self._kv, read)
 
@@ -327,8 +385,13 @@ class ModelDrafter:
         if missing:  # one of the two vocabularies is padded; what the other has not is not drawn
             logits = pad(logits, (0, missing), value=-torch.inf).contiguous()
         slots = [row.ask.slot for row in rows]
-        positions = torch.tensor([self._length(row) for row in rows], device=logits.device)
+        positions = torch.tensor([row.length for row in rows], device=logits.device)
         drawn = self._sampler.draw(logits, slots, positions)
         taken = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
         for row, token, confidence in zip(rows, drawn.tolist(), taken.exp().tolist(), strict=True):
             row.add(token, confidence)
+        if any(row.ask.ahead for row in rows):
+            rest = logits.scatter(1, drawn[:, None], -torch.inf)
+            instead = self._sampler.draw(rest, slots, positions)
+            for row, token in zip(rows, instead.tolist(), strict=True):
+                row.others.append(token)

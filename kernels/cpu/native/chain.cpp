@@ -1,6 +1,7 @@
 // Drafts of a small model, token after token in one call: a forward of such a model takes less time
 // than the interpreter between two of them.
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "decoder.h"
@@ -30,6 +31,7 @@ struct NativeChain {
     double least;         // the product of confidences down to which a row drafts on
     int64_t* tokens;      // [rows, width]
     float* confidence;    // [rows, width]
+    int64_t* others;      // [rows, width], or null: what would be drawn if the draft could not be
     int64_t* counts;      // drafts made
 };
 }
@@ -78,7 +80,7 @@ class Chain {
         size_t staying = 0;  // these move up, over those that were read already
         for (int64_t i = 0; i < rows; i++) {
             const int64_t r = alive_[i], count = chain_.counts[r]++;
-            const float* x = logits_.data() + i * columns;
+            float* x = logits_.data() + i * columns;
             const TiledRow row(x, vocab_, maxima_);
             const Draw by{chain_.temperature[r], chain_.log_min_p[r], chain_.top_k[r],
                           chain_.top_p[r], (uint64_t)chain_.seed[r], (uint32_t)chain_.choice[r],
@@ -87,6 +89,11 @@ class Chain {
             const float sure = row.usable ? probability(x, vocab_, token, row.top) : 0;
             chain_.tokens[r * chain_.width + count] = token;
             chain_.confidence[r * chain_.width + count] = sure;
+            if (chain_.others) {
+                x[token] = -std::numeric_limits<float>::infinity();
+                const TiledRow rest(x, vocab_, maxima_);
+                chain_.others[r * chain_.width + count] = choose(rest, vocab_, by, found_);
+            }
             belief_[r] *= sure;
             if (count + 1 < chain_.most[r] && belief_[r] >= chain_.least) alive_[staying++] = r;
         }

@@ -59,9 +59,12 @@ class Pair:
             slots.add_pages(slot, [pages.pop() for _ in range(-(-(LENGTH + 20) // PAGE))])
         self.both = []
         for _ in range(2):
-            kv = allocate_pool(SPEC, PAGES, PAGE, dtype, CPU)
+            kv = allocate_pool(SPEC, PAGES + 16, PAGE, dtype, CPU)
+            spare = range(PAGES, PAGES + 16)
             self.both.append(
-                ModelDrafter(runner, kv, slots, sampler, parameters, SPEC.vocab_size, 64)
+                ModelDrafter(
+                    runner, kv, slots, sampler, parameters, SPEC.vocab_size, 64, spare_pages=spare
+                )
             )
         for slot in range(1, SLOTS):
             for drafter in self.both:
@@ -72,11 +75,16 @@ class Pair:
         }
 
     def propose(self, most: dict[int, int], least: float) -> tuple[list[Guess], list[Guess]]:
-        asks = [Ask(slot, self.tokens[slot], k) for slot, k in most.items()]
+        asks = [Ask(slot, self.tokens[slot], k, k) for slot, k in most.items()]
         self.runner.chain = self.chain
         chained = self.both[0].propose(asks, least)
         self.runner.chain = None
-        return chained, self.both[1].propose(asks, least)
+        single = self.both[1].propose(asks, least)
+        a, b = (drafter._drafted for drafter in self.both)
+        assert {slot: row.others for slot, row in a.items()} == {
+            slot: row.others for slot, row in b.items()
+        }
+        return chained, single
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,3 +145,53 @@ def test_rows_that_need_more_go_one_by_one(native: NativeOps) -> None:
         if all(guess.tokens for guess in chained):
             break
     assert [g.tokens for g in chained] == [g.tokens for g in single]
+
+
+@pytest.mark.parametrize("chained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_drafted_ahead_is_what_would_be_drafted_late(
+    native: NativeOps, dtype: torch.dtype, chained: bool
+) -> None:
+    """Whatever comes: all drafts and the guess after them, one of them replaced by what was thought
+    of, or anything else. Drafts, and keys and values of what is read, are those of a drafter that
+    waits to see."""
+    pair = Pair(native, dtype, SPEC.vocab_size)
+    pair.runner.chain = pair.chain if chained else None
+    ahead, late = pair.both
+    rng = random.Random(8)
+    hits = {"all": 0, "branch": 0}
+    for _ in range(40):
+        slots = [slot for slot in pair.tokens if rng.random() < 0.8]
+        asks = [Ask(slot, pair.tokens[slot], 4, 4) for slot in slots]
+        least = rng.choice((0.0, 0.05))
+        found = ahead.propose(asks, least)
+        for a, b in zip(found, late.propose(asks, least), strict=True):
+            assert a.tokens == b.tokens
+            assert a.confidence == pytest.approx(b.confidence, rel=1e-4, abs=1e-5)
+        ahead.forget()
+        ahead.foresee(asks, [guess.tokens for guess in found])
+        expected = {slot: dict(seen.outcomes) for slot, seen in ahead._foreseen.items()}
+        for slot, guess in zip(slots, found, strict=True):
+            outcomes = list(expected.get(slot, {}))
+            if outcomes and rng.random() < 0.8:
+                came = list(rng.choice(outcomes))
+                hits["all" if len(came) == len(guess.tokens) + 1 else "branch"] += 1
+            else:
+                right = rng.randrange(len(guess.tokens) + 1)
+                came = [*guess.tokens[:right], rng.randrange(SPEC.vocab_size)]
+            fed = [pair.tokens[slot][-1], *guess.tokens]
+            padded = came + [-1] * (len(fed) - len(came))
+            for drafter in pair.both:
+                drafter.verified(slot, fed, padded)
+            pair.tokens[slot] += came
+        if any(len(text) > LENGTH for text in pair.tokens.values()):
+            break
+    assert min(hits.values()) > 10, hits
+    size = PAGE
+    for layer, other in zip(ahead._kv, late._kv, strict=True):
+        for slot in pair.tokens:
+            upto = min(d.followed.computed[slot] for d in pair.both)
+            for position in range(upto):
+                page = ahead._slots.pages[slot][position // size]
+                a, b = layer[page, :, :, position % size], other[page, :, :, position % size]
+                torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -20,12 +20,11 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
 pytest.importorskip("triton")
 
-import numpy as np
-import triton.language as tl
-from triton.runtime import interpreter
-
 from kernels.attention import packed_triton
 from kernels.kv import append_triton
+from tests.kernels.interpreting import mended_interpreter
+
+pytestmark = pytest.mark.usefixtures(mended_interpreter.__name__)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,35 +38,6 @@ CODECS = {
     "k8v2g32": (Affine(8), Affine(2, group=32, clip=1.5)),
     "k2g32v8": (Affine(2, group=32), Affine(8)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _mended_interpreter(monkeypatch: pytest.MonkeyPatch):
-    """The interpreter keeps bf16 as uint16, which its products and its casts of integers take for
-    numbers, and some versions cannot make a loop's bounds of numpy's newer arrays."""
-    builder = interpreter.InterpreterBuilder
-    dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor
-
-    def wide(x):
-        if x.dtype != tl.bfloat16:
-            return x
-        data = (x.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(data, tl.float32)
-
-    def cast_by_way_of_fp32(self, x, to):
-        if to.scalar == tl.bfloat16 and x.dtype.scalar != tl.float32:
-            x = interpreter.TensorHandle(x.data.astype(np.float32), tl.float32)
-        return cast(self, x, to)
-
-    def patch_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    monkeypatch.setattr(
-        builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
-    )
-    monkeypatch.setattr(builder, "cast_impl", cast_by_way_of_fp32)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)
 
 
 @dataclasses.dataclass

@@ -1,0 +1,59 @@
+"""From positions of several sequences to the tensors of one forward of a draft model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionBatch
+from worker.slots import SlotTable
+
+Span = tuple[int, int, int]  # a slot, and positions from the first to before the last
+
+
+class Moved(NamedTuple):
+    """Pages that stand in place of some of a slot's."""
+
+    first: int  # of the slot's pages, by number
+    pages: tuple[int, ...]
+
+
+def span_batch(
+    slots: SlotTable, spans: Sequence[Span], more: int = 0, moved: Sequence[Moved | None] = ()
+) -> AttentionBatch:
+    """One ragged forward over known positions; the page table reaches `more` positions further.
+    `moved`: of each span, if of any."""
+    device, size = slots.tokens.device, slots.page_size
+    table = np.array(spans, dtype=np.int64)
+    counts = table[:, 2] - table[:, 1]
+    starts = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    rows = np.repeat(np.arange(len(spans)), counts)
+    positions = np.arange(starts[-1]) - starts[rows] + table[rows, 1]
+    longest = int(table[:, 2].max())
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
+    width = -(-(longest + more) // size)
+    page_table = slots.page_table[row_slots, :width]
+    for row, elsewhere in enumerate(moved):
+        if elsewhere is not None:
+            pages = elsewhere.pages[: max(width - elsewhere.first, 0)]
+            to = slice(elsewhere.first, elsewhere.first + len(pages))
+            page_table[row, to] = torch.tensor(pages, dtype=page_table.dtype, device=device)
+    return AttentionBatch(
+        positions=at,
+        token_rows=token_rows,
+        query_starts=put(starts),
+        kv_lengths=put(table[:, 2].astype(np.int32)),
+        page_table=page_table,
+        kv_slots=page_table[token_rows, at // size].long() * size + at % size,
+        max_query=int(counts.max()),
+        max_kv=longest,
+    )
