@@ -64,6 +64,7 @@ class TickingEngine:
         self.load = Load(pages_total=FACTS.num_pages)
         self.healthy = self.serving = True
         self.on_step: Callable[[Step], None] = lambda step: None
+        self.on_resume: Callable[[Request], None] = lambda request: None
         self._text = text
         self._running: dict[str, _Running] = {}
 

@@ -162,8 +162,8 @@ class EngineCore:
 
     def _handle(self, client: bytes, message: ToEngine) -> None:
         match message:
-            case Submit(request):
-                self._submit(client, request)
+            case Submit(request, age):
+                self._submit(client, request, age)
             case Abort():
                 self._abort(self._find(client, message.request_id), message)
             case Drain(seconds):
@@ -172,7 +172,7 @@ class EngineCore:
                 self._clients.add(client)
                 self._send(client, Ready(self._facts, self._scheduler.load()))
 
-    def _submit(self, client: bytes, request: Request) -> None:
+    def _submit(self, client: bytes, request: Request, age: float) -> None:
         self._clients.add(client)
         now = self._clock()
         if self._drain_until is not None:
@@ -185,7 +185,7 @@ class EngineCore:
                 self._send(client, Rejected(request.id, "invalid", "this id is already running"))
                 return
             name = _long_name(client, request.id)
-        admitted = _on_our_clock(request, name, now)
+        admitted = _on_our_clock(request, name, now - age)
         try:
             self._scheduler.add(admitted, now)
         except Overloaded as error:
@@ -198,7 +198,7 @@ class EngineCore:
         except ValueError as error:
             self._send(client, Rejected(request.id, "invalid", str(error)))
             return
-        self._routes[name] = _Route(client, request.id, request.n)
+        self._routes[name] = _Route(client, request.id, len(request.open_choices))
 
     def _find(self, client: bytes, request_id: str) -> str | None:
         """The scheduler's name for a client's request; None when it is not running."""
@@ -291,16 +291,16 @@ class EngineCore:
             self._collect(self._scheduler.abort(name, self._clock()))  # may bring others' ends
 
 
-def _on_our_clock(request: Request, name: str, now: float) -> Request:
-    """The request as if it had arrived here and now: its deadlines keep their distance."""
+def _on_our_clock(request: Request, name: str, arrival: float) -> Request:
+    """The request as if it had arrived here, then: its deadlines keep their distance."""
 
     def moved(deadline: float | None) -> float | None:
-        return None if deadline is None else now + (deadline - request.arrival)
+        return None if deadline is None else arrival + (deadline - request.arrival)
 
     return replace(
         request,
         id=name,
-        arrival=now,
+        arrival=arrival,
         deadline=moved(request.deadline),
         queue_deadline=moved(request.queue_deadline),
     )

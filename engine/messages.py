@@ -16,9 +16,14 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Start a request. Times inside are on the sender's clock and only differences are used."""
+    """Start a request. Times inside are on the sender's clock and only differences are used.
+
+    `age` is the seconds since its arrival that count against its deadlines and for its turn: 0 for
+    a new one, more for one that another engine had accepted.
+    """
 
     request: Request
+    age: float = 0.0
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -52,6 +57,22 @@ class EngineFacts(msgspec.Struct, frozen=True):
     device: str
     dtype: str
     drafters: tuple[str, ...] = ()  # by name
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that one sequence can have: by the context, and alone in the pool."""
+        return min(self.max_model_len, (self.num_pages - 1) * self.page_size)
+
+    def continues(self, before: EngineFacts, request: Request) -> bool:
+        """Whether a request begun by an engine `before` gets the same text from this one."""
+        if (self.device, self.dtype, self.vocab_size) != (
+            before.device,
+            before.dtype,
+            before.vocab_size,
+        ):
+            return False
+        longest = len(request.prompt) + request.params.max_tokens
+        return min(longest, self.max_len) == min(longest, before.max_len)
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from scheduler.request import Finish, FinishReason, Output, Request
 
+# So often is a request handed to another engine after its own has died. A request that kills every
+# engine ends then, before the supervisor gives up for all.
+MAX_RESUMPTIONS = 2
 # A consumer that leaves so many tokens unread is ended: memory is bounded, and what nobody reads
 # need not be computed.
 MAX_UNREAD_TOKENS = 16_384
@@ -19,17 +23,22 @@ TOO_SLOW = "the client reads too slowly"
 class RequestStream(AsyncIterator[Output]):
     """The outputs of all choices of one request, in order; ends after the last choice's finish.
 
-    Iterating raises `RejectedError` or `EngineDeadError` after what arrived before. The consumer
-    is woken once per engine message; when it is behind, outputs of one choice are merged. As a
-    context manager it aborts what is unfinished when it is left.
+    It outlives the engine: the client hands `continuation` to the next one, and the consumer sees
+    nothing but a pause. Iterating raises `RejectedError` or `EngineDeadError` after what arrived
+    before. The consumer is woken once per engine message; when it is behind, outputs of one choice
+    are merged. As a context manager it aborts what is unfinished when it is left.
     """
 
     def __init__(self, request: Request, abort: Callable[[], None]) -> None:
         self.request = request
-        # Committed tokens by choice: with the request, all that continuing elsewhere would need.
-        self.tokens: list[list[int]] = [[] for _ in range(request.n)]
+        self.resumptions = 0  # engines that took it over from one that died
+        # Committed tokens by choice: with the request, all that continuing elsewhere needs.
+        self.tokens = [list(tokens or ()) for tokens in request.produced or ((),) * request.n]
         self._abort = abort
-        self._unfinished = set(range(request.n))
+        # What the engine was asked to end and has not ended yet: by choice, why and at how many
+        # tokens.
+        self._ending: dict[int, tuple[FinishReason, int | None]] = {}
+        self._unfinished = set(request.open_choices)
         self._arrived: list[Output] = []
         self._unread_tokens = 0
         self._ready: deque[Output] = deque()
@@ -88,6 +97,8 @@ class RequestStream(AsyncIterator[Output]):
             return
         if output.finish is not None:
             self._unfinished.discard(output.choice)
+            if self.resumptions:
+                output.finish = replace(output.finish, resumptions=self.resumptions)
         self.tokens[output.choice].extend(output.tokens)
         self._arrived.append(output)
         self._unread_tokens += len(output.tokens)
@@ -101,17 +112,77 @@ class RequestStream(AsyncIterator[Output]):
             self._error = error
             self._wake()
 
+    # -- between two engines ----------------------------------------------------------------
+
+    @property
+    def expires(self) -> tuple[float, FinishReason, str] | None:
+        """When its next time limit passes, on the clock of its arrival, and the end that means.
+
+        The time in the queue is over once anything came.
+        """
+        request = self.request
+        limits = []
+        if request.deadline is not None:
+            limits.append((request.deadline, FinishReason.TIMEOUT, "deadline exceeded"))
+        if request.queue_deadline is not None and not self._begun:
+            message = "waited too long in the queue"
+            limits.append((request.queue_deadline, FinishReason.QUEUE_TIMEOUT, message))
+        return min(limits, default=None)
+
+    @property
+    def continuation(self) -> Request:
+        """The request as the next engine gets it."""
+        request = self.request
+        return replace(
+            request,
+            produced=tuple(
+                tuple(tokens) if choice in self._unfinished else None
+                for choice, tokens in enumerate(self.tokens)
+            ),
+            queue_deadline=None if self._begun else request.queue_deadline,
+        )
+
+    def ending(self, choice: int | None, reason: FinishReason, tokens_kept: int | None) -> None:
+        """The engine was asked to end one choice, or all."""
+        for number in self._unfinished if choice is None else (choice,):
+            self._ending.setdefault(number, (reason, tokens_kept))
+
+    def end_asked(self, now: float) -> None:
+        """Ends what the engine was asked to end: there is no engine that would say so."""
+        for choice, (reason, tokens_kept) in self._ending.items():
+            self._end(choice, reason, now, tokens_kept=tokens_kept)
+
+    def end(self, reason: FinishReason, message: str, now: float) -> None:
+        """Ends every choice, as an engine would."""
+        for choice in sorted(self._unfinished):
+            self._end(choice, reason, now, message)
+
+    @property
+    def _begun(self) -> bool:
+        return any(self.tokens) or len(self._unfinished) < self.request.n
+
+    def _end(
+        self,
+        choice: int,
+        reason: FinishReason,
+        now: float,
+        message: str = "",
+        tokens_kept: int | None = None,
+    ) -> None:
+        finish = Finish(
+            reason,
+            message=message,
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=len(self.tokens[choice]) if tokens_kept is None else tokens_kept,
+            arrival=self.request.arrival,
+            finished=now,
+        )
+        self.put(Output(self.request.id, choice, finish=finish))
+
     def _end_slow_reader(self) -> None:
         self._abort()
-        for choice in sorted(self._unfinished):
-            finish = Finish(
-                FinishReason.ERROR,
-                message=TOO_SLOW,
-                prompt_tokens=len(self.request.prompt),
-                completion_tokens=len(self.tokens[choice]),
-            )
-            self._arrived.append(Output(self.request.id, choice, finish=finish))
-        self._unfinished.clear()
+        self._unread_tokens = 0  # or the ends below would come here again
+        self.end(FinishReason.ERROR, TOO_SLOW, self.request.arrival)
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

@@ -39,7 +39,8 @@ class RestartPolicy:
     """How often a dying engine is started again. Times in seconds."""
 
     fast_death: float = 30.0  # an engine that served less than this died fast
-    max_fast_deaths: int = 3  # so many in a row: give up
+    # So many in a row: give up. More than one request can cause, see `stream.MAX_RESUMPTIONS`.
+    max_fast_deaths: int = 4
     first_backoff: float = 0.25  # doubles with every fast death in a row
 
 

@@ -253,10 +253,15 @@ class LocalClientTransport:
         self._engine = engine
         self._identity = identity
         self._loop = asyncio.get_running_loop()
+        self._closed = False
 
     def listen(self, on_message: Callable[[FromEngine], None]) -> None:
+        def hand_over(message: FromEngine) -> None:
+            if not self._closed:
+                on_message(message)
+
         def deliver(message: FromEngine) -> None:
-            self._loop.call_soon_threadsafe(on_message, message)
+            self._loop.call_soon_threadsafe(hand_over, message)
 
         self._engine.connect(self._identity, deliver)
 
@@ -264,4 +269,5 @@ class LocalClientTransport:
         self._engine.post(self._identity, message)
 
     def close(self) -> None:
+        self._closed = True
         self._engine.disconnect(self._identity)

@@ -16,17 +16,17 @@ def choices_of(
     serial: int,
     account: Account | None = None,
 ) -> list[Sequence]:
-    """The sequences of a request: `serial` is the first one's number, `max_len` their bound,
-    `account` their tenant's; without, they get one of their own."""
+    """The sequences of a request's open choices: `serial` is the number of the first choice,
+    `max_len` their bound, `account` their tenant's; without, they get one of their own."""
     account = account or Account(request.tenant)
     group = root = chain_root(
         config.hash_root, request.cache_salt, request.adapter.encode(), request.tenant.encode()
     )
     sequences: list[Sequence] = []
-    for choice in range(request.n):
+    for choice in request.open_choices:
         if not config.enable_prefix_cache:  # names that nobody shares
             root = chain_root(config.hash_root, (serial + choice).to_bytes(8, "little"))
-        produced = request.produced[choice] if request.produced else ()
+        produced = (request.produced[choice] or ()) if request.produced else ()
         # One choice brings the prompt's log-probabilities, and not again after a restart.
         wanted = request.params.prompt_logprobs is not None and choice == 0 and not produced
         sequences.append(

@@ -53,7 +53,8 @@ class Counts:
     def admitted(self, sequence: Sequence, cached: int, *, again: bool) -> None:
         """A sequence got a slot with `cached` positions from the prefix cache.
 
-        A prompt counts once per request, and a look-up by a victim of preemption not at all.
+        A prompt counts once per request, and a look-up by a victim of preemption not at all, nor
+        by what goes on after a restart.
         """
         if again:
             self.recomputed_tokens += len(sequence.tokens) - cached

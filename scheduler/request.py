@@ -102,8 +102,9 @@ class Request:
     """One request as submitted; crosses the process boundary unchanged.
 
     `n` choices share the prompt and differ in the `choice` word of the sampling noise. `produced`
-    holds, per choice, the tokens committed before an engine restart: they are part of the text so
-    far, but count as output for penalties, limits and usage.
+    is there when an engine before this one died: per choice the tokens it had committed, which are
+    part of the text so far but count as output for penalties, limits and usage, or None for a
+    choice that had ended. Such a request was accepted once and is not refused for overload.
     """
 
     id: str
@@ -122,7 +123,7 @@ class Request:
     # The largest gap between two outputs of one choice; the stricter of this and the server's.
     mtpot_target: float | None = None
     speculation: Speculation = Speculation()
-    produced: tuple[tuple[int, ...], ...] = ()
+    produced: tuple[tuple[int, ...] | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -131,7 +132,21 @@ class Request:
             raise ValueError("n must be at least 1")
         if self.produced and len(self.produced) != self.n:
             raise ValueError("produced must hold one token list per choice")
+        if self.produced and not self.open_choices:
+            raise ValueError("every choice has ended before")
         _check_targets(self)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an engine before this one had accepted it."""
+        return bool(self.produced)
+
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        """The choices to run: all but those that ended before a restart."""
+        if not self.produced:
+            return tuple(range(self.n))
+        return tuple(c for c, tokens in enumerate(self.produced) if tokens is not None)
 
 
 def _check_targets(holder: Request | SchedulerConfig) -> None:
@@ -162,6 +177,10 @@ class Finish:
     completion_tokens: int = 0  # a stop token counts, as it was generated
     cached_tokens: int = 0  # prompt positions whose KV came from the prefix cache
     preemptions: int = 0
+    # How often it went on in another engine after its own had died; filled in by the API process.
+    # Then prompt and output are whole, but the times of the first token and of admission, the
+    # cached and the drafted tokens are of the last engine alone.
+    resumptions: int = 0
     drafted: int = 0  # tokens that were guessed ahead and verified
     accepted: int = 0  # of these, the right ones
     arrival: float = 0.0

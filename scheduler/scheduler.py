@@ -82,6 +82,7 @@ class Scheduler:
         """Queues a request.
 
         The choices of one request wait for the first to compute the prompt, then share its pages.
+        A resumed request passes the gate: it was let in before, and its client has waited since.
         Raises `Overloaded`; `ContextTooLong` for what could never run; `ValueError` for an id that
         is in use.
         """
@@ -90,8 +91,10 @@ class Scheduler:
         length, room = len(request.prompt), self._memory.max_len - 1
         if length > room:
             raise ContextTooLong(f"the prompt has {length} tokens, at most {room} fit")
-        forecast = self._gate.enter(request, self._running, self._counts.steps, now)
-        account = self._waiting.open(request.tenant, request.n, now)
+        forecast = None
+        if not request.resumed:
+            forecast = self._gate.enter(request, self._running, self._counts.steps, now)
+        account = self._waiting.open(request.tenant, len(request.open_choices), now)
         self._requests[request.id] = choices = choices_of(
             request, self.config, self._memory.max_len, self._next_serial, account
         )
@@ -213,7 +216,8 @@ class Scheduler:
         loads = self._memory.seat(sequence, hits, self._counts.steps)
         cached = sequence.computed
         insort(self._running, sequence, key=attrgetter("order"))
-        self._counts.admitted(sequence, cached, again=sequence.admitted is not None)
+        again = sequence.admitted is not None or sequence.output_len > 0
+        self._counts.admitted(sequence, cached, again=again)
         if sequence.admitted is None:
             sequence.account.served += PROMPT_WEIGHT * (len(sequence.tokens) - cached)
             sequence.admitted = now

@@ -74,6 +74,7 @@ def _lifespan(services: Services) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.engine.on_step = services.observer.step
+        services.engine.on_resume = services.observer.resumed
         yield
         services.pool.close()
 

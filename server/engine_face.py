@@ -12,6 +12,11 @@ from scheduler.request import FinishReason, Load, Output, Request
 class RequestStream(Protocol):
     """What one submitted request brings, all its choices together."""
 
+    @property
+    def resumptions(self) -> int:
+        """How often it went on in another engine after its own had died."""
+        ...
+
     async def batch(self) -> list[Output]:
         """Wait for at least one output and return everything queued, in order; `[]` once every
         choice has finished. Raises `RejectedError` or `EngineDeadError`."""
@@ -25,7 +30,10 @@ class RequestStream(Protocol):
 class Engine(Protocol):
     """One engine replica."""
 
-    on_step: Callable[[Step], None]  # set by the front end: called for every message of the engine
+    # Set by the front end: called for every message of the engine, and for every request that goes
+    # on in another one.
+    on_step: Callable[[Step], None]
+    on_resume: Callable[[Request], None]
 
     @property
     def facts(self) -> EngineFacts | None:

@@ -13,11 +13,17 @@ class FanIn:
     """Has the face of a `RequestStream`. The first error of any stream is raised by `batch`."""
 
     def __init__(self, streams: Sequence[RequestStream]) -> None:
+        self._streams = streams
         self._queued: list[Output] = []
         self._arrived = asyncio.Event()
         self._error: BaseException | None = None
         self._open = len(streams)
         self._tasks = [asyncio.create_task(self._read(stream)) for stream in streams]
+
+    @property
+    def resumptions(self) -> int:
+        """Of the stream that had the most."""
+        return max(stream.resumptions for stream in self._streams)
 
     async def batch(self) -> list[Output]:
         while not self._queued and self._open and self._error is None:

@@ -122,6 +122,11 @@ class Generation:
         """Choices of whose end the engine has not told."""
         return sum(choice.finish is None for choice in self._choices.values())
 
+    @property
+    def resumptions(self) -> int:
+        """How often it went on in another engine after its own had died."""
+        return 0 if self._source is None else self._source.resumptions
+
     def usage(self) -> Usage:
         """Counts so far."""
         usage = Usage(prompt_tokens=sum(len(r.prompt) for r in self.job.requests))

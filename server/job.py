@@ -105,6 +105,7 @@ class LogFields:
     seed: int | None = None
     finish: list[str] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    resumptions: int = 0  # in other engines, after its own had died
     queue_ms: float | None = None
     first_token_ms: float | None = None
     error: str = ""

@@ -210,6 +210,7 @@ class Metrics(Collector):
         self.generation_tokens = Counter()
         self.success = Counter("finished_reason")
         self.rejections = Counter("reason")
+        self.resumed = Counter()
         self.ttft_targets = Counter("outcome")
         self.mtpot_targets = Counter("outcome")
         self.ignored_params = Counter("param")
@@ -253,6 +254,14 @@ class Metrics(Collector):
             (
                 Definition("admission_rejections", "Requests refused before any work.", False),
                 self.rejections,
+            ),
+            (
+                Definition(
+                    "requests_resumed",
+                    "Requests handed to another engine after their own died.",
+                    False,
+                ),
+                self.resumed,
             ),
             (
                 Definition(

@@ -31,6 +31,10 @@ class Observer:
         if step.step_tokens:
             self.metrics.step_tokens.add(step.step_tokens)
 
+    def resumed(self, request: Request) -> None:
+        """It goes on in another engine."""
+        self.metrics.resumed.add()
+
     def first_tokens(self, since_arrival: float, tokens: int) -> None:
         """A choice's first output. Tokens beyond the first came at the same time."""
         self.metrics.first_token.add(since_arrival)
@@ -54,8 +58,8 @@ class Observer:
             m.prompt_tokens.add(len(request.prompt))
             m.prompt_tokens_cached.add(finish.cached_tokens)
             m.request_prompt_tokens.add(len(request.prompt))
-        if finish.admitted is None:
-            return
+        if finish.admitted is None or finish.resumptions:
+            return  # it never ran, or nobody knows when it first did
         m.queue.add(finish.admitted - finish.arrival)
         m.inference.add(finish.finished - finish.admitted)
         if finish.first_token is None:
@@ -98,7 +102,9 @@ def timings(
     """What `timings: true` returns: milliseconds as the client's side of the server saw them, and
     the wait for a slot as the engine did."""
     tokens = sum(finish.completion_tokens for finish in finishes)
-    waits = [f.admitted - f.arrival for f in finishes if f.admitted is not None]
+    waits = [
+        f.admitted - f.arrival for f in finishes if f.admitted is not None and not f.resumptions
+    ]
     after_first = None if first_output is None else now - first_output
     longest = max((finish.completion_tokens for finish in finishes), default=0)
     return {

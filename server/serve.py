@@ -127,6 +127,7 @@ class _Answer:
         if end.status == CLIENT_LEFT or self._generation.first_output is not None:
             self._services.observer.abandoned(self._generation.unfinished, otherwise)
         log.usage = self._generation.usage()
+        log.resumptions = self._generation.resumptions
         log.queue_ms = timings["queue_time_ms"]
         log.first_token_ms = timings["time_to_first_token_ms"]
         log.error = end.error

@@ -73,9 +73,11 @@ class ScriptedEngine:
     late_after: int | None = None  # tokens of a choice after which its deadline has passed
     queue_timeout: float | None = None  # seconds after which every request ends unstarted
     stall_after: int | None = None  # tokens of a choice after which nothing more comes
+    resume_after: int | None = None  # tokens of choice 0 after which another engine takes over
     requests: list[Request] = field(default_factory=list)
     aborts: list[tuple[str, int | None, FinishReason, int | None]] = field(default_factory=list)
     on_step: Callable[[Step], None] = lambda step: None
+    on_resume: Callable[[Request], None] = lambda request: None
     _streams: dict[str, RequestStream] = field(default_factory=dict)
     _tasks: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
     _made: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -172,6 +174,9 @@ class ScriptedEngine:
             scores = None
             if finish is not None:
                 return
+            if choice == 0 and self.resume_after == len(made):
+                stream.resumptions += 1
+                self.on_resume(request)
             if self.die_after is not None and len(made) >= self.die_after:
                 self.die()
             if self.stall_after is not None and len(made) >= self.stall_after:

@@ -139,7 +139,7 @@ class Drafting:
         if self.model is None:
             return rows, DraftTime(time.perf_counter() - started)
         self.model.forget()
-        depth, tokens, foreseen = self.model.take_work()
+        (depth, tokens), foreseen = self.model.take_work(), self.model.take_hits()
         seconds = time.perf_counter() - started
         return rows, DraftTime(seconds, depth, tokens, foreseen=foreseen)
 

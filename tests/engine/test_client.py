@@ -147,15 +147,32 @@ async def test_refusals_and_misuse(link):
         client.abort("unknown")
 
 
-async def test_death_of_the_engine_comes_after_what_arrived(link):
+async def test_a_lost_engine_is_a_pause(link):
+    """The same engine takes the new connection; what it still sends on the old one is not heard."""
     async with connected(link) as client:
-        stream = client.submit(request(max_tokens=400))
+        wanted = request(max_tokens=400, n=2)
+        stream = client.submit(wanted)
         await until(lambda: len(stream.tokens[0]) >= 3)
         link.lost.set_result("it died")
-        await until(lambda: stream.finished)
-        assert (await stream.batch())[0].tokens
-        with pytest.raises(EngineDeadError, match="it died"):
-            await stream.batch()
+        seen: list[list[int]] = [[], []]
+        async for output in stream:
+            seen[output.choice] += output.tokens
+        assert [tuple(tokens) for tokens in seen] == [
+            Script().answer(wanted, choice)[0] for choice in range(2)
+        ]
+        assert stream.resumptions == 1
+
+
+async def test_the_end_of_a_stream_comes_after_what_arrived(link):
+    client = EngineClient(link)
+    await client.ready()
+    stream = client.submit(request(max_tokens=400))
+    await until(lambda: len(stream.tokens[0]) >= 3)
+    await client.close()
+    assert stream.finished
+    assert (await stream.batch())[0].tokens
+    with pytest.raises(EngineDeadError, match="shutting down"):
+        await stream.batch()
 
 
 async def test_api_processes_share_an_engine_and_leave_it_alone(slow_link):

@@ -228,6 +228,30 @@ def test_overdue_request_is_ended_on_the_engines_clock(make):
     assert client.finishes("r")[0].reason is FinishReason.TIMEOUT
 
 
+def test_what_another_engine_had_accepted_keeps_its_age_and_its_tokens(make):
+    engine = make(max_queued_requests=1, max_num_seqs=1)
+    client = Client(engine.transport)
+    wanted = request(max_tokens=6, n=3)
+    answers = [Script().answer(wanted, choice)[0] for choice in range(3)]
+    resumed = replace(wanted, arrival=1000.0, produced=(answers[0][:4], None, ()))
+    for name in ("r", "s", "t"):  # more than may wait, but they were taken once
+        client.send(Submit(replace(resumed, id=name), 50.0))
+    client.send(Submit(replace(resumed, id="late", deadline=1049.9), 50.0))
+    engine.run_until(lambda: client.finishes("t", 2) and client.finishes("late", 2))
+    assert not any(isinstance(message, Rejected) for message in client.messages)
+    for name in ("r", "s", "t"):
+        assert client.tokens(name, 0) == answers[0][4:]
+        assert client.tokens(name, 2) == answers[2]
+        assert client.outputs(name, 1) == []
+        for choice in (0, 2):
+            (finish,) = client.finishes(name, choice)
+            assert finish.completion_tokens == 6
+            assert finish.finished - finish.arrival > 50.0
+    for choice in (0, 2):
+        (finish,) = client.finishes("late", choice)
+        assert finish.reason is FinishReason.TIMEOUT
+
+
 def test_refusals(make):
     engine = make(max_queued_requests=1, max_num_seqs=1, max_model_len=64)
     client = Client(engine.transport)

@@ -78,7 +78,8 @@ class Facts:
 class ThreadedWorker:
     """Runs the scripted steps in order on a thread of its own, `step_seconds` each.
 
-    With a `gate`, each step waits for one `gate.release()` first.
+    With a `gate`, each step waits for one `gate.release()` first. A prompt with the token `poison`
+    kills the process.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ThreadedWorker:
         raise_at: int | None = None,
         kill_at: int | None = None,
         hang_at: int | None = None,
+        poison: int | None = None,
         vocab_size: int = VOCAB,
     ) -> None:
         self.facts = Facts(vocab_size)  # its own tokens are below VOCAB whatever it claims
@@ -97,6 +99,7 @@ class ThreadedWorker:
         self._step_seconds = step_seconds
         self._gate = gate
         self._raise_at, self._kill_at, self._hang_at = raise_at, kill_at, hang_at
+        self._poison = poison
         self._pool = ThreadPoolExecutor(max_workers=1)
 
     def launch(self, plan: StepPlan) -> FutureStep:
@@ -108,7 +111,8 @@ class ThreadedWorker:
         self._pool.shutdown(wait=True)
 
     def _execute(self, plan: StepPlan) -> StepResult:
-        if plan.step == self._kill_at:
+        poisoned = any(row.chunk and self._poison in row.chunk for row in plan.rows)
+        if plan.step == self._kill_at or poisoned:
             os.kill(os.getpid(), 9)
         if plan.step == self._hang_at:
             time.sleep(60)
@@ -143,6 +147,7 @@ def build(
         raise_at=int(options["raise_at"]) if "raise_at" in options else None,
         kill_at=int(options["kill_at"]) if "kill_at" in options else None,
         hang_at=int(options["hang_at"]) if "hang_at" in options else None,
+        poison=int(options["poison"]) if "poison" in options else None,
         vocab_size=int(options.get("vocab_size", VOCAB)),
     )
     return worker, scheduler_config(max_queued_requests=config.schedule.max_queued_requests)

@@ -156,19 +156,25 @@ def gather(outputs: Iterable[Output]) -> dict[tuple[str, int], Answer]:
     return answers
 
 
+def produced(item: Request, choice: int) -> tuple[int, ...]:
+    """What a choice had committed before a restart."""
+    return (item.produced[choice] or ()) if item.produced else ()
+
+
 def assert_exact(
     answers: dict[tuple[str, int], Answer], requests: Iterable[Request], script: Script
 ) -> None:
     """Every choice that ended by itself is exactly what decoding it alone gives; of one that was
     ended from outside, all that came is."""
     for item in requests:
-        for choice in range(item.n):
+        for choice in item.open_choices:
             answer = answers[item.id, choice]
             finish = answer.finish
             assert finish is not None
             expected, reason = script.answer(item, choice)
-            already = len(item.produced[choice]) if item.produced else 0
-            whole = [*(item.produced[choice] if item.produced else ()), *answer.tokens]
+            before = produced(item, choice)
+            already = len(before)
+            whole = [*before, *answer.tokens]
             if finish.reason in NATURAL:
                 assert (tuple(whole), finish.reason) == (expected, reason)
                 stopped = reason is FinishReason.STOP
@@ -184,7 +190,7 @@ def _assert_logprobs(
     answer: Answer, item: Request, choice: int, already: int, script: Script
 ) -> None:
     history = history_of(item.prompt)
-    for token in item.produced[choice] if item.produced else ():
+    for token in produced(item, choice):
         history = extend(history, token)
     if item.params.logprobs is None:
         assert not answer.logprobs

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from engine.errors import RejectedError
@@ -13,7 +14,16 @@ from scheduler.request import FinishReason, Load
 from server.admission import Admission
 from server.app import create_app
 from tests.fakes_engine import ScriptedEngine
-from tests.server.helpers import TEXT, chat, client_of, completion, config, reply_engine
+from tests.server.helpers import (
+    TEXT,
+    chat,
+    client_of,
+    completion,
+    config,
+    events,
+    reply_engine,
+    streamed_text,
+)
 
 PATH = "/v1/chat/completions"
 
@@ -91,8 +101,6 @@ async def test_liveness_is_the_engines() -> None:
 async def test_draining_refuses_the_new_and_finishes_the_old() -> None:
     engine = reply_engine(delay=0.005)
     app = create_app(engine, TEXT, config())
-    import httpx
-
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         old = asyncio.create_task(client.post(PATH, json=chat()))
@@ -276,6 +284,41 @@ async def test_the_log_line_tells_of_drafts(caplog) -> None:
             await client.post(PATH, json=chat(n=2))
     (record,) = caplog.records
     assert (record.drafted_tokens, record.accepted_tokens) == (14, 10)
+
+
+def told(answer: httpx.Response, stream: bool) -> object:
+    """What a client reads, without ids and times."""
+    if not stream:
+        return answer.json()["choices"], answer.json()["usage"]
+    found = events(answer.content)
+    assert found[-1] == "[DONE]"
+    return [streamed_text(found, choice) for choice in range(2)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_outlived_its_engine_says_so_in_the_log_alone(
+    stream: bool, caplog
+) -> None:
+    body = chat(stream=stream, n=2)
+    async with client_of(reply_engine()) as client:
+        undisturbed = await client.post(PATH, json=body)
+    app = create_app(reply_engine(resume_after=4), TEXT, config())
+    transport = httpx.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        with caplog.at_level(logging.INFO, "foresight.access"):
+            answer = await client.post(PATH, json=body)
+    assert told(answer, stream) == told(undisturbed, stream)
+    (record,) = caplog.records
+    assert (record.status, record.resumptions) == (200, 1)
+    assert record.finish == ["stop", "stop"]
+    assert record.queue_ms is None, "nobody knows when it was first admitted"
+    metrics = app.state.services.metrics
+    assert metrics.resumed.values == {"": 1}
+    assert sum(metrics.queue.counts) == sum(metrics.prefill.counts) == 0
+    assert sum(metrics.e2e.counts) == 2
 
 
 async def test_prompts_are_logged_on_demand(caplog) -> None:

@@ -316,12 +316,15 @@ class ModelDrafter:
             right += 1
         self.followed.confirmed(slot, right)
 
-    def take_work(self) -> tuple[int, int, int]:
-        """Forwards, one after the other, the tokens they computed, and how many rows' drafts were
-        made ahead, since it was last asked."""
-        work = self._depth, self._fed, self._hits
-        self._depth = self._fed = self._hits = 0
+    def take_work(self) -> tuple[int, int]:
+        """Forwards, one after the other, and the tokens they computed, since it was last asked."""
+        work, self._depth, self._fed = (self._depth, self._fed), 0, 0
         return work
+
+    def take_hits(self) -> int:
+        """Rows whose drafts had been made ahead, since it was last asked."""
+        hits, self._hits = self._hits, 0
+        return hits
 
     def _behind(self, rows: list[_Row], read: Callable[[Ask], int]) -> list[_Reading]:
         """What is to be fed of what is known: first of those that will be through with it. `read`:
