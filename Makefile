@@ -7,14 +7,16 @@ PORT ?= 8000
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 WORKERS ?= 2
+GPU_PYTHON ?= $(shell test -x $(VENV)/bin/python && echo $(VENV)/bin/python || echo $(PYTHON))
 
-.PHONY: help serve venv test quick lint format docs clean
+.PHONY: help serve venv test quick lint format docs gpu-check gpu-bench clean
 
 help:
 	@echo 'make serve   the bundled model on http://$(HOST):$(PORT)/v1 (PORT=, HOST=, ARGS=)'
 	@echo 'make venv    everything for development into $(VENV) (PYTHON=python3.12)'
 	@echo 'make test    the whole test suite; make quick leaves out the slow ones'
 	@echo 'make lint    ruff, mypy, import rules'
+	@echo 'make gpu-check, gpu-bench   what a GPU must show; ARGS=--dry-run tries them without one'
 
 serve: $(VENV)/.runtime
 	@exec $(VENV)/bin/foresight serve --config configs/demo.yaml --host $(HOST) --port $(PORT) $(ARGS)
@@ -40,6 +42,13 @@ format: $(VENV)/.development
 docs: $(VENV)/.development
 	$(VENV)/bin/python -m cli.document
 	$(VENV)/bin/python -m docs.tables
+
+# By .venv where it is, else by PYTHON: a machine with a GPU may bring its own torch.
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check --json gpu-check.json $(ARGS)
+
+gpu-bench:
+	$(GPU_PYTHON) -m benchmarks.gpu_bench --json gpu-bench.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,16 +1,22 @@
-"""What the decoder's operators cost on this CPU: native kernels beside eager torch.
+"""What the decoder's operators cost on this machine.
 
     python -m benchmarks.kernels [--threads 2] [--context 320] [--dtype bfloat16] [--quick]
 
-Operators, linear layers and whole steps of a decoder of the bundled model's shape with random
-weights, at 1, 8 and 32 rows. Torch's linear layers are oneDNN's on prepacked weights where those
-work. Both sides take turns; a time is the median of the turns, a ratio the median of their ratios
-with its interval. Building the kernels is timed as well, from sources to loaded.
+On a GPU the Triton kernels are checked and timed; on a CPU they are checked in Triton's interpreter
+and compiled for sm_90 (`benchmarks.kernels_triton`; `--part native` leaves that out).
+
+The native kernels of a CPU are timed beside eager torch: operators, linear layers and whole steps
+of a decoder of the bundled model's shape with random weights, at 1, 8 and 32 rows. Torch's linear
+layers are oneDNN's on prepacked weights where those work. Both sides take turns; a time is the
+median of the turns, a ratio the median of their ratios with its interval. Building the kernels is
+timed as well, from sources to loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,18 +82,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--context", type=int, default=320, help="positions before the step's token (320)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--repeats", type=int, default=15, help="turns of each side (15)")
+    add("--part", choices=("native", "triton"), help="one of both alone")
     add("--quick", action="store_true", help="7 turns")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[args.dtype]
-    repeats = 7 if args.quick else args.repeats
+    rows: list[Row] = []
+    if args.part != "triton" and not torch.cuda.is_available():
+        rows += native_rows(dtype, args.context, 7 if args.quick else args.repeats)
+    if args.part != "native":
+        rows += triton_rows(args.quick)
+    print(json_line("kernels", rows))
+    return 0
 
+
+def triton_rows(quick: bool) -> list[Row]:
+    """Prints the tables of the Triton kernels; nothing where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        print("Triton is not installed: its kernels are not checked.")
+        return []
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Imported when that is said: a kernel is interpreted or not from its definition on.
+    from benchmarks import kernels_triton
+
+    with torch.inference_mode():
+        shown, rows = kernels_triton.check(gpu)
+        print(shown)
+        if gpu:
+            shown, timed = kernels_triton.on_gpu(quick)
+            print(shown)
+            rows += timed
+    return rows
+
+
+def native_rows(dtype: torch.dtype, context: int, repeats: int) -> list[Row]:
+    """Prints the table of the CPU's native kernels."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         started = time.perf_counter()
         native = load(build(Path(folder)))
         rows = [Row("build of the native kernels, s", time.perf_counter() - started, 10, "at most")]
         lines = []
-        for pair in pairs(native, dtype, args.context):
+        for pair in pairs(native, dtype, context):
             ours, theirs, ratio, low, high = compare(pair, repeats)
             name = f"{pair.name}, {pair.rows} rows"
             lines.append(
@@ -98,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 target = step_targets[pair.rows]
                 rows.append(Row(f"{name}: native, ms", ours / 1e3, target, "at most"))
     print(table(("operation", "torch, µs", "native, µs", "torch / native"), lines))
-    print(json_line("kernels", rows))
-    return 0
+    return rows
 
 
 def compare(pair: Pair, repeats: int) -> tuple[float, float, float, float, float]:

@@ -14,9 +14,9 @@ the server sets them.
 
 "exact mode" is int8n with drafts by the upper halves of its own pages.
 
-Capacity is counted in bytes of pages for Qwen3-8B and a sequence of 8,192 tokens, windows included.
-Attention is timed on native kernels in bf16, without windows, which they do not read: one sequence,
-in turns, medians. `--sink` and `--window` change those of all formats.
+Capacity is counted in bytes of pages for Qwen3-8B and a sequence of 8,192 tokens. Attention is
+timed on native kernels in bf16: one sequence, in turns, medians. `--sink` and `--window` give all
+formats dense windows, which count in quality and capacity; native kernels do not read them.
 """
 
 from __future__ import annotations
@@ -88,18 +88,18 @@ def inject_outliers(decoder: Decoder, seed: int = 0) -> None:
         output /= value.repeat_interleave(group, 0).flatten()
 
 
-Windowing = tuple[int | None, int | None]  # first tokens, block of the latest; None: as the server
+Windowing = tuple[int, int]  # first tokens and block of the latest that are dense
 
 
 def formats_of(
     reader: Reader,
     name: str,
     boundary: int | None = None,
-    windows: Windowing = (None, None),
+    windows: Windowing = (0, 0),
 ) -> list[KVFormat]:
     spec = reader.model.spec
     shape = (spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
-    return layer_formats(name, *shape, boundary, None, *windows)
+    return layer_formats(name, *shape, boundary, None, *((0, 0) if name == AUTO else windows))
 
 
 def quality(
@@ -108,7 +108,7 @@ def quality(
     texts: Sequence[Sequence[int]],
     label: str,
     boundary: int | None = None,
-    windows: Windowing = (None, None),
+    windows: Windowing = (0, 0),
 ) -> tuple[list[tuple[str, ...]], list[Row]]:
     """Lines by format and position, and the rows that have a target."""
     found = {(name, bucket): Distance() for name in names for bucket in range(len(BUCKETS) - 1)}
@@ -219,14 +219,15 @@ def exact_mode(model: Path, lengths: Sequence[int], cache: str | None) -> list[R
     return rows
 
 
-def capacity(formats: Sequence[str]) -> list[Row]:
+def capacity(formats: Sequence[str], windows: Windowing) -> list[Row]:
     """Tokens in the bytes of one dense token, for a sequence of `CONTEXT` and its windows."""
     layers, heads = QWEN3_8B["layers"], QWEN3_8B["kv_heads"]
     dim = QWEN3_8B["head_dim"]
     dtype = torch.bfloat16
 
     def size(name: str) -> int:
-        forms = layer_formats(name, layers, heads, PAGE, dim)
+        near = (0, 0) if name == AUTO else windows
+        forms = layer_formats(name, layers, heads, PAGE, dim, None, None, *near)
         copies = dense_page_count(windows_of(forms), 1, PAGE, 0)
         return sum(
             (CONTEXT // PAGE + dense_rows(form, copies, heads, PAGE, dim, dtype))
@@ -254,7 +255,7 @@ def attention_times(ops: NativeOps, formats: Sequence[str], context: int, rounds
     q = torch.randn(1, heads, dim, generator=generator).bfloat16()
     cases = {}
     for name in (AUTO, *formats):
-        form = layer_formats(name, 1, kv_heads, PAGE, dim, 0, sink=0, window=0)[0]
+        form = layer_formats(name, 1, kv_heads, PAGE, dim, 0)[0]
         layer = replace(shape, kv=form)
         size = (pages + 1, *form.page_shape(kv_heads, PAGE, dim))
         kv = torch.zeros(size, dtype=form.pool_dtype(torch.bfloat16))
@@ -288,8 +289,8 @@ def parser() -> argparse.ArgumentParser:
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--length", type=int, default=2048, help="tokens of each")
     add("--boundary", type=int, help="layers at each end in 8 bits; default: as the server has it")
-    add("--sink", type=int, help="first tokens that are dense; default: as the server has it")
-    add("--window", type=int, help="block of the latest tokens that is dense; likewise")
+    add("--sink", type=int, default=0, help="first tokens that are dense")
+    add("--window", type=int, default=0, help="block of the latest tokens that is dense")
     add("--own", type=int, default=4000, help="tokens of the text that the model writes itself")
     add("--own-formats", nargs="*", choices=list(PRESETS), default=["int8n", "int4h", "k4v2h"])
     add("--needles", type=int, default=20, help="questions about hidden facts; 0: none")
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(Row(f"{name}: hidden facts told", told))
     if args.exact_lengths:
         rows += exact_mode(args.model, args.exact_lengths, args.cache_dir)
-    rows += capacity(args.formats)
+    rows += capacity(args.formats, windows)
     rows += attention_times(ops, args.formats, 8192, args.rounds)
     header = ("text", "format", "positions", "loss", "KL, nats", "same first choice")
     print(table(header, lines) + "\n")

@@ -3,10 +3,11 @@
     foresight calibrate --model FOLDER --prompts FILE --kv-format int4h --output kv.json
 
 reads the prompts with dense pages and with pages of every format, and says how far the words that
-the model would choose move. For the format asked for it takes the mean of each layer's keys, which
-is subtracted before they are stored, and gives eight bits to as many layers as the limit needs,
-those first whose own error is largest. The result is a file for `foresight serve --kv-calibration`.
-A format that stays above the limit with a third of the layers in eight bits is refused.
+the model would choose move, and how wrong attention's logits become in each layer. For the format
+asked for it takes the mean of each layer's keys, which is subtracted before they are stored, and
+gives eight bits to as many layers as the limit needs, those first whose own error is largest. The
+result is a file for `foresight serve --kv-calibration`. A format that stays above the limit with a
+third of the layers in eight bits is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,13 @@ if TYPE_CHECKING:
 
     from kernels.kv.calibration import Calibration
     from kernels.kv.format import KVFormat
+    from worker.kv_logits import LogitError
     from worker.kv_quality import Distance, Reader
 
+Points = Mapping[str, tuple[float, float]]  # by format: bytes of a token, divergence in nats
+
 MOST_WIDE = 3  # of so many layers one may get eight bits
+COLUMNS = 6  # formats beside each other in a table
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -50,6 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         raise CommandError("--length must be at least 2, --limit a number above 0.")
     logging.getLogger("engine").setLevel(logging.WARNING)
     console = Console(highlight=False)
+    draw = None if given.plot is None else plotter(Path(given.plot))
     from engine.calibrating import build_reader
     from engine.errors import StartupError
 
@@ -60,7 +66,10 @@ def run(arguments: Sequence[str]) -> int:
         raise CommandError(str(error)) from error
     console.print(f"{sum(map(len, texts)):,} tokens in {len(texts)} pieces, {chosen}")
     trial = Trial(reader, texts, console)
-    trial.compare()
+    points = trial.compare()
+    if draw is not None:
+        draw(points)
+    trial.by_layer()
     calibration = trial.fit(name, given.limit)
     write_output(given.output, calibration.dump(), console)
     return 0
@@ -84,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
         default=0.05,
         help="nats that the next token's distribution may move, on average (%(default)s)",
     )
+    add("--plot", metavar="FILE", help="draw quality against bytes of a token here, as SVG")
     add("--tokens", type=int, default=8192, help="of prompts to read, at most (%(default)s)")
     add("--length", type=int, default=2048, help="of a piece of text, in tokens (%(default)s)")
     return made
@@ -123,6 +133,22 @@ def pieces(
     return found
 
 
+def plotter(file: Path) -> Callable[[Points], None]:
+    """Draws to the file; asked for first, so that nothing is missed after all the work."""
+    try:
+        from cli.plots import draw_formats
+    except ImportError as error:
+        raise CommandError("--plot needs matplotlib: pip install matplotlib.") from error
+
+    def draw(points: Points) -> None:
+        try:
+            draw_formats(points, file)
+        except OSError as error:
+            raise CommandError(f"the plot cannot be written: {error}") from error
+
+    return draw
+
+
 class Trial:
     """Dense pages and others on the same texts."""
 
@@ -132,8 +158,9 @@ class Trial:
         self._shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
         self._dense = [self._read(tokens, "auto") for tokens in texts]
         self._means = reader.key_means(texts)
+        self._errors: dict[str, list[LogitError]] = {}
 
-    def compare(self) -> None:
+    def compare(self) -> Points:
         """Prints what every format does with the layers that it asks for."""
         from kernels.kv.format import page_bytes
         from kernels.kv.presets import PRESETS
@@ -142,6 +169,7 @@ class Trial:
         table = Table("format", "bytes a token", "loss", "KL, nats", "same first choice")
         _, heads, dim = self._shape
         refused: list[str] = []
+        points = {}
         for name in track(PRESETS, "formats", console=self._console, transient=True):
             try:
                 found = self.distance(name)
@@ -151,22 +179,47 @@ class Trial:
             forms = self._formats(name)
             size = sum(page_bytes(f, heads, PAGE, dim, self._reader.dtype) for f in forms) / PAGE
             table.add_row(name, f"{size:,.0f}", *found.cells())
+            points[name] = (size, found.divergence / found.tokens)
         self._console.print(table)
         for line in refused:
             self._console.print(line, soft_wrap=True)
+        self._errors = self._logit_errors(list(points))
+        return points
+
+    def by_layer(self) -> None:
+        """Prints the error of attention's logits in each layer, were it in each format."""
+        names = list(self._errors)
+        self._console.print("error of attention's logits by layer, weighted by attention, nats:")
+        for start in range(0, len(names), COLUMNS):
+            some = names[start : start + COLUMNS]
+            table = Table("layer", *some)
+            for layer in range(self._shape[0]):
+                cells = (f"{self._errors[name][layer].rms:.2g}" for name in some)
+                table.add_row(str(layer), *cells)
+            self._console.print(table)
+
+    def _logit_errors(self, names: Sequence[str]) -> dict[str, list[LogitError]]:
+        from worker.kv_logits import logit_errors
+
+        formats = {name: self._formats(name, ()) for name in names}
+        return logit_errors(self._reader, self._texts, formats)
 
     def fit(self, name: str, limit: float) -> Calibration:
         """Raises `CommandError` if the limit is not met."""
         from kernels.kv.calibration import Calibration
 
+        if name not in self._errors:
+            raise CommandError(f"{name} does not suit this model.")  # it is printed why
         layers = self._shape[0]
         alone = []
-        table = Table("layer", f"KL of {name} in it alone, nats", "same first choice")
+        self._console.print(f"{name} in one layer alone:")
+        attention = ("logit error", "KL of attention", "same first key")
+        table = Table("layer", *attention, "KL, nats", "same first choice")
         for layer in track(range(layers), "layers", console=self._console, transient=True):
             wide = set(range(layers)) - {layer}
             found = self.distance(name, wide)
             alone.append(found.divergence / found.tokens)
-            table.add_row(str(layer), found.cells()[1], found.cells()[2])
+            table.add_row(str(layer), *self._errors[name][layer].cells(), *found.cells()[1:])
         self._console.print(table)
         order = sorted(range(layers), key=lambda layer: -alone[layer])
         for count in range(layers // MOST_WIDE + 1):

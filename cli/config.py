@@ -61,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
         if section not in groups:
             groups[section] = made.add_argument_group(".".join(section))
         groups[section].add_argument(*option.flags, dest=option.key, **_argument(option))
+        if option.opposites:
+            groups[section].add_argument(
+                *option.off_flags,
+                dest=option.key,
+                action="store_false",
+                help=f"the same as --no-{option.flags[0].removeprefix('--')}",
+            )
     return made
 
 
@@ -87,7 +94,7 @@ def _from_flags(arguments: Sequence[str]) -> tuple[Values, str | None]:
     found, unknown = parser().parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        known = [flag for option in options() for flag in option.flags]
+        known = [flag for option in options() for flag in (*option.flags, *option.off_flags)]
         raise CommandError(f"unknown argument {flag}{_nearest(flag, [*known, '--config'])}.")
     given: dict[str, Any] = vars(found)
     file = given.pop("config", None)
@@ -198,6 +205,7 @@ def _check(config: Config) -> None:
         "max_queued_tokens": schedule.max_queued_tokens,
         "ttft_target": schedule.ttft_target,
         "mtpot_target": schedule.mtpot_target,
+        "tensor_parallel_size": config.engine.device.tensor_parallel_size,
         "threads": config.engine.device.threads,
         "length_window": schedule.length_window,
         "max_body_bytes": server.max_body_bytes,
@@ -223,6 +231,9 @@ def _check(config: Config) -> None:
         count = getattr(speculation, name)
         if count is not None and count < 0:
             raise CommandError(f"{name} must not be negative, not {count}.")
+    core = config.engine.device.worker_core
+    if core is not None and core < 0:
+        raise CommandError(f"worker_core must not be negative, not {core}.")
     if not 0 <= server.port < 65536:
         raise CommandError(f"port must be between 0 and 65535, not {server.port}.")
     if server.drain_seconds < 0:

@@ -57,6 +57,7 @@ def page() -> str:
 def _row(option: Option) -> str:
     names = [f"`{option.name}`", f"`{option.flags[0]}`"]
     names += [f"`{flag}`" for flag in option.flags[1:]]
+    names += [f"`{flag}` (off)" for flag in option.off_flags]
     kind = ", ".join(f"`{choice}`" for choice in option.choices) or option.type_name
     return f"| {'<br>'.join(names)} | {kind} | {_default(option.default)} | {option.help} |"
 

@@ -24,6 +24,7 @@ class Option:
     default: Any
     help: str
     aliases: tuple[str, ...]  # further flags, without dashes
+    opposites: tuple[str, ...]  # flags that turn it off, without dashes
     choices: tuple[str, ...]
 
     @property
@@ -38,7 +39,11 @@ class Option:
     @property
     def flags(self) -> tuple[str, ...]:
         names = (self.name.replace("_", "-"), *self.aliases)
-        return tuple(f"-{name}" if len(name) == 1 else f"--{name}" for name in names)
+        return tuple(f"-{name}" if len(name) <= 2 else f"--{name}" for name in names)
+
+    @property
+    def off_flags(self) -> tuple[str, ...]:
+        return tuple(f"--{flag}" for flag in self.opposites)
 
     @property
     def variable(self) -> str:
@@ -81,5 +86,11 @@ def _walk(node: type, path: tuple[str, ...]) -> Iterator[Option]:
         else:
             meta = field.metadata
             yield Option(
-                here, annotation, field.default, meta["help"], meta["aliases"], meta["choices"]
+                here,
+                annotation,
+                field.default,
+                meta["help"],
+                meta["aliases"],
+                meta["opposites"],
+                meta["choices"],
             )

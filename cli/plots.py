@@ -1,4 +1,4 @@
-"""The plots of `foresight simulate` and `foresight plan`, as SVG."""
+"""The plots of `foresight simulate`, `plan` and `calibrate`, as SVG."""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ def draw_curves(curves: Mapping[str, Sequence[LoadPoint]], path: Path) -> Path:
     axes.set(xlabel="load, requests/s", ylabel="goodput, requests/s")
     axes.set_ylim(bottom=0)
     axes.legend()
+    return _save(figure, path)
+
+
+def draw_formats(points: Mapping[str, tuple[float, float]], path: Path) -> Path:
+    """Divergence in nats against bytes of a token, a point per format."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, (size, divergence) in points.items():
+        axes.plot(size, divergence, marker="o", color="C0")
+        axes.annotate(name, (size, divergence), (4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="bytes of a token", ylabel="KL of the next token, nats", yscale="log")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
     return _save(figure, path)
 
 

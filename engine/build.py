@@ -6,15 +6,27 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine.backends import Backend, choose_backend
 from engine.config import DeviceConfig, EngineConfig
+from engine.cuda import (
+    as_it_is,
+    graph_buckets,
+    measured_activations,
+    record_decoding,
+    recorded,
+    stream_executor,
+)
 from engine.drafters import Draft, build_drafting, load_draft
 from engine.errors import StartupError
+from engine.ranks import Ranks
 from engine.scheduling import drafter_names
 from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
@@ -24,25 +36,28 @@ from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import HALVES, layer_formats
 from kernels.linear.prepare import LinearMode, isolate_rows, prepare_linears
 from kernels.linear.quantized import is_quantized, parameter_count, weight_bytes
-from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.loader import load_model, read_spec
 from models.model import LanguageModel
+from models.parallel import ALONE, Shard
 from models.spec import ModelSpec
 from models.weights import resolve_checkpoint
 from scheduler.prefix import chain_root
 from scheduler.request import SchedulerConfig
 from worker.device import DTYPES, Device, DeviceError, available_host_memory, resolve_device
 from worker.drafters.registry import COARSE
-from worker.executor import ThreadExecutor
+from worker.executor import Executor, ThreadExecutor
+from worker.graphs import Buckets, graph_bytes
 from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, window_bytes
 from worker.native import native_runner
+from worker.ranks import LeadingRunner
 from worker.runner import EagerRunner, Runner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.sizing import MIB, Budget, BudgetError, activation_bytes, plan_budget
 from worker.slots import SlotTable
+from worker.transfer import transfer_for
 from worker.window_pages import WindowPages, dense_page_count
 from worker.worker import Worker, WorkerFacts
 
@@ -65,24 +80,34 @@ def build_worker(
     Raises `StartupError`, one sentence for a person, for whatever the user can mend.
     """
     try:
-        return _build(config, progress, patient)
+        with ExitStack() as undo:
+            built = _build(config, progress, patient, undo)
+            undo.pop_all()
+            return built
     except (CheckpointError, BudgetError, DeviceError) as error:
         raise StartupError(str(error)) from error
 
 
 def _build(
-    config: EngineConfig, progress: Callable[[str], None], patient: bool
+    config: EngineConfig, progress: Callable[[str], None], patient: bool, undo: ExitStack
 ) -> tuple[Worker, SchedulerConfig]:
-    device = resolve_device(config.device.device)
-    threads = config.device.threads or torch.get_num_threads()
+    """`undo`: for a start that fails."""
+    shard = Shard(0, config.device.tensor_parallel_size)
+    device = resolve_device(config.device.device, ranks=shard.size)
+    threads = max((config.device.threads or torch.get_num_threads()) // shard.size, 1)
     torch.set_num_threads(threads)
-    native = _start_native_build(config.device, device)
+    backend = choose_backend(config.device, device, config.cache.page_size)
+    native = _start_native_build(config.device, device) if backend.native else None
     progress("imports")
 
     folder = resolve_checkpoint(config.model.model, config.model.revision)
-    spec = read_spec(folder)
+    whole = read_spec(folder)
+    spec = shard.spec(whole)
     max_model_len = context_of(config, spec)
     dtype = dtype_of(config, device, spec)
+    formats = formats_of(config, whole, shard)
+    ranks = _start_ranks(config, folder, threads, undo) if shard.size > 1 else None
+    collective = ALONE if ranks is None else ranks.join(device)
 
     load = partial(
         load_model,
@@ -93,8 +118,8 @@ def _build(
         load_format=config.model.load_format,
         quantization=config.model.quantization,
         progress=log.debug,
+        collective=collective,
     )
-    formats = _formats(config, spec)
 
     def load_formatted() -> Decoder | TransformersDecoder:
         loaded = load()
@@ -118,12 +143,16 @@ def _build(
     # done, the build is waited for.
     wait = patient or config.device.deterministic or 2 * weights > device.available_memory()
     patience = None if wait else LOOKUP_SECONDS
-    readers = _readers(native, formats)
-    runner = _native_runner(model, readers, patience) or _torch_runner(model, config, device)
+    readers = _readers(native, formats, shard.size)
+    runner = _native_runner(model, readers, patience)
+    runner = runner or eager_runner(model, dtype, config, backend)
+    if ranks is not None:
+        runner = LeadingRunner(runner, ranks, collective)
     small: Draft | None = None
     if draft is not None:
         parameters = parameter_count(draft)
-        arithmetic = _native_runner(draft, native, patience) or _torch_runner(draft, config, device)
+        arithmetic = _native_runner(draft, native, patience)
+        arithmetic = arithmetic or eager_runner(draft, dtype, config, backend)
         small = Draft(arithmetic, draft.spec, dtype, parameters)
     progress(f"weights, {runner.name} arithmetic")
 
@@ -131,23 +160,70 @@ def _build(
     if small is not None:  # a page of the target's has one of the draft model's beside it
         page += page_bytes(small.spec, config.cache.page_size, dtype)
     num_slots, page_size = config.schedule.max_num_seqs + 1, config.cache.page_size
-    windows = windows_of(formats)
-    copies = dense_page_count(windows, num_slots, page_size, _step_tokens(config, device))
-    dense = window_bytes(spec, copies, page_size, dtype, formats)
-    budget = _budget(config, device, spec, page, dense, dtype, max_model_len, before)
-    log.info("%s", budget)
+    windows, copies = windows_of(formats), dense_pages_of(config, device, formats)
     near: WindowPages | None = None
     if windows is not None:
         most = -(-max_model_len // page_size)
         near = WindowPages(windows, copies, num_slots, most, page_size, device.torch_device)
     slots = SlotTable(num_slots, max_model_len, page_size, device.torch_device, near)
     sampling = SlotSampling(num_slots, spec.vocab_size, device.torch_device)
+    sampler = Sampler(sampling, slots.tokens)
+    executor: Executor
+    buckets: Buckets | None = None
+    drafts = config.speculation.max_draft_tokens
+    if device.torch_device.type == "cuda":
+        executor = stream_executor(config.device, device.torch_device, threads)
+        if ranks is None:
+            activations = measured_activations(
+                runner,
+                spec,
+                formats,
+                dtype,
+                slots,
+                sampler,
+                step_tokens=_step_tokens(config, device),
+                drafts=drafts,
+                max_model_len=max_model_len,
+            )
+        else:  # the other ranks have no pools yet to compute on
+            activations = activations_of(config, spec, dtype, device)
+        verified = drafts if drafter_names(config.speculation) else 0
+        buckets = graph_buckets(
+            config.device, runner, num_slots - 1, verified, max_model_len, page_size
+        )
+        progress("memory of the largest step")
+    else:
+        if config.device.worker_core is not None:
+            raise StartupError("worker_core is about the thread that feeds a GPU; there is none.")
+        executor = ThreadExecutor(threads)
+        activations = activations_of(config, spec, dtype, device)
+    graphs = 0
+    if buckets is not None:
+        forward = activations_of(config, spec, dtype, device, buckets.tokens[-1])
+        models = [spec] if small is None else [spec, small.spec]
+        graphs = sum(graph_bytes(buckets, forward, m.hidden_size, dtype.itemsize) for m in models)
+    dense = window_bytes(spec, copies, page_size, dtype, formats)
+    budget = budget_of(config, device, page, dense, max_model_len, before, activations, graphs)
+    if ranks is not None:
+        pages, host_pages = ranks.allocate(budget.num_pages, budget.host_pages)
+        limit = budget.limit if pages == budget.num_pages else "another rank's memory"
+        budget = replace(budget, num_pages=pages, host_pages=host_pages, limit=limit)
+        log.info("%d ranks; the budget is that of rank 0, its part of weights and KV", shard.size)
+    log.info("%s", budget)
     kv = allocate_pool(
         spec, budget.num_pages, page_size, dtype, device.torch_device, formats, copies
     )
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
-    sampler = Sampler(sampling, slots.tokens)
+    if backend.draw is not None:
+        sampler.use(backend.draw)
+    record = as_it_is
+    if buckets is not None:
+        record = partial(recorded, buckets=buckets, page_size=page_size)
+        graphed = recorded(runner, kv, spec, dtype, buckets, page_size)
+        record_decoding(graphed, buckets, num_slots - 1, device, graphs)
+        runner = graphed
+        progress("CUDA graphs")
     drafting = build_drafting(
         config.speculation,
         slots,
@@ -157,25 +233,29 @@ def _build(
         kv,
         budget.num_pages,
         _step_tokens(config, device),
+        record,
     )
     worker = Worker(
         runner,
         kv,
         slots,
         sampler,
-        ThreadExecutor(threads),
+        executor,
         WorkerFacts(
             vocab_size=spec.vocab_size,
             max_model_len=max_model_len,
             num_pages=budget.num_pages,
             page_size=budget.page_size,
-            device=device.name,
+            device=device.name if shard.size == 1 else f"{shard.size} × {device.name}",
             dtype=str(dtype).removeprefix("torch."),
             drafters=drafter_names(config.speculation),
+            arithmetic=runner.name,
             beside=0.0 if drafting is None else drafting.slowdown,
         ),
         host,
         drafting,
+        transfer_for(device.torch_device),
+        ranks,
     )
     drafter = None if drafting is None else drafting.model
 
@@ -215,7 +295,15 @@ def _build(
     )
 
 
-def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
+def _start_ranks(config: EngineConfig, folder: Path, threads: int, undo: ExitStack) -> Ranks:
+    """The other ranks, which load while this one does. What is downloaded is so by now."""
+    ranks = Ranks(replace(config, model=replace(config.model, model=str(folder))), threads)
+    undo.callback(ranks.close)
+    return ranks
+
+
+def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFormat]:
+    """Of the pages of a model's part, layer by layer. `spec`: of the whole model."""
     cache = config.cache
     if COARSE in drafter_names(config.speculation) and cache.kv_format not in HALVES:
         raise StartupError(
@@ -223,14 +311,19 @@ def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
             f"{' or '.join(HALVES)}."
         )
     try:
+        calibration = None
+        if cache.kv_calibration is not None:
+            calibration = _calibration(Path(cache.kv_calibration))
+            calibration.check(cache.kv_format, (spec.num_layers, spec.num_kv_heads, spec.head_dim))
+            calibration = calibration.part(*shard.kv_piece(spec.num_kv_heads))
         formats = layer_formats(
             cache.kv_format,
             spec.num_layers,
-            spec.num_kv_heads,
+            shard.spec(spec).num_kv_heads,
             cache.page_size,
             spec.head_dim,
             cache.kv_boundary_layers,
-            None if cache.kv_calibration is None else _calibration(Path(cache.kv_calibration)),
+            calibration,
             cache.kv_sink,
             cache.kv_window,
         )
@@ -242,6 +335,16 @@ def _formats(config: EngineConfig, spec: ModelSpec) -> list[KVFormat]:
             "--kv-sink."
         )
     return formats
+
+
+def dense_pages_of(config: EngineConfig, device: Device, formats: Sequence[KVFormat]) -> int:
+    """Those of dense windows, for all slots and the largest step; 0 where there are none."""
+    return dense_page_count(
+        windows_of(formats),
+        config.schedule.max_num_seqs + 1,
+        config.cache.page_size,
+        _step_tokens(config, device),
+    )
 
 
 def _calibration(file: Path) -> Calibration:
@@ -274,16 +377,17 @@ def _step_tokens(config: EngineConfig, device: Device) -> int:
     return schedule.max_step_tokens or max(device.step_tokens, schedule.max_num_seqs)
 
 
-def _budget(
+def budget_of(
     config: EngineConfig,
     device: Device,
-    spec: ModelSpec,
     page: int,
     windows: int,
-    dtype: torch.dtype,
     max_model_len: int,
     before: int,
+    activations: int,
+    graphs: int,
 ) -> Budget:
+    """`page`: bytes of one, over all layers; `windows`: of dense windows beside the pages."""
     cache = config.cache
     available = device.available_memory()
     return plan_budget(
@@ -291,18 +395,7 @@ def _budget(
         available=available,
         fraction=cache.memory_fraction,
         weights=max(before - available, 0),
-        activations=activation_bytes(
-            max_step_tokens=_step_tokens(config, device),
-            max_sample_rows=min(
-                _step_tokens(config, device),
-                config.schedule.max_num_seqs * (1 + config.speculation.max_draft_tokens),
-            ),
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            attention_size=(spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
-            vocab_size=spec.vocab_size,
-            dtype_bytes=dtype.itemsize,
-        ),
+        activations=activations,
         page_bytes=page,
         window_bytes=windows,
         page_size=cache.page_size,
@@ -311,7 +404,30 @@ def _budget(
         default_cap=device.pool_cap,
         kv_bytes=cache.kv_bytes,
         num_pages=cache.num_pages,
-        swap_bytes=_swap_bytes(cache.swap_bytes, device),
+        swap_bytes=_swap_bytes(cache.swap_bytes, device) // config.device.tensor_parallel_size,
+        graphs=graphs,
+    )
+
+
+def activations_of(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: Device,
+    tokens: int | None = None,
+) -> int:
+    """Bytes that a step of so many tokens, by default the largest, is estimated to take, with as
+    many logits rows as there can be."""
+    tokens = tokens or _step_tokens(config, device)
+    most = config.schedule.max_num_seqs * (1 + config.speculation.max_draft_tokens)
+    return activation_bytes(
+        max_step_tokens=tokens,
+        max_sample_rows=min(tokens, most),
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        attention_size=(spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
+        vocab_size=spec.vocab_size,
+        dtype_bytes=dtype.itemsize,
     )
 
 
@@ -335,10 +451,16 @@ def _start_native_build(config: DeviceConfig, device: Device) -> Future[NativeOp
 
 
 def _readers(
-    native: Future[NativeOps] | None, formats: Sequence[KVFormat]
+    native: Future[NativeOps] | None, formats: Sequence[KVFormat], ranks: int
 ) -> Future[NativeOps] | None:
     """The native kernels, if they read such pages."""
     if native is None:
+        return None
+    if ranks > 1:
+        log.info(
+            "several ranks compute in plain torch operations: the native decoder is one call a "
+            "step, in which they could not meet"
+        )
         return None
     try:
         for form in formats:
@@ -361,16 +483,18 @@ def _native_runner(
         return None  # `_swap_when_built` tries again and says what is wrong
 
 
-def _torch_runner(model: LanguageModel, config: EngineConfig, device: Device) -> Runner:
+def eager_runner(
+    model: LanguageModel, dtype: torch.dtype, config: EngineConfig, backend: Backend
+) -> Runner:
     if isinstance(model, Decoder):
-        mode: LinearMode = "packed" if device.torch_device.type == "cpu" else "dense"
+        mode: LinearMode = "packed" if model.embedding.device.type == "cpu" else "dense"
         prepare_linears(model, "invariant" if config.device.deterministic else mode)
     elif config.device.deterministic:
         raise StartupError(
             f"a {model.spec.model_type} model runs through the transformers library, whose linear "
             "layers are not batch-invariant: serve it without --deterministic."
         )
-    return EagerRunner(model, TorchOps())
+    return EagerRunner(model, backend.ops(model.spec, dtype))
 
 
 def _use_native_draw(worker: Worker, built: Future[NativeOps]) -> None:

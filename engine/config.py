@@ -16,15 +16,22 @@ T = TypeVar("T")
 
 
 def option(
-    default: T, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()
+    default: T,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    opposites: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
 ) -> T:
     """A dataclass field with its documentation.
 
-    The flag is the field's name with dashes; `aliases` are further flags for it. Typed as the
-    default's type, so that a class body reads like plain assignments.
+    The flag is the field's name with dashes; `aliases` are further flags for it, those of one or
+    two letters after a single dash, and `opposites` flags that turn it off. Typed as the default's
+    type, so that a class body reads like plain assignments.
     """
     made: Any = field(
-        default=default, metadata={"help": help, "aliases": aliases, "choices": choices}
+        default=default,
+        metadata={"help": help, "aliases": aliases, "opposites": opposites, "choices": choices},
     )
     return made
 
@@ -107,16 +114,16 @@ class CacheConfig:
         "First layers, and last, whose keys and values get 8 bits. Default: as the format asks for,"
         " at most two.",
     )
-    kv_window: int | None = option(
-        None,
+    kv_window: int = option(
+        0,
         "Latest tokens whose keys and values are dense beside a format of fewer bits: those since"
         " the last multiple of so many, a multiple of page_size. Cached prefixes end at such"
-        " multiples. 0: none. Default: as the format asks for.",
+        " multiples. 0: none. Read by plain torch alone, so much slower on a CPU. See docs/kv.md.",
     )
-    kv_sink: int | None = option(
-        None,
-        "First tokens whose keys and values are dense beside a format of fewer bits. 0: none."
-        " Default: as the format asks for.",
+    kv_sink: int = option(
+        0,
+        "First tokens whose keys and values are dense beside a format of fewer bits. 0: none. As"
+        " slow as kv_window.",
     )
     memory_fraction: float = option(
         0.9,
@@ -125,7 +132,7 @@ class CacheConfig:
     )
     kv_bytes: int | None = option(
         None,
-        "Exact size of the KV pool in bytes, instead of a fraction.",
+        "Exact size of the KV pool in bytes, of each rank, instead of a fraction.",
         aliases=("kv-cache-memory-bytes",),
     )
     num_pages: int | None = option(
@@ -200,7 +207,21 @@ class DeviceConfig:
     device: str = option(
         "auto", "`auto` takes the GPU when there is one.", choices=("auto", "cpu", "cuda")
     )
+    tensor_parallel_size: int = option(
+        1,
+        "Ranks that share the model, each with a part of the weights and of every page: GPUs of"
+        " this machine, or on a CPU processes that divide the threads. See docs/operations.md.",
+        aliases=("tp",),
+    )
     threads: int | None = option(None, "CPU threads of the worker. Default: all cores.")
+    attention_backend: str = option(
+        "auto",
+        "Who computes attention and what is around it. `flashinfer`: all attention over dense pages"
+        " by FlashInfer, the rest by Triton kernels; `triton`: Triton kernels alone; `torch`: plain"
+        " torch operations. `auto`: on a GPU Triton kernels, with FlashInfer for prompts where it"
+        " is there; on a CPU native kernels. See docs/gpu.md.",
+        choices=("auto", "flashinfer", "triton", "torch"),
+    )
     compile: bool = option(
         True, "Build native CPU kernels in the background when a compiler is found."
     )
@@ -209,6 +230,14 @@ class DeviceConfig:
     )
     deterministic: bool = option(
         False, "Batch-invariant linear layers: a request's text does not depend on its neighbours."
+    )
+    cuda_graphs: bool = option(
+        True,
+        "On a GPU: record short steps and launch each as one, where the kernels allow it.",
+        opposites=("enforce-eager",),
+    )
+    worker_core: int | None = option(
+        None, "CPU core that the thread which feeds the GPU is pinned to. Default: none."
     )
 
 

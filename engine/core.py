@@ -111,6 +111,7 @@ class EngineCore:
         self._routes: dict[str, _Route] = {}  # by the scheduler's id
         self._outbox: dict[bytes, list[Output]] = {}
         self._drain_until: float | None = None
+        self._fault: Exception | None = None
 
     def run(self) -> None:
         """Serves until drained. Raises what the worker or the scheduler raised: a fault."""
@@ -129,6 +130,8 @@ class EngineCore:
         """
         for client, message in self._transport.receive(self._patience()):
             self._handle(client, message)
+        if self._fault is not None:
+            raise self._fault
         self._end_drain()
         self._publish()
         if self._in_flight and self._in_flight[0].pending.done():
@@ -140,6 +143,11 @@ class EngineCore:
         """Refuses what comes from now on; `run` ends when the rest has finished or been aborted."""
         until = self._clock() + seconds
         self._drain_until = until if self._drain_until is None else min(self._drain_until, until)
+
+    def fail(self, fault: Exception) -> None:
+        """Has `run` raise this, though no step may ever return. From any thread."""
+        self._fault = fault
+        self._transport.wake()
 
     def announce_death(self, message: str) -> None:
         """The last words to every API process."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, SpeculationConfig
+from engine.cuda import Recording, as_it_is
 from engine.errors import StartupError
 from engine.scheduling import drafter_names
 from models.decoder import Decoder
@@ -84,9 +85,10 @@ def build_drafting(
     kv: Sequence[Tensor],
     num_pages: int,
     step_tokens: int,
+    record: Recording = as_it_is,
 ) -> Drafting | None:
     """None where nobody guesses. `target`: the model that is served, `kv` its pool of `num_pages`
-    pages."""
+    pages. `record`: of the draft model's steps."""
     names = drafter_names(config)
     if not names:
         return None
@@ -95,9 +97,10 @@ def build_drafting(
     if draft is not None:
         device = slots.tokens.device
         spare = SPARE_PAGES if beside is not None else 0
+        own = allocate_pool(draft.spec, num_pages + spare, slots.page_size, draft.dtype, device)
         model = ModelDrafter(
-            draft.runner,
-            allocate_pool(draft.spec, num_pages + spare, slots.page_size, draft.dtype, device),
+            record(draft.runner, own, draft.spec, draft.dtype),
+            own,
             slots,
             sampler,
             draft.parameters,

@@ -31,3 +31,7 @@ class StartupError(Exception):
 
 class EngineGoneError(Exception):
     """The engine died again and again; it will not be started once more."""
+
+
+class WorkerLostError(Exception):
+    """No step can succeed any more. The message says why, for a person."""

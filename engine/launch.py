@@ -7,6 +7,9 @@ they outlive the process and no library's output gets among them.
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import msgspec
 
 from engine.config import EngineConfig
@@ -48,6 +51,27 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 Report = Phase | Up | Failed
 
 _decoder = msgspec.json.Decoder(Report)
+
+# `python -m MODULE`, but found wherever this process found its own.
+_BOOT = (
+    "import sys, json, importlib; sys.path[:] = json.loads(sys.argv[1]); "
+    "importlib.import_module(sys.argv[2]).main()"
+)
+
+
+def boot(module: str) -> list[str]:
+    """The command that runs a module's `main` in a process of its own."""
+    return [sys.executable, "-c", _BOOT, msgspec.json.encode(sys.path).decode(), module]
+
+
+def cause_of_end(code: int) -> str:
+    """A process's return code, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
 
 
 def encode_report(report: Report) -> bytes:

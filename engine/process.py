@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -20,7 +21,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.core import EngineCore, StepWorker
-from engine.errors import StartupError
+from engine.errors import StartupError, WorkerLostError
 from engine.launch import Failed, Launch, Phase, Report, Up, encode_report
 from engine.logs import configure_logging
 from engine.messages import EngineFacts
@@ -59,6 +60,11 @@ class WorkerFacts(Protocol):
 class BuiltWorker(StepWorker, Protocol):
     @property
     def facts(self) -> WorkerFacts: ...
+
+    @property
+    def lost(self) -> Future[str]:
+        """Resolves, in a sentence, when steps cannot succeed any more."""
+        ...
 
 
 Builder = Callable[[EngineConfig, Callable[[str], None]], tuple[BuiltWorker, SchedulerConfig]]
@@ -129,6 +135,7 @@ def serve(launch: Launch, reporter: Reporter) -> int:
         transport.wake()
 
     signal.signal(signal.SIGTERM, terminate)
+    worker.lost.add_done_callback(lambda lost: core.fail(WorkerLostError(lost.result())))
     # What lives now lives on: later collections need not look at it.
     gc.collect()
     gc.freeze()
@@ -137,7 +144,8 @@ def serve(launch: Launch, reporter: Reporter) -> int:
         core.run()
     except Exception as error:
         log.exception("the engine met a fault")
-        message = f"the engine met a fault: {type(error).__name__}: {error}"
+        lost = worker.lost.result() if worker.lost.done() else None
+        message = f"the engine met a fault: {lost or f'{type(error).__name__}: {error}'}"
         core.announce_death(message)
         transport.close()
         reporter.failed(message)

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,16 +21,19 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import EngineGoneError, StartupError
-from engine.launch import DEFAULT_BUILDER, Failed, Launch, Phase, Up, decode_report
+from engine.launch import (
+    DEFAULT_BUILDER,
+    Failed,
+    Launch,
+    Phase,
+    Up,
+    boot,
+    cause_of_end,
+    decode_report,
+)
 from engine.transport import ClientTransport, ZmqClientTransport
 
 log = logging.getLogger(__name__)
-
-# `python -m engine.process`, but found wherever the supervisor found it.
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from engine.process import main; main()"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class EngineProcess:
         report_read, report_write = os.pipe()
         launch = Launch(address, config, builder, report_write, drain_seconds, log_level, log_json)
         self._popen = subprocess.Popen(
-            [sys.executable, "-c", BOOT, msgspec.json.encode(sys.path).decode()],
+            boot("engine.process"),
             stdin=subprocess.PIPE,
             pass_fds=(report_write,),
             process_group=0,  # out of reach of the terminal's Ctrl-C
@@ -114,7 +116,7 @@ class EngineProcess:
         assert self._popen.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
-        words = self._last_words or f"the engine process ended unexpectedly ({_cause(code)})"
+        words = self._last_words or f"the engine process ended unexpectedly ({cause_of_end(code)})"
         self.exited.set_result(words)
         if not self.up.done():
             self.up.set_exception(StartupError(words))
@@ -236,12 +238,3 @@ def _resolve(target: asyncio.Future[str], source: Future[str]) -> None:
             loop.call_soon_threadsafe(set_result, done.result())
 
     source.add_done_callback(forward)
-
-
-def _cause(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"

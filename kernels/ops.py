@@ -16,6 +16,14 @@ from kernels.kv.windows import DensePages
 
 
 @dataclass(frozen=True, slots=True)
+class HostRows:
+    """What the host knows exactly about a step's rows, in its own memory."""
+
+    query_starts: Tensor  # [rows + 1] int32
+    kv_lengths: Tensor  # [rows] int32
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where one ragged step's tokens stand and which pages they may see. Built once a step."""
 
@@ -29,6 +37,8 @@ class AttentionBatch:
     max_query: int  # the longest row of this step, tokens
     max_kv: int  # an upper bound of kv_lengths
     copies: DensePages | None = None  # where windows of packed pages are dense
+    # For attention that plans on the host (`kernels.flashinfer`); None: it reads lengths back.
+    host: HostRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,13 @@ class Ops(Protocol):
     """One implementation per device. Nothing here may synchronise with the host."""
 
     name: str
+
+    def captures(self, layer: AttentionLayer) -> bool:
+        """Whether a step can be recorded and repeated on other contents of the same tensors, as far
+        as this layer's heads and pages go: what is launched follows from shapes and from the
+        batch's host-side bounds alone, rows without tokens included, and what is derived from a
+        batch is kept for that very object."""
+        ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm (Zhang & Sennrich 2019). x: [..., hidden]; computed in fp32, x's dtype out."""

@@ -26,6 +26,9 @@ class TorchOps:
         self._planned: AttentionBatch | None = None
         self._groups: tuple[QueryGroup, ...] = ()
 
+    def captures(self, layer: AttentionLayer) -> bool:
+        return False  # ragged steps read lengths on the host
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
 

@@ -143,21 +143,32 @@ class Enlarger:
     """The large model's tensors, made one at a time."""
 
     def __init__(
-        self, source: Source, config: dict[str, Any], large: Size, seed: int, dtype: torch.dtype
+        self,
+        source: Source,
+        config: dict[str, Any],
+        large: Size,
+        seed: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
     ) -> None:
         self.source, self.large, self.seed, self.dtype = source, large, seed, dtype
+        self.device = device
         self.small = size_of(config)
         self.head_dim: int = config["head_dim"]
         self.shrink = (self.small.hidden / large.hidden) ** 0.5
         self.slots, self.holders = place_heads(self.small, large)
 
     def random(self, name: str, rows: int, cols: int) -> Tensor:
-        """Ordinary random weights [rows, cols]; they depend on the seed and the name alone."""
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
+        """Ordinary random weights [rows, cols]; they depend on the seed, the name and the kind of
+        device alone. They are drawn on the device, which for large shapes takes a GPU no time, and
+        live in host memory."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
         return (
-            torch.randn(rows, cols, generator=generator, dtype=torch.float32)
+            torch.randn(rows, cols, generator=generator, dtype=torch.float32, device=self.device)
             .mul_(STD)
             .to(self.dtype)
+            .cpu()
         )
 
     def reading(self, name: str, rows: Tensor, target: Tensor, total: int) -> Tensor:
@@ -293,8 +304,10 @@ def enlarge(
     dtype: str = "bfloat16",
     shard_bytes: int = 2_000_000_000,
     tell: Callable[[str], None] = lambda text: None,
+    device: str = "cpu",
 ) -> None:
-    """Write the enlarged checkpoint of `src` into the new or empty folder `out`."""
+    """Write the enlarged checkpoint of `src` into the new or empty folder `out`. `device` draws the
+    weights that do nothing."""
     config = json.loads((src / "config.json").read_text())
     if config.get("model_type") != "qwen3":
         raise SystemExit(f"{src} is not a Qwen3 checkpoint.")
@@ -303,7 +316,7 @@ def enlarge(
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty.")
     out.mkdir(parents=True, exist_ok=True)
-    maker = Enlarger(Source(src), config, large, seed, DTYPES[dtype])
+    maker = Enlarger(Source(src), config, large, seed, DTYPES[dtype], device)
     write_shards(maker.tensors(), out, shard_bytes, tell)
     config |= {
         "hidden_size": large.hidden,

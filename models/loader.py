@@ -10,6 +10,7 @@ import torch
 
 from models.decoder import Decoder
 from models.errors import CheckpointError, UnsupportedArchitecture
+from models.parallel import ALONE, Collective
 from models.quantization.layouts import stored_layout
 from models.quantization.load import META, load_quantized
 from models.spec import ModelSpec
@@ -31,8 +32,6 @@ def read_spec(folder: Path) -> ModelSpec:
     try:
         return ModelSpec.from_hf(config, read_json(folder, generation) if has_generation else None)
     except UnsupportedArchitecture as error:
-        if config.get("quantization_config"):
-            raise
         # Imports transformers, which takes seconds, so only when there is no other way.
         from models.transformers_fallback import fallback_spec
 
@@ -52,8 +51,10 @@ def load_decoder(
     seed: int = 0,
     quantization: str = "none",
     progress: Callable[[str], None] = lambda _: None,
+    collective: Collective = ALONE,
 ) -> Decoder:
-    """Builds and fills the decoder; `load_format` is safetensors or dummy (random weights).
+    """Builds and fills the decoder; `load_format` is safetensors or dummy (random weights);
+    with a `collective` of several ranks, this one's part of it.
 
     quantization: what a dense checkpoint's weights are rounded to, see
     `models.quantization.layouts.format_for`.
@@ -66,6 +67,11 @@ def load_decoder(
         raise CheckpointError(f"load_format {load_format!r} is not one of safetensors, dummy.")
     stored = stored_layout(read_json(folder, "config.json"))
     if stored is not None or quantization != "none":
+        if collective.shard.size > 1:
+            raise CheckpointError(
+                "weights in few bits are not divided among ranks yet: serve them without "
+                "--tensor-parallel-size."
+            )
         meta = Decoder(spec, dtype=dtype, device=META, max_model_len=max_model_len)
         load_quantized(
             meta,
@@ -77,11 +83,13 @@ def load_decoder(
             progress=progress,
         )
         return meta.eval()
-    decoder = Decoder(spec, dtype=dtype, device=device, max_model_len=max_model_len)
+    decoder = Decoder(
+        spec, dtype=dtype, device=device, max_model_len=max_model_len, collective=collective
+    )
     if load_format == "dummy":
         dummy_weights(decoder.targets(), seed)
     else:
-        load_weights(folder, decoder.targets(), progress=progress)
+        load_weights(folder, decoder.targets(), cuts=decoder.cuts(), progress=progress)
     return decoder.eval()
 
 
@@ -95,9 +103,11 @@ def load_model(
     seed: int = 0,
     quantization: str = "none",
     progress: Callable[[str], None] = lambda _: None,
+    collective: Collective = ALONE,
 ) -> Decoder | TransformersDecoder:
     """`load_decoder`, or the transformers library where there is no native decoder."""
-    if read_spec(folder).native:
+    spec = read_spec(folder)
+    if spec.native:
         return load_decoder(
             folder,
             dtype=dtype,
@@ -107,7 +117,9 @@ def load_model(
             seed=seed,
             quantization=quantization,
             progress=progress,
+            collective=collective,
         )
+    collective.shard.spec(spec)  # refuses
     if quantization != "none":
         raise CheckpointError(
             "weights are quantized for the native decoders only, and this architecture has none: "

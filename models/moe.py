@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernels.linear.dense import DenseLinear
 from kernels.ops import Ops
 from models.layers import Mlp, Target, linear_targets
+from models.parallel import ALONE, Collective, Cut, Shard
 from models.spec import MoeSpec
 
 
@@ -21,13 +22,21 @@ class Moe(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, spec: MoeSpec, dtype: torch.dtype, device: torch.device
+        self,
+        hidden: int,
+        spec: MoeSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        collective: Collective,
     ) -> None:
+        """spec: of this rank's part, which is some neurons of every expert."""
         super().__init__()
         self._spec = spec
+        self._collective = collective
         self.router = DenseLinear.empty(hidden, spec.num_experts, dtype=dtype, device=device)
         self.experts = nn.ModuleList(
-            Mlp(hidden, spec.intermediate_size, False, dtype, device)
+            # What ranks bring to an expert is summed once, for all experts together.
+            Mlp(hidden, spec.intermediate_size, False, dtype, device, ALONE)
             for _ in range(spec.num_experts)
         )
 
@@ -50,7 +59,7 @@ class Moe(nn.Module):
         back[order] = found
         # A token's experts are added in the order of their rank, whatever else is in the step.
         parts = back.view(tokens, top_k, -1).float() * weights[..., None]
-        return parts.sum(1).to(x.dtype)
+        return self._collective.all_reduce(parts.sum(1).to(x.dtype))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights fp32 and expert ids, each [tokens, top_k]."""
@@ -65,3 +74,8 @@ class Moe(nn.Module):
         for i, expert in enumerate(self.experts):
             assert isinstance(expert, Mlp)
             yield from expert.targets(f"{prefix}.experts.{i}")
+
+    def cuts(self, prefix: str, shard: Shard) -> Iterator[tuple[str, Cut]]:
+        for i, expert in enumerate(self.experts):
+            assert isinstance(expert, Mlp)
+            yield from expert.cuts(f"{prefix}.experts.{i}", shard)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import CheckpointError
+from models.parallel import Cut
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -27,6 +28,7 @@ DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$"
 DUMMY_STD = 0.02
 
 Progress = Callable[[str], None]
+NO_CUTS: Mapping[str, Cut] = {}
 
 
 def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
@@ -72,19 +74,24 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def load_weights(
-    folder: Path, targets: Mapping[str, Tensor], *, progress: Progress = lambda _: None
+    folder: Path,
+    targets: Mapping[str, Tensor],
+    *,
+    cuts: Mapping[str, Cut] = NO_CUTS,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Copies a checkpoint's tensors to their targets, converting the dtype.
 
-    Raises `CheckpointError` when a file or a tensor is missing, damaged, of another shape, or when
-    the checkpoint holds tensors that have no place in the model.
+    Of the tensors in `cuts` only that part is read. Raises `CheckpointError` when a file or a
+    tensor is missing, damaged, of another shape, or when the checkpoint holds tensors that have no
+    place in the model.
     """
     files = checkpoint_files(folder)
     missing = set(targets)
     unexpected: list[str] = []
     for i, path in enumerate(files, 1):
         progress(f"loading weights: {path.name} ({i} of {len(files)})")
-        for name, tensor in read_tensors(path):
+        for name, tensor in read_tensors(path, cuts):
             target = targets.get(name)
             if target is None:
                 unexpected.append(name)
@@ -163,13 +170,24 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Of one file, one after another. Raises `CheckpointError`."""
+def read_tensors(path: Path, cuts: Mapping[str, Cut] = NO_CUTS) -> Iterator[tuple[str, Tensor]]:
+    """Of one file, one after another; of those in `cuts` that part. Raises `CheckpointError`."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+                cut = cuts.get(name)
+                if cut is None:
+                    yield name, file.get_tensor(name)
+                    continue
+                stored = file.get_slice(name)
+                shape = list(stored.get_shape())
+                if shape[cut.dim : cut.dim + 1] != [cut.full]:
+                    raise CheckpointError(
+                        f"{name} has shape {shape} where config.json implies {cut.full} along "
+                        f"dimension {cut.dim}."
+                    )
+                yield name, stored[cut.index]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or incomplete: {error}.") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kv_formats, scheduling, serving, speculation
+from benchmarks import gpu_bench, gpu_check, kv_formats, scheduling, serving, speculation
 from cli import calibrate, document, plan, quantize, simulate
 from cli import profile as profiling
 from cli.options import options
@@ -77,7 +77,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @each_page
 def test_options_exist(page: Path) -> None:
-    ours = {flag for option in options() for flag in option.flags}
+    ours = {flag for option in options() for flag in (*option.flags, *option.off_flags)}
     ours |= {flag.replace("--", "--no-", 1) for flag in ours} | {"--config", "--help"}
     for made in (
         serving.parser(),
@@ -90,6 +90,8 @@ def test_options_exist(page: Path) -> None:
         scheduling.parser(),
         speculation.parser(),
         kv_formats.parser(),
+        gpu_check.parser(),
+        gpu_bench.parser(),
     ):
         ours |= set(chain.from_iterable(action.option_strings for action in made._actions))
     for maker in (root / "makers").glob("*.py"):
@@ -112,10 +114,10 @@ def test_metrics_exist(page: Path) -> None:
 @each_page
 def test_make_targets_exist(page: Path) -> None:
     makefile = (root / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     inline = re.findall(r"`([^`\n]+)`", page.read_text())
     commands = "\n".join([code(page.read_text(), "sh"), *inline])
-    assert set(re.findall(r"\bmake ([a-z]+)\b", commands)) <= targets
+    assert set(re.findall(r"\bmake ([a-z-]+)\b", commands)) <= targets
 
 
 @each_page

@@ -30,12 +30,13 @@ class Device:
     total_memory: int
     pool_cap: int | None
     step_tokens: int  # default token budget of one step
+    ranks: int = 1  # that share the memory
 
     def available_memory(self) -> int:
         """Bytes that could be allocated now."""
         if self.torch_device.type == "cuda":
             return torch.cuda.mem_get_info(self.torch_device)[0]
-        return available_host_memory()
+        return available_host_memory() // self.ranks
 
     def default_swap_bytes(self) -> int:
         """On a CPU none: there the memory is better spent on a larger pool."""
@@ -51,20 +52,26 @@ class Device:
         return checkpoint
 
 
-def resolve_device(name: str) -> Device:
-    """`auto` takes CUDA when there is a GPU. Raises `DeviceError`."""
+def resolve_device(name: str, rank: int = 0, ranks: int = 1) -> Device:
+    """`auto` takes CUDA when there is a GPU. Of several ranks, each has a GPU of its own, or its
+    share of the CPU. Raises `DeviceError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise DeviceError(f"device {name!r} was asked for, but torch finds no CUDA GPU.")
-        device = torch.device(name)
+        if ranks > torch.cuda.device_count():
+            raise DeviceError(
+                f"{ranks} ranks need as many GPUs; torch finds {torch.cuda.device_count()}."
+            )
+        device = torch.device(name if ranks == 1 else f"cuda:{rank}")
         facts = torch.cuda.get_device_properties(device)
         return Device(device, facts.name, facts.total_memory, None, GPU_STEP_TOKENS)
     if name != "cpu":
         raise DeviceError(f"device {name!r} is not one of auto, cpu, cuda.")
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device(torch.device("cpu"), "cpu", total, CPU_POOL_CAP, CPU_STEP_TOKENS)
+    cap = CPU_POOL_CAP // ranks
+    return Device(torch.device("cpu"), "cpu", total, cap, CPU_STEP_TOKENS, ranks)
 
 
 def available_host_memory() -> int:

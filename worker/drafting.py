@@ -117,8 +117,17 @@ class Drafting:
         taken, self._shadows = tuple(self._shadows), []
         return taken
 
+    def needs_results(self, plan: StepPlan) -> bool:
+        """Whether all steps before this one have to be read before it is drafted for.
+
+        Drafters go by the tokens known on the host, so the step before a step with drafts is read
+        first; and what was drafted is kept for one step, so a step with drafts is read before the
+        next one.
+        """
+        return bool(self._of_slot) or any(row.drafts or row.ahead for row in plan.rows)
+
     def draft(self, plan: StepPlan) -> tuple[Sequence[Row], DraftTime]:
-        """The plan's rows with the drafts they have."""
+        """The plan's rows with the drafts they have; `needs_results` was heeded."""
         self._of_slot.clear()
         asking = [row for row in plan.rows if row.drafts]
         for row in plan.rows:

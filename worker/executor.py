@@ -1,13 +1,38 @@
-"""Where steps run, so that launching one returns at once."""
+"""Where steps run, so that launching one returns at once.
+
+ThreadExecutor, for a CPU: a step is computed and read before the next one begins.
+
+    thread   [ step 1 ......... ][ step 2 ......... ][ step 3 ...
+
+StreamExecutor, for a GPU: a step begins when it is launched, and is read when it is done.
+
+    thread   begin 1  begin 2  read 1  begin 3  read 2 ...
+    stream           [ step 1 .... ][ step 2 .... ][ step 3 ...
+    waiter            waiting for 1   for 2          for 3
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 
 from scheduler.plan import StepResult
+
+
+class Begun(Protocol):
+    """A step all of whose work has been given to the device."""
+
+    def wait(self) -> None:
+        """Blocks until the device is through with it. From any thread."""
+        ...
+
+    def read(self) -> StepResult:
+        """Once it is. On the executor's thread, like all that touches the worker's state."""
+        ...
 
 
 class PendingStep:
@@ -28,6 +53,18 @@ class PendingStep:
         self._future.add_done_callback(lambda _: callback())
 
 
+class Executor(Protocol):
+    """Runs steps in the order of their launch."""
+
+    def submit(self, begin: Callable[[], Begun]) -> PendingStep: ...
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs `function` on the executor's thread, after the steps launched so far have begun."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class ThreadExecutor:
     """Runs steps in order on one thread of its own.
 
@@ -44,12 +81,64 @@ class ThreadExecutor:
             initargs=(threads,),
         )
 
-    def submit(self, run: Callable[[], StepResult]) -> PendingStep:
-        return PendingStep(self._pool.submit(run))
+    def submit(self, begin: Callable[[], Begun]) -> PendingStep:
+        return PendingStep(self._pool.submit(lambda: begin().read()))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Runs `function` on the executor's thread, after the steps launched so far."""
         self._pool.submit(function).result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class StreamExecutor:
+    """Begins steps as they are launched; the device computes them in the order of its stream.
+
+    One thread owns the worker's state: it begins steps and reads their results. A second one does
+    nothing but wait for the device, so that beginning step N + 1 never waits for the end of step
+    N. Everything goes to the default stream, which orders the work of both and of whoever prepared
+    the model.
+    """
+
+    def __init__(
+        self, threads: int, device: torch.device | None = None, core: int | None = None
+    ) -> None:
+        """device: the CUDA device of the threads. core: the CPU that the first is pinned to."""
+
+        def prepare() -> None:
+            torch.set_num_threads(threads)
+            if device is not None and device.index is not None:
+                torch.cuda.set_device(device)
+            if core is not None:
+                os.sched_setaffinity(0, {core})  # of this thread alone
+
+        self._pool = ThreadPoolExecutor(1, "worker", prepare)
+        self._waiter = ThreadPoolExecutor(1, "waiter")
+
+    def submit(self, begin: Callable[[], Begun]) -> PendingStep:
+        pending: Future[StepResult] = Future()
+
+        def start() -> None:
+            step = begin()
+            self._waiter.submit(guarded, lambda: wait(step))
+
+        def wait(step: Begun) -> None:
+            step.wait()
+            self._pool.submit(guarded, lambda: pending.set_result(step.read()))
+
+        def guarded(stage: Callable[[], None]) -> None:
+            try:
+                stage()
+            except BaseException as error:
+                pending.set_exception(error)
+
+        self._pool.submit(guarded, start)
+        return PendingStep(pending)
+
+    def call(self, function: Callable[[], None]) -> None:
+        self._pool.submit(function).result()
+
+    def close(self) -> None:
+        self.call(lambda: None)  # whatever was launched has begun
+        self._waiter.shutdown(wait=True)
+        self._pool.shutdown(wait=True)

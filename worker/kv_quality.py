@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.kv.format import DENSE, Dense, KVFormat, windows_of
+from kernels.cpu.packed import native_format
+from kernels.kv.format import DENSE, Dense, KVFormat
 from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch, Ops
 from kernels.torch_ops import TorchOps
@@ -42,9 +43,7 @@ class Reader:
         pages = -(-len(tokens) // PAGE)
         spec = self.model.spec
         kv = allocate_pool(spec, pages + 1, PAGE, self.dtype, self.device, formats, pages + 1)
-        # Native kernels read no windows; the model's weights suit both.
-        ops = self.ops if windows_of(formats) is None else TorchOps()
-        runner = EagerRunner(self.model, ops)
+        runner = EagerRunner(self.model, self._ops_for(formats))
         found = []
         with torch.inference_mode():
             for start in range(0, len(tokens), CHUNK):
@@ -52,6 +51,15 @@ class Reader:
                 hidden = runner.forward(ids, one_row(start, len(ids), pages, self.device), kv)
                 found.append(runner.logits(hidden).log_softmax(-1))
         return torch.cat(found)
+
+    def _ops_for(self, formats: Sequence[KVFormat]) -> Ops:
+        """Plain torch where there are pages that native kernels do not read."""
+        try:
+            for form in formats:
+                native_format(form)
+        except ValueError:
+            return TorchOps()
+        return self.ops
 
     def key_means(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """[layers, kv_heads, head_dim] fp32 on the CPU, of the keys as they would be stored."""

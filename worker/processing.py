@@ -26,12 +26,20 @@ class SampleRows:
     union: int  # of all needs
 
     @staticmethod
-    def of(slots: SlotSampling, host_slots: Sequence[int], position: Tensor) -> SampleRows:
+    def of(
+        slots: SlotSampling,
+        host_slots: Sequence[int],
+        position: Tensor,
+        slot: Tensor | None = None,
+    ) -> SampleRows:
+        """slot: `host_slots` on the device, where they are already there."""
         needs = [slots.needs[slot] for slot in host_slots]
         union = 0
         for need in needs:
             union |= need
-        return SampleRows(host_slots, upload(host_slots, slots.device), position, needs, union)
+        if slot is None:
+            slot = upload(host_slots, slots.device)
+        return SampleRows(host_slots, slot, position, needs, union)
 
     def needing(self, need: Need) -> list[int]:
         """The rows with this need."""

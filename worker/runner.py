@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.coarse import CoarseOps
 from kernels.cpu.chain import NativeChain
 from kernels.ops import AttentionBatch, Ops
+from models.decoder import Decoder
 from models.model import LanguageModel
 
 
@@ -52,6 +53,12 @@ class EagerRunner:
     def __init__(self, model: LanguageModel, ops: Ops) -> None:
         self.name = ops.name
         self.chain: NativeChain | None = None
+        # Experts are chosen on the host, and the library's models are anybody's.
+        self.capturable = (
+            isinstance(model, Decoder)
+            and model.spec.moe is None
+            and all(ops.captures(layer) for layer in model.attention_layers())
+        )
         self._model = model
         self._ops = ops
 

@@ -14,8 +14,8 @@ history, the prompt included. See kernels/sampling/ for the definition of each s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,7 +44,7 @@ class Form(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AskedLogprobs:
-    """Log-probabilities of the rows that asked for them, still on the device."""
+    """Log-probabilities of the rows that asked for them."""
 
     index: dict[int, int]  # logits row -> row of `values`
     top: list[int]  # how many top tokens each asked for
@@ -53,7 +53,7 @@ class AskedLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The outcome for `n` logits rows."""
+    """The outcome for `n` logits rows, on the device until it is fetched."""
 
     tokens: Tensor  # [n] int64
     # [n] bool. False: the raw logits held NaN or +inf, or nothing was left to choose from (the
@@ -62,8 +62,22 @@ class Sampled:
     finite: Tensor
     asked: AskedLogprobs | None = None
 
+    def fetched(self, fetch: Callable[[Tensor], Tensor]) -> Sampled:
+        """The same in host memory; see `Transfer.fetch`."""
+        asked = self.asked
+        if asked is not None:
+            found = asked.values
+            values = RowLogprobs(
+                logprob=fetch(found.logprob),
+                rank=fetch(found.rank),
+                top_ids=fetch(found.top_ids),
+                top_logprobs=fetch(found.top_logprobs),
+            )
+            asked = replace(asked, values=values)
+        return Sampled(fetch(self.tokens), fetch(self.finite), asked)
+
     def logprobs_of(self, rows: slice) -> tuple[TokenLogprob, ...]:
-        """One entry per row in `rows`; empty when they did not ask. Reads from the device.
+        """One entry per row in `rows`; empty when they did not ask. Reads the values.
 
         The rows of a slice belong to one sequence, so either all of them asked or none.
         """
@@ -90,13 +104,19 @@ class Sampler:
         """Draws by another form from now on; as all give the same tokens, at any time."""
         self._form = form
 
-    def sample(self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor) -> Sampled:
+    def sample(
+        self,
+        logits: Tensor,
+        slots_of_rows: Sequence[int],
+        positions: Tensor,
+        device_slots: Tensor | None = None,
+    ) -> Sampled:
         """Chooses a token for each row.
 
         logits: [n, vocab] float32, contiguous, not written; slots_of_rows: n slots, on the host;
-        positions: [n] int64 on the device.
+        positions: [n] int64 on the device; device_slots: the slots there, [n] int64, if they are.
         """
-        rows = SampleRows.of(self.slots, slots_of_rows, positions)
+        rows = SampleRows.of(self.slots, slots_of_rows, positions, device_slots)
         z, finite = logits, logits.amax(-1).isfinite()
         if rows.union & Need.PROCESSING:
             z = logits.clone()

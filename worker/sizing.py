@@ -27,6 +27,7 @@ class Budget:
     limit: str  # what decided the number of pages
     window_bytes: int = 0  # of dense windows beside the pages
     host_pages: int = 0  # that may hold what paused sequences computed, in host memory
+    graphs: int = 0  # what recorded steps will take
 
     @property
     def pool(self) -> int:
@@ -44,11 +45,14 @@ class Budget:
             ("available after loading", self.available),
             (f"usable at memory_fraction {self.fraction:g}", int(self.available * self.fraction)),
             ("largest step (activations, logits)", self.activations),
+            ("CUDA graphs, an allowance", self.graphs),
             (f"KV pool: {self.num_pages} pages of {self.page_bytes} bytes", self.pool),
             (f"host memory: {self.host_pages} pages to swap to", self.host_pages * self.page_bytes),
         ]
         if self.window_bytes:
             rows.insert(-1, ("dense windows", self.window_bytes))
+        if not self.graphs:
+            rows = [row for row in rows if not row[0].startswith("CUDA graphs")]
         lines = [f"  {name:<48}{size / MIB:>12,.1f} MiB" for name, size in rows]
         tail = f"  room for {self.positions:,} token positions; limited by {self.limit}"
         return "\n".join(["memory budget", *lines, tail])
@@ -88,11 +92,13 @@ def plan_budget(
     num_pages: int | None,
     swap_bytes: int = 0,
     window_bytes: int = 0,
+    graphs: int = 0,
 ) -> Budget:
     """Decides the number of pages. `window_bytes` are needed beside them.
 
-    An explicit `num_pages` or `kv_bytes` wins; otherwise the usable memory less the activations,
-    bounded by what `max_num_seqs` sequences of full length could ever fill and by `default_cap`.
+    An explicit `num_pages` or `kv_bytes` wins; otherwise the usable memory less the activations
+    and the graphs, bounded by what `max_num_seqs` sequences of full length could ever fill and by
+    `default_cap`.
     Raises `BudgetError` when one sequence of `max_model_len` does not fit.
     """
     if num_pages is not None:
@@ -100,7 +106,7 @@ def plan_budget(
     elif kv_bytes is not None:
         pages, limit = (kv_bytes - window_bytes) // page_bytes, "kv_bytes"
     else:
-        usable = int(available * fraction) - activations - window_bytes
+        usable = int(available * fraction) - activations - window_bytes - graphs
         pages, limit = usable // page_bytes, "memory_fraction"
         full = max_num_seqs * -(-max_model_len // page_size) + 1
         if full < pages:
@@ -130,4 +136,5 @@ def plan_budget(
         limit=limit,
         window_bytes=window_bytes,
         host_pages=swap_bytes // page_bytes,
+        graphs=graphs,
     )

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.sampling.upload import upload
 from scheduler.plan import Admit
 from worker.window_pages import WindowPages
+
+Growth = tuple[list[int], list[int], list[int]]  # slots, places in their tables, pages
 
 
 class SlotTable:
@@ -19,7 +22,8 @@ class SlotTable:
 
     - `tokens[slot, :computed]` are the tokens behind that KV;
     - a live sequence's next input token stands at `tokens[slot, computed]`;
-    - `page_table[slot, : pages[slot]]` covers every position a launched row may write.
+    - `page_table[slot, : pages[slot]]` covers every position a launched row may write, as soon as
+      the step's batch is built or `flush` was called.
     """
 
     tokens: Tensor  # [slots, max_len + 1] int32
@@ -45,6 +49,7 @@ class SlotTable:
         self.bound = [0] * num_slots
         self.epoch = [-1] * num_slots
         self.writer: defaultdict[int, int] = defaultdict(int)  # by page: another for each new owner
+        self._growth: Growth = ([], [], [])  # that is not in `page_table` yet
 
     def admit(self, admit: Admit) -> None:
         """Gives the slot to a new owner whose cached prefix is already in the pool."""
@@ -56,7 +61,7 @@ class SlotTable:
         self.bound[slot] = cached
         self.computed[slot] = cached
         if cached:
-            self.tokens[slot, :cached] = torch.tensor(admit.cached, dtype=torch.int32)
+            self.tokens[slot, :cached] = upload(admit.cached, self.tokens.device, torch.int32)
         self._append(slot, admit.pages)
         for copy in admit.loads:
             self.writer[copy.target] += 1
@@ -68,12 +73,25 @@ class SlotTable:
         self._append(slot, pages)
 
     def _append(self, slot: int, pages: Sequence[int]) -> None:
-        if not pages:
-            return
+        slots, places, added = self._growth
         start = len(self.pages[slot])
         self.pages[slot] += pages
-        end = start + len(pages)
-        if len(pages) == 1:
-            self.page_table[slot, start] = pages[0]
-        else:
-            self.page_table[slot, start:end] = torch.tensor(pages, dtype=torch.int32)
+        slots += [slot] * len(pages)
+        places += range(start, start + len(pages))
+        added += pages
+
+    def take_growth(self) -> Growth:
+        """What the device's table has not been told: to be sent to it, and written there."""
+        growth, self._growth = self._growth, ([], [], [])
+        return growth
+
+    def flush(self) -> None:
+        """Tells the device's table at once; for who reads it before the step's batch is built."""
+        if self._growth[0]:
+            device = self.page_table.device
+            self.write_growth(*(upload(part, device) for part in self.take_growth()))
+
+    def write_growth(self, slots: Tensor, places: Tensor, pages: Tensor) -> None:
+        """`take_growth`'s lists, on the device: each [n] int64."""
+        if slots.shape[0]:
+            self.page_table[slots, places] = pages.to(torch.int32)

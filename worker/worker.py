@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from kernels.sampling.accept import accepted_counts
-from scheduler.plan import NO_DRAFTING, Row, RowResult, StepPlan, StepResult
+from kernels.sampling.accept import longest_matches
+from scheduler.plan import (
+    NO_DRAFTING,
+    DraftTime,
+    PageCopy,
+    Row,
+    RowResult,
+    Shadow,
+    StepPlan,
+    StepResult,
+)
 from scheduler.request import SamplingParams, TokenLogprob
 from worker.batch import StepBatch, build_batch, sink_batch
 from worker.drafting import Drafting
-from worker.executor import PendingStep, ThreadExecutor
+from worker.executor import Executor, PendingStep
 from worker.kv_pool import copy_pages
+from worker.outcome import Outcome
+from worker.ranks import Copies, Followers, Nobody
 from worker.runner import Runner
-from worker.sampler import Form, Sampled, Sampler
+from worker.sampler import Form, Sampler
 from worker.slots import SlotTable
+from worker.transfer import HostTransfer, Span, Transfer
 
-NOT_FINITE = "the model produced logits that are not finite"
 # Prompt log-probabilities need a logits row per prompt token; this many at a time.
 PROMPT_LOGPROB_ROWS = 256
 
@@ -37,15 +48,47 @@ class WorkerFacts:
     device: str
     dtype: str
     drafters: tuple[str, ...] = ()  # by name
+    arithmetic: str = ""  # the runner's name, at the start
     # How many times as long verifying is expected to take while a draft model works ahead; 0: none
     # can.
     beside: float = 0.0
 
 
+class BegunStep:
+    """A step that was given to the device; see `worker.executor.Begun`."""
+
+    def __init__(
+        self,
+        number: int,
+        parts: Sequence[tuple[list[int], Outcome]],  # row indices, and what became of those rows
+        drafting: DraftTime,
+        shadows: tuple[Shadow, ...],
+        span: Span,
+        read: Callable[[BegunStep], StepResult],
+    ) -> None:
+        self.number = number
+        self.parts = parts
+        self.drafting = drafting
+        self.shadows = shadows
+        self.span = span
+        self._read = read
+        self._result: StepResult | None = None
+
+    def wait(self) -> None:
+        self.span.wait()
+
+    def read(self) -> StepResult:
+        """Read once, by whoever needs it first: the executor, or the drafters of a later step."""
+        if self._result is None:
+            self._result = self._read(self)
+        return self._result
+
+
 class Worker:
     """Holds the device state and turns each `StepPlan` into a `StepResult`.
 
-    Everything below `launch` runs on the executor's thread, in the order of the plans.
+    Everything below `launch` runs on the executor's thread: steps begin in the order of the plans,
+    and are read in that order.
     """
 
     def __init__(
@@ -54,11 +97,13 @@ class Worker:
         kv: Sequence[Tensor],
         slots: SlotTable,
         sampler: Sampler,
-        executor: ThreadExecutor,
+        executor: Executor,
         facts: WorkerFacts,
         host: Sequence[Tensor] = (),  # pages in host memory, laid out as in `kv`
         # None: rows verify what stands in the token table.
         drafting: Drafting | None = None,
+        transfer: Transfer | None = None,  # None: host and device memory are the same
+        followers: Followers | None = None,  # other ranks, which hold other parts of the pages
     ) -> None:
         self.facts = facts
         self._kv = kv
@@ -67,6 +112,9 @@ class Worker:
         self._sampler = sampler
         self._executor = executor
         self._drafting = drafting
+        self._transfer = transfer or HostTransfer()
+        self._unread: deque[BegunStep] = deque()  # oldest first
+        self._followers = followers or Nobody()
         self._runner = runner  # for sequences admitted from now on
         self._runners: list[Runner] = [runner] * len(slots.epoch)  # by slot
         self._params: list[SamplingParams | None] = [None] * len(slots.epoch)
@@ -74,12 +122,17 @@ class Worker:
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Starts a step and returns at once."""
-        return self._executor.submit(lambda: self._execute(plan))
+        return self._executor.submit(lambda: self._begin(plan))
 
     @property
     def kv(self) -> Sequence[Tensor]:
         """The KV pool, for those who copy its pages; see `allocate_pool`."""
         return self._kv
+
+    @property
+    def lost(self) -> Future[str]:
+        """Resolves, in a sentence, when steps cannot succeed any more; see `Followers`."""
+        return self._followers.lost
 
     def use(self, runner: Runner) -> None:
         """Gives sequences admitted from now on another runner.
@@ -93,20 +146,31 @@ class Worker:
         self.call(lambda: self._sampler.use(form))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Runs it on the worker's thread, after the steps launched so far."""
+        """Runs it on the worker's thread, after the steps launched so far have begun."""
         self._executor.call(function)
 
     def close(self) -> None:
         self._executor.close()
         if self._drafting is not None:
             self._drafting.close()
+        self._followers.close()
 
-    def _execute(self, plan: StepPlan) -> StepResult:
-        started = time.perf_counter()
+    def _begin(self, plan: StepPlan) -> BegunStep:
+        """Gives all work of a step to the device; the results of earlier steps may be outstanding.
+
+        Nothing is read back here but what a drafter and a request for prompt log-probabilities
+        need, so in plain decoding the device finds its next step waiting. Positions are taken from
+        the device's own arrays; `SlotTable.bound` is an upper bound until drafts are settled.
+        """
+        if self._needs_results(plan):
+            while self._unread:
+                self._unread[0].wait()
+                self._unread[0].read()
+        span = self._transfer.begin()
         with torch.inference_mode():
-            copy_pages(self._kv, self._host, plan.saves)
+            self._copy(plan.saves, to_host=True)
             for admit in plan.admits:
-                copy_pages(self._host, self._kv, admit.loads)
+                self._copy(admit.loads, to_host=False)
                 self._slots.admit(admit)
                 self._sampler.slots.admit(admit.slot, admit.params, admit.choice, admit.prompt_len)
                 self._runners[admit.slot] = self._runner
@@ -119,26 +183,50 @@ class Worker:
                 self._slots.add_pages(row.slot, row.new_pages)
             rows: Sequence[Row] = plan.rows
             drafting = NO_DRAFTING
+            shadows: tuple[Shadow, ...] = ()
             if self._drafting is not None:
+                if any(row.drafts or row.ahead for row in rows):
+                    self._slots.flush()  # before a thread beside this one reads the page table
                 rows, drafting = self._drafting.draft(plan)
+                shadows = self._drafting.take_shadows()
                 self._drafting.look_ahead(rows)
-            results: dict[int, RowResult] = {}
-            for runner, indices in self._by_runner(rows):
-                some = [rows[i] for i in indices]
-                results.update(zip(indices, self._forward(runner, some), strict=True))
-            if self._slots.windows is not None:
-                for row in rows:
-                    self._slots.windows.settle(row.slot, self._slots.bound[row.slot])
-            if not any(row.samples for row in rows):
-                self._finish()  # nothing was read back, so nothing was waited for
+            parts = [
+                (indices, self._forward(runner, [rows[i] for i in indices]))
+                for runner, indices in self._by_runner(rows)
+            ]
             if self._drafting is not None:
                 drafting = self._drafting.finished(drafting)
+        span.end()
+        step = BegunStep(plan.step, parts, drafting, shadows, span, self._read)
+        self._unread.append(step)
+        return step
+
+    def _needs_results(self, plan: StepPlan) -> bool:
+        """Whether all steps before this one have to be read before it begins.
+
+        Dense windows are covered, and given back, by exact lengths: so where there are any, steps
+        do not overlap.
+        """
+        if self._slots.windows is not None:
+            return True
+        return self._drafting is not None and self._drafting.needs_results(plan)
+
+    def _read(self, step: BegunStep) -> StepResult:
+        """Reads a step that is done; the oldest that is unread."""
+        assert self._unread.popleft() is step
+        results: dict[int, RowResult] = {}
+        for indices, outcome in step.parts:
+            found = outcome.read(self._slots, self._drafting)
+            results.update(zip(indices, found, strict=True))
+            if self._slots.windows is not None:
+                for row in outcome.rows:
+                    self._slots.windows.settle(row.slot, self._slots.bound[row.slot])
         return StepResult(
-            step=plan.step,
-            rows=tuple(results[i] for i in range(len(rows))),
-            seconds=time.perf_counter() - started - drafting.seconds,
-            drafting=drafting,
-            shadows=() if self._drafting is None else self._drafting.take_shadows(),
+            step=step.number,
+            rows=tuple(results[i] for i in range(len(results))),
+            seconds=step.span.seconds() - step.drafting.seconds,
+            drafting=step.drafting,
+            shadows=step.shadows,
         )
 
     def _recall_sinks(self, plan: StepPlan) -> None:
@@ -153,10 +241,12 @@ class Worker:
             ids, batch = sink_batch(self._slots, ends)
             self._runner.forward(ids, batch, self._kv)
 
-    def _finish(self) -> None:
-        """Waits for the device, so that a step's seconds are its own and not its successor's."""
-        if self._slots.tokens.is_cuda:
-            torch.cuda.synchronize(self._slots.tokens.device)
+    def _copy(self, pages: Sequence[PageCopy], *, to_host: bool) -> None:
+        if not pages:
+            return
+        self._followers.tell(Copies(list(pages), to_host))
+        pools = (self._kv, self._host) if to_host else (self._host, self._kv)
+        copy_pages(*pools, pages)
 
     def _by_runner(self, rows: Sequence[Row]) -> list[tuple[Runner, list[int]]]:
         """Row indices by runner; more than one only while a swap is under way."""
@@ -166,74 +256,55 @@ class Worker:
             groups.setdefault(id(runner), (runner, []))[1].append(i)
         return list(groups.values())
 
-    def _forward(self, runner: Runner, rows: Sequence[Row]) -> list[RowResult]:
+    def _forward(self, runner: Runner, rows: Sequence[Row]) -> Outcome:
         first = [self._slots.bound[row.slot] for row in rows]  # exact for rows with a chunk
-        batch = build_batch(rows, self._slots)
+        batch = build_batch(rows, self._slots, self._transfer)
+        samples = batch.samples
         asked = [i for i, row in enumerate(rows) if self._wants_prompt_logprobs(row)]
         # Prompt log-probabilities read every position; otherwise only the sampled ones are.
-        read = None if asked else batch.sample_tokens
+        read = None if asked else samples.tokens
         hidden = runner.forward(batch.ids, batch.attention, self._kv, read)
         prompt_logprobs = {
             i: self._prompt_logprobs(runner, hidden, batch, i, first[i]) for i in asked
         }
-        if not batch.sample_slots:
+        if not samples.rows:
             self._slots.computed[batch.row_slots] += batch.advance
-            return [RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))]
-        if asked and batch.sample_tokens is not None:
-            hidden = hidden[batch.sample_tokens]
+            return Outcome(rows, prompt_logprobs)
+        if asked and samples.tokens is not None:
+            hidden = hidden[samples.tokens]
         logits = runner.logits(hidden)
-        sampled = self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
+        sampled = self._sampler.sample(logits, samples.host_slots, samples.positions, samples.slots)
         if self._drafting is not None:
             self._drafting.wait()
-        return self._commit(batch, sampled, prompt_logprobs)
+        accepted = self._commit(batch, sampled.tokens)
+        fetch = self._transfer.fetch
+        return Outcome(
+            rows,
+            prompt_logprobs,
+            samples.rows,
+            samples.starts,
+            sampled.fetched(fetch),
+            None if accepted is None else fetch(accepted),
+        )
 
-    def _commit(
-        self,
-        batch: StepBatch,
-        sampled: Sampled,
-        prompt_logprobs: dict[int, tuple[TokenLogprob, ...]],
-    ) -> list[RowResult]:
-        """Verifies drafts, advances the slots and reads the outcome back.
+    def _commit(self, batch: StepBatch, tokens: Tensor) -> Tensor | None:
+        """Verifies drafts and advances the slots. Returns the drafts accepted of each row that
+        samples, [sampling rows] int64, None where there are none to judge.
 
         Row `j` of a sequence's logits rows judges draft `j`, which stands in the token table at
         that row's sampled position; the last row has no draft to judge. The commit is the longest
         match plus one; decode is the case of no drafts.
         """
-        slots, rows = self._slots, batch.rows
-        sampling = [i for i, row in enumerate(rows) if row.samples]
-        slot_of_sample = torch.tensor(batch.sample_slots, device=sampled.tokens.device)
+        slots, samples = self._slots, batch.samples
         accepted = None
-        if len(batch.sample_slots) > len(sampling):
-            drafts = slots.tokens[slot_of_sample, batch.sample_positions].long()
-            accepted = accepted_counts(sampled.tokens, drafts, batch.sample_starts)
-        slots.tokens[slot_of_sample, batch.sample_positions] = sampled.tokens.to(torch.int32)
+        if samples.drafted:
+            drafts = slots.tokens[samples.slots, samples.positions].long()
+            accepted = longest_matches(tokens, drafts, samples.row_of, samples.first, samples.last)
+        slots.tokens[samples.slots, samples.positions] = tokens.to(torch.int32)
         slots.computed[batch.row_slots] += batch.advance
         if accepted is not None:
-            at = torch.tensor(sampling, device=accepted.device)
-            slots.computed[batch.row_slots[at]] += accepted
-
-        tokens, finite = sampled.tokens.tolist(), sampled.finite.tolist()
-        kept = [0] * len(sampling) if accepted is None else accepted.tolist()
-        results = [RowResult(prompt_logprobs=prompt_logprobs.get(i, ())) for i in range(len(rows))]
-        spans = pairwise(batch.sample_starts)
-        for i, (start, end), matched in zip(sampling, spans, kept, strict=True):
-            row, committed = rows[i], slice(start, start + matched + 1)
-            slots.bound[row.slot] -= row.drafts - matched
-            if not all(finite[committed]):
-                results[i] = RowResult(error=NOT_FINITE)
-                continue
-            results[i] = result = RowResult(
-                tokens=tuple(tokens[committed]),
-                logprobs=sampled.logprobs_of(committed),
-                prompt_logprobs=prompt_logprobs.get(i, ()),
-                proposed=end - start - 1,
-            )
-            if self._drafting is not None:
-                drafted = self._drafting.committed(row.slot, tokens[start:end], matched)
-                if drafted is not None:
-                    result.drafter = drafted.drafter
-                    result.confidence = tuple(drafted.guess.confidence)
-        return results
+            slots.computed[samples.row_slots] += accepted
+        return accepted
 
     def _wants_prompt_logprobs(self, row: Row) -> bool:
         params = self._params[row.slot]

@@ -7,46 +7,37 @@ zeros are applied to the scores and to the weights, once a position:
     q . key = scale * (q . codes) + zero * sum(q)
     sum p * value = sum (p * scale) * codes + sum p * zero
 
-Positions are cut into splits, each of which makes an output and a log-sum-exp of its own, and these
-are merged. Splits and tiles start at multiples of their lengths counted from position 0, so that a
-token's sums have the same order whatever it is batched with, as long as splits are of one length.
+See `kernels.attention.split` for how the work is cut.
 
 Not run on hardware yet: it compiles for sm_90 and is tested under Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention.split import (
+    FEW,
+    MANY,
+    TILE,
+    Partials,
+    launch_splits,
+    positions_of,
+    query_block,
+    query_rows,
+    see,
+    soften,
+    store_lse,
+)
 from kernels.kv.paged import Paged
-from kernels.kv.triton_launch import Launch, dense_heads, layout_constants
+from kernels.kv.triton_launch import Launch, layout_constants
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.triton_bytes import shift
 
-SPLIT = 512  # positions, unless the splits' outputs would be too many numbers
-PARTIALS = 1 << 23  # fp32 numbers of all splits' outputs that are still fine
-TILE = 64  # positions
-# Query rows of a matrix product: query tokens x the query heads of a KV head. Sixteen rows are
-# multiplied by each warp for itself, 64 by four warps together; what lies between suits neither.
-FEW, MANY = 16, 64
 STAGES = 3  # in which a tile's page numbers, then its codes, are on their way
-MERGE_TILE = 16  # splits
-
-
-class Partials(NamedTuple):
-    """Of each split. Where a split has nothing that a token may see, its `lse` is -inf and its
-    `out` is not written."""
-
-    out: Tensor  # [splits, tokens, heads, head_dim] fp32
-    # [splits, tokens, heads] fp32, base 2, of the scaled scores with keys as they are stored: where
-    # a mean is subtracted from keys, that is less than with the keys by the query's score with it.
-    lse: Tensor
 
 
 def attend(
@@ -54,94 +45,30 @@ def attend(
 ) -> Partials:
     """q: [tokens, heads, head_dim], already turned; kv: [pages, bytes] uint8, of `layer.kv`.
 
-    The outputs are still to be merged, and turned back. `split`: positions, a multiple of TILE; by
-    default what `split_length` says. Does not synchronise with the host. Rows of tokens that belong
-    to no row of the batch are not written. Raises ValueError as `append` does.
+    The outputs are still to be merged, and turned back; see `split.launch_splits`. Raises
+    ValueError as `append` does.
     """
     paged = layer.kv
     if not isinstance(paged, Paged):
         raise TypeError(f"these kernels read pages of codes, not of {paged.name}")
-    tokens, heads, head_dim = q.shape
-    rows = batch.page_table.shape[0]
-    group = heads // layer.num_kv_heads
-    launch = attend_launch(paged, group, batch.max_query, layer.window is not None, q.dtype)
-    split = split or split_length(tokens * heads * head_dim, batch.max_kv)
-    if split % TILE:
-        raise ValueError(f"splits of {split} positions are not whole tiles of {TILE}")
-    splits = max(triton.cdiv(batch.max_kv, split), 1)
-    out = torch.empty(splits, tokens, heads, head_dim, device=q.device)
-    lse = torch.empty(splits, tokens, heads, device=q.device)
-    block_tokens = int(launch.constants["block"]) // group
-    blocks = rows if launch.constants["whole_rows"] else tokens // block_tokens + rows
-    q = dense_heads(q)
-    _attend[(blocks, layer.num_kv_heads, splits)](
-        q,
-        kv,
-        batch.positions,
-        batch.query_starts,
-        batch.kv_lengths,
-        batch.page_table,
-        out,
-        lse,
-        rows,
-        tokens,
-        q.stride(0),
-        kv.stride(0),
-        batch.page_table.stride(0),
-        split,
-        layer.window or 0,
-        layer.scale * math.log2(math.e),
-        **launch.constants,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
-    return Partials(out, lse)
-
-
-def merge(parts: Partials, dtype: torch.dtype) -> Tensor:
-    """[tokens, heads, head_dim] in `dtype`; zeros for tokens that see nothing."""
-    splits, tokens, heads, head_dim = parts.out.shape
-    out = torch.empty(tokens, heads, head_dim, dtype=dtype, device=parts.out.device)
-    if tokens:
-        _merge[(tokens * heads,)](
-            parts.out,
-            parts.lse,
-            out,
-            splits,
-            tokens * heads,
-            head_dim,
-            MERGE_TILE if splits > 1 else 1,
-            num_warps=1 if splits == 1 else 4,
-        )
-    return out
-
-
-def split_length(numbers: int, max_kv: int) -> int:
-    """Positions of a split for a step of so many numbers of output.
-
-    By no means by the lengths of rows: a token's result would then depend on its batch. Steps with
-    long chunks have programs enough without many splits, and too many numbers for them.
-    """
-    split = SPLIT
-    while split < max_kv and triton.cdiv(max_kv, split) * numbers > PARTIALS:
-        split *= 2
-    return split
+    group = layer.num_heads // layer.num_kv_heads
+    windowed = layer.window is not None
+    launch = attend_launch(paged, group, batch.max_query, windowed, q.dtype)
+    return launch_splits(_attend, launch, q, kv, layer, batch, split)
 
 
 def attend_launch(
     paged: Paged, group: int, max_query: int, windowed: bool, dtype: torch.dtype
 ) -> Launch:
     """`group`: query heads of a KV head; `dtype`: of queries."""
-    block = FEW if max_query * group <= FEW else max(MANY, triton.next_power_of_2(group))
     constants = {
         **layout_constants(paged),
+        **query_rows(max_query, group, (FEW, MANY)),
         "coarse": paged.reads_coarsely,
-        "group": group,
-        "block": block,
         "tile": TILE,
-        "whole_rows": max_query * group <= block,
         "windowed": windowed,
     }
+    block = constants["block"]
     # Warps share few rows by dimensions of a run, and have the less to do for each position the
     # fewer they are; with less than sixteen dimensions, they would repeat each other's work.
     run = paged.head_dim // (4 if constants["value_bits"] == 2 else 2)
@@ -157,7 +84,7 @@ def _attend(
     query_starts: tl.tensor,  # [rows + 1] int32
     kv_lengths: tl.tensor,  # [rows] int32
     page_table: tl.tensor,  # [rows, pages] int32
-    out: tl.tensor,  # [splits, tokens, heads, head_dim] fp32, written
+    out: tl.tensor,  # [splits, tokens, heads, head_dim], written
     lse: tl.tensor,  # [splits, tokens, heads] fp32, written
     rows: tl.tensor,
     tokens: tl.tensor,
@@ -192,48 +119,28 @@ def _attend(
     pairs: tl.constexpr = key_groups + value_groups
     block_tokens: tl.constexpr = block // group
 
-    program, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if whole_rows:
-        row = program
-        first = tl.load(query_starts + row)
-    else:
-        # Row r's programs begin at query_starts[r] // block_tokens + r: that leaves room for every
-        # row's blocks, whatever their lengths, and takes no reading of lengths on the host.
-        row, above = tl.full((), 0, tl.int32), rows
-        while above - row > 1:
-            middle = (row + above) // 2
-            begin = tl.load(query_starts + middle) // block_tokens + middle
-            row = tl.where(begin <= program, middle, row)
-            above = tl.where(begin <= program, above, middle)
-        first = tl.load(query_starts + row)
-        first += (program - (first // block_tokens + row)) * block_tokens
-    behind = tl.load(query_starts + row + 1)
+    kv_head, part = tl.program_id(1), tl.program_id(2)
+    row, first, behind = query_block(query_starts, rows, block_tokens, whole_rows)
     if first >= behind:
         return
-
     m = tl.arange(0, block)
     token = first + m // group
     head = kv_head * group + m % group
     valid = (m < block_tokens * group) & (token < behind)
-    position = tl.load(positions + token, mask=valid, other=-1).to(tl.int32)
-
-    last = tl.minimum(tl.max(position, 0) + 1, tl.load(kv_lengths + row))
-    start = part * split
-    stop = tl.minimum(last, start + split)
-    if windowed:
-        lowest = tl.min(tl.where(valid, position, last), 0) - window + 1
-        start = tl.maximum(start, tl.maximum(lowest, 0) // tile * tile)
+    position, start, stop = positions_of(
+        token, valid, row, part, positions, kv_lengths, split, window, tile, windowed
+    )
 
     q_at = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * head_dim
     run_at = q_at + tl.arange(0, key_run)[None, :]
-    see = valid[:, None]
-    q0 = tl.load(run_at, mask=see, other=0.0)
-    q1 = tl.load(run_at + key_run, mask=see, other=0.0)
+    shown = valid[:, None]
+    q0 = tl.load(run_at, mask=shown, other=0.0)
+    q1 = tl.load(run_at + key_run, mask=shown, other=0.0)
     t0, t1 = tl.sum(q0.to(tl.float32), 1), tl.sum(q1.to(tl.float32), 1)
     total = t0 + t1
     if key_runs == 4:
-        q2 = tl.load(run_at + 2 * key_run, mask=see, other=0.0)
-        q3 = tl.load(run_at + 3 * key_run, mask=see, other=0.0)
+        q2 = tl.load(run_at + 2 * key_run, mask=shown, other=0.0)
+        q3 = tl.load(run_at + 3 * key_run, mask=shown, other=0.0)
         t2, t3 = tl.sum(q2.to(tl.float32), 1), tl.sum(q3.to(tl.float32), 1)
         total = (t0 + t1) + (t2 + t3)
 
@@ -283,15 +190,8 @@ def _attend(
                 scores += d3 * s[None, :] + t3[:, None] * z[None, :]
             scores *= scale
 
-        seen = known[None, :] & (at[None, :] <= position[:, None])
-        if windowed:
-            seen &= at[None, :] > position[:, None] - window
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        decay = tl.exp2(best - higher)
-        norm = norm * decay + tl.sum(weights, 1)
-        best = higher
+        scores = see(scores, at, known, position, window, windowed)
+        weights, decay, best, norm = soften(scores, best, norm)
 
         value_at = (page + place * value_run)[:, None] + tl.arange(0, value_run)[None, :]
         high = tl.load(kv + value_start + value_at)
@@ -328,18 +228,17 @@ def _attend(
             a3 = a3 * decay[:, None] + zeros[:, None]
             a3 = _dot(scaled, _codes(high, low, 3, value_bits, coarse), a3)
 
-    heads = group * kv_heads
-    found = norm > 0
-    norm = tl.where(found, norm, 1.0)
-    out_row = (part * tokens + token).to(tl.int64) * heads + head
-    tl.store(lse + out_row, tl.where(found, best + tl.log2(norm), -float("inf")), mask=valid)
+    out_row = (part * tokens + token).to(tl.int64) * (group * kv_heads) + head
+    found, norm = store_lse(lse + out_row, best, norm, valid)
     out_at = out + (out_row * head_dim)[:, None] + tl.arange(0, value_run)[None, :]
-    written = (valid & found)[:, None]
-    tl.store(out_at, a0 / norm[:, None], mask=written)
-    tl.store(out_at + value_run, a1 / norm[:, None], mask=written)
+    # What one split alone makes is the result, zeros where nothing is seen.
+    written = (valid & (found | (tl.num_programs(2) == 1)))[:, None]
+    kind: tl.constexpr = out.dtype.element_ty
+    tl.store(out_at, (a0 / norm[:, None]).to(kind), mask=written)
+    tl.store(out_at + value_run, (a1 / norm[:, None]).to(kind), mask=written)
     if value_runs == 4:
-        tl.store(out_at + 2 * value_run, a2 / norm[:, None], mask=written)
-        tl.store(out_at + 3 * value_run, a3 / norm[:, None], mask=written)
+        tl.store(out_at + 2 * value_run, (a2 / norm[:, None]).to(kind), mask=written)
+        tl.store(out_at + 3 * value_run, (a3 / norm[:, None]).to(kind), mask=written)
 
 
 @triton.jit
@@ -390,35 +289,3 @@ def _dot(a: tl.tensor, codes: tl.tensor, sums: tl.tensor) -> tl.tensor:
     fp32 is multiplied in three parts of tf32, which loses next to nothing, for codes have one.
     """
     return tl.dot(a, codes.to(a.dtype), acc=sums, input_precision="tf32x3")
-
-
-@triton.jit(do_not_specialize=["splits", "rows"])
-def _merge(
-    parts: tl.tensor,  # [splits, rows, n] fp32; a row is one head of one token
-    lse: tl.tensor,  # [splits, rows] fp32
-    out: tl.tensor,  # [rows, n], written
-    splits: tl.tensor,
-    rows: tl.tensor,
-    n: tl.constexpr,
-    tile: tl.constexpr,  # splits; always the same, for the same order of sums
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    dim = tl.arange(0, n)
-    best = -float("inf")
-    for begin in range(0, splits, tile):
-        split = begin + tl.arange(0, tile)
-        found = tl.load(lse + split * rows + row, mask=split < splits, other=-float("inf"))
-        best = tl.maximum(best, tl.max(found, 0))
-    best = tl.where(best == -float("inf"), 0.0, best)
-    norm = 0.0
-    total = tl.zeros((n,), tl.float32)
-    for begin in range(0, splits, tile):
-        split = begin + tl.arange(0, tile)
-        found = tl.load(lse + split * rows + row, mask=split < splits, other=-float("inf"))
-        weight = tl.exp2(found - best)
-        at = (split * rows + row)[:, None] * n + dim[None, :]
-        x = tl.load(parts + at, mask=(found > -float("inf"))[:, None], other=0.0)
-        norm += tl.sum(weight, 0)
-        total += tl.sum(x * weight[:, None], 0)
-    total = total / tl.where(norm > 0, norm, 1.0)
-    tl.store(out + row * n + dim, total.to(out.dtype.element_ty))

@@ -35,6 +35,9 @@ class NativeOps:
         self._library = library
         self._formats: dict[KVFormat, NativeFormat | None] = {}
 
+    def captures(self, layer: AttentionLayer) -> bool:
+        return False
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         """The native layer for a weight [out, in] and bias [out]; see `NativeLinear`."""
         return NativeLinear(self._library, weight, bias)

@@ -9,17 +9,13 @@ Not run on hardware yet: it compiles for sm_90 and is tested under Triton's inte
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv.codec import LARGEST
+from kernels.kv.codec import LARGEST, MOST_GROWTH
 from kernels.kv.paged import Paged
-from kernels.kv.rotation import signs
+from kernels.kv.rotation_triton import hadamard, hadamard_constants, signs_on
 from kernels.kv.triton_launch import Launch, affine, dense_heads, layout_constants
 
 APPEND_ROWS = 16  # keys, and values, that one program encodes
@@ -28,7 +24,8 @@ APPEND_ROWS = 16  # keys, and values, that one program encodes
 def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
     """As `Paged.append`: k, v: [tokens, kv_heads, head_dim]; kv: [pages, bytes] uint8, written in
     place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
-    copying of the signs. Raises ValueError for codecs and heads that the kernels do not take."""
+    copying of the signs and of the mean. Raises ValueError for codecs and heads that the kernels do
+    not take."""
     tokens, kv_heads, head_dim = k.shape
     if tokens == 0:
         return
@@ -39,8 +36,8 @@ def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> 
         v,
         kv,
         kv_slots,
-        kv if paged.key_mean is None else paged.key_mean.contiguous(),
-        kv if paged.rotation is None else _signs(head_dim, k.device),
+        kv if paged.key_mean is None else paged.mean_on(k.device),
+        kv if paged.rotation is None else signs_on(head_dim, k.device),
         tokens,
         k.stride(0),
         v.stride(0),
@@ -54,25 +51,21 @@ def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> 
 
 
 def append_launch(paged: Paged) -> Launch:
-    keys, values = affine(paged.keys), affine(paged.values)
-    head_dim = paged.head_dim
+    keys, values, head_dim = affine(paged.keys), affine(paged.values), paged.head_dim
     constants = {
         **layout_constants(paged),
+        **hadamard_constants(head_dim),
         "rotated": paged.rotation is not None,
         "with_mean": paged.key_mean is not None,
-        "stages": head_dim.bit_length() - 1,
-        "norm": 1.0 / math.sqrt(head_dim),
         "key_clip": keys.clip,
         "value_clip": values.clip,
+        "key_halvings": (head_dim // keys.groups(head_dim)).bit_length() - 1,
+        "value_halvings": (head_dim // values.groups(head_dim)).bit_length() - 1,
         "largest": LARGEST,
+        "most_growth": MOST_GROWTH,
         "block": APPEND_ROWS,
     }
     return Launch(constants, warps=4, stages=1)
-
-
-@lru_cache(maxsize=16)
-def _signs(head_dim: int, device: torch.device) -> Tensor:
-    return signs(head_dim).to(device)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -104,7 +97,10 @@ def _append(
     norm: tl.constexpr,
     key_clip: tl.constexpr,
     value_clip: tl.constexpr,
+    key_halvings: tl.constexpr,
+    value_halvings: tl.constexpr,
     largest: tl.constexpr,
+    most_growth: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -122,7 +118,7 @@ def _append(
     if with_mean:
         x -= tl.load(key_mean + at).to(tl.float32)
     if rotated:
-        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+        x = hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
     _write(
         x,
         page,
@@ -136,12 +132,14 @@ def _append(
         key_bits,
         key_groups,
         key_clip,
+        key_halvings,
         largest,
+        most_growth,
     )
     x = tl.load(v + (token * v_stride)[:, None] + at, mask=valid[:, None], other=0.0)
     x = x.to(tl.float32)
     if rotated:
-        x = _hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+        x = hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
     _write(
         x,
         page,
@@ -155,21 +153,10 @@ def _append(
         value_bits,
         value_groups,
         value_clip,
+        value_halvings,
         largest,
+        most_growth,
     )
-
-
-@triton.jit
-def _hadamard(
-    x: tl.tensor, rows: tl.constexpr, n: tl.constexpr, stages: tl.constexpr, norm: tl.constexpr
-) -> tl.tensor:
-    """Of [rows, n] fp32: butterflies in the order of `rotation.hadamard`, for the same bits."""
-    for i in tl.static_range(stages):
-        pairs = tl.reshape(x, (rows, n >> (i + 1), 2, 1 << i))
-        low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-        pairs = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
-        x = tl.reshape(pairs, (rows, n))
-    return x * norm
 
 
 @triton.jit
@@ -186,37 +173,64 @@ def _write(
     bits: tl.constexpr,
     groups: tl.constexpr,
     clip: tl.constexpr,
+    halvings: tl.constexpr,
     largest: tl.constexpr,
+    most_growth: tl.constexpr,
 ) -> None:
     """As `Affine.encode`, operation by operation."""
     count: tl.constexpr = 1 << bits
     parts = tl.reshape(x, (rows, groups, n // groups))
     if clip > 0:
-        rms = tl.sqrt_rn(tl.sum(parts * parts, 2) * (groups / n))
+        rms = tl.sqrt_rn(_squares(parts, rows, groups, n // groups, halvings) * (groups / n))
         scale, zero = rms * (2 * clip / (count - 1)), rms * -clip
     else:
         lowest, highest = tl.min(parts, 2), tl.max(parts, 2)
         scale = (highest - lowest) * (1.0 / count)
         zero = lowest + scale * 0.5
-    scale = tl.minimum(scale, largest).to(tl.float16)
-    zero = tl.minimum(tl.maximum(zero, -largest), largest).to(tl.float16)
-    at = (page + numbers_at).to(tl.pointer_type(tl.float16))[:, None] + 2 * tl.arange(0, groups)
-    tl.store(at, scale, mask=valid[:, None])
-    tl.store(at + 1, zero, mask=valid[:, None])
-
-    wide = scale.to(tl.float32)
+    # Codes are chosen by 16-bit numbers, as if those were to be read.
+    scale = tl.minimum(scale, largest).to(tl.float16).to(tl.float32)
+    zero = tl.minimum(tl.maximum(zero, -largest), largest).to(tl.float16).to(tl.float32)
     one = tl.full((rows, groups), 1.0, tl.float32)
-    inverse = tl.where(wide > 0, tl.div_rn(one, tl.where(wide > 0, wide, 1.0)), 0.0)
-    codes = (parts - zero.to(tl.float32)[:, :, None]) * inverse[:, :, None]
+    inverse = tl.where(scale > 0, tl.div_rn(one, tl.where(scale > 0, scale, 1.0)), 0.0)
+    codes = (parts - zero[:, :, None]) * inverse[:, :, None]
     codes = tl.minimum(tl.maximum(codes, 0.0), count - 1.0)
     # Rounds halves to even: next to this number the distance of floats is 1.
-    codes = ((codes + 12582912.0) - 12582912.0).to(tl.int32)
-    flat = tl.reshape(codes, (rows, n))
+    codes = (codes + 12582912.0) - 12582912.0
+    if bits < 8:
+        decoded = codes * scale[:, :, None] + zero[:, :, None]
+        length = _squares(decoded, rows, groups, n // groups, halvings)
+        by = _squares(parts, rows, groups, n // groups, halvings)
+        by = tl.sqrt_rn(tl.div_rn(by, tl.where(length > 0, length, 1.0)))
+        by = tl.where(length > 0, tl.minimum(by, most_growth), 1.0)
+        scale = tl.minimum(scale * by, largest)
+        zero = tl.minimum(tl.maximum(zero * by, -largest), largest)
+    at = (page + numbers_at).to(tl.pointer_type(tl.float16))[:, None] + 2 * tl.arange(0, groups)
+    tl.store(at, scale.to(tl.float16), mask=valid[:, None])
+    tl.store(at + 1, zero.to(tl.float16), mask=valid[:, None])
+
+    flat = tl.reshape(codes.to(tl.int32), (rows, n))
     if bits == 8:
         _store_plane(flat >> 4, page + start, place, valid, rows, n, 4)
         _store_plane(flat & 15, page + low_start, place, valid, rows, n, 4)
     else:
         _store_plane(flat, page + start, place, valid, rows, n, bits)
+
+
+@triton.jit
+def _squares(
+    x: tl.tensor,  # [rows, groups, n]
+    rows: tl.constexpr,
+    groups: tl.constexpr,
+    n: tl.constexpr,
+    halvings: tl.constexpr,
+) -> tl.tensor:
+    """[rows, groups]: sums of squares in the order of `codec.squares`, for the same bits."""
+    terms = x * x
+    for i in tl.static_range(halvings):
+        halves = tl.reshape(terms, (rows, groups, 2, n >> (i + 1)))
+        low, high = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+        terms = low + high
+    return tl.reshape(terms, (rows, groups))
 
 
 @triton.jit
@@ -235,6 +249,3 @@ def _store_plane(
     packed = tl.sum(tl.reshape(codes, (rows, runs, size)) << shifts[None, :, None], 1)
     at = (plane + place * size)[:, None] + tl.arange(0, size)[None, :]
     tl.store(at, packed.to(tl.uint8), mask=valid[:, None])
-
-
-# No number that changes with steps is worth a kernel of its own while requests wait for it.

@@ -50,6 +50,11 @@ class Calibration:
             raise ValueError("the calibration's key means are not [layers, kv_heads, head_dim]")
         return found
 
+    def part(self, index: int, pieces: int) -> Calibration:
+        """Piece `index` of `pieces` of the KV heads."""
+        heads = self.key_means.chunk(pieces, 1)[index]
+        return Calibration(self.kv_format, self.eight_bit_layers, heads)
+
     def check(self, kv_format: str, shape: Sequence[int]) -> None:
         """Raises ValueError unless it is for this format and layers, KV heads and head size."""
         if self.kv_format != kv_format:

@@ -84,6 +84,7 @@ class Paged:
         self.key_mean = None if key_mean is None else key_mean.float().contiguous()
         self.windows = windows
         self.reads_coarsely = False
+        self._mean_on: dict[torch.device, Tensor] = {}
 
     @property
     def name(self) -> str:
@@ -115,7 +116,7 @@ class Paged:
         dtype = k.dtype
         k, v = k.float(), v.float()
         if self.key_mean is not None:
-            k = k - self.key_mean.to(k.device)
+            k = k - self.mean_on(k.device)
         if self.rotation is not None:
             k, v = self.rotation.forth(k), self.rotation.forth(v)
         if self.windows is not None:
@@ -129,6 +130,13 @@ class Paged:
         for plane, code in zip(self._planes(kv), found, strict=True):
             if plane.shape[-1]:
                 plane[pages, :, offsets] = code
+
+    def mean_on(self, device: torch.device) -> Tensor:
+        """The key mean there: copied once, for a copy from the host is waited for."""
+        assert self.key_mean is not None
+        if device not in self._mean_on:
+            self._mean_on[device] = self.key_mean.to(device)
+        return self._mean_on[device]
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         return self.read(kv, pages, self.reads_coarsely)

@@ -17,7 +17,6 @@ from kernels.kv.windows import Windows
 AUTO = "auto"  # dense, in the model's dtype
 BOUNDARY = "int8n"  # what the first and last layers get where a format asks for it
 EVERY_LAYERS = 8  # a layer at each end for every so many, at most two
-TWO_BIT_WINDOWS = (64, 128)
 LEAST_LAYERS = 4  # a model of fewer has no ends to speak of
 
 
@@ -30,7 +29,6 @@ class Preset:
     rotated: bool = True
     # The first and last layers want more bits: at least so many of them at each end. None: no.
     boundary: int | None = None
-    windows: tuple[int, int] = (0, 0)  # the first positions and blocks of the latest, see `Windows`
 
 
 PRESETS = {
@@ -38,15 +36,8 @@ PRESETS = {
     "k8v4": Preset(lambda: Affine(8), lambda: Affine(4)),
     "int4h": Preset(lambda: Affine(4), lambda: Affine(4), boundary=0),
     "int4h64": Preset(lambda: Affine(4, group=64), lambda: Affine(4, group=64), boundary=0),
-    "k4v2h": Preset(
-        lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=1, windows=TWO_BIT_WINDOWS
-    ),
-    "int2h": Preset(
-        lambda: Affine(2, clip=1.5),
-        lambda: Affine(2, clip=1.5),
-        boundary=1,
-        windows=TWO_BIT_WINDOWS,
-    ),
+    "k4v2h": Preset(lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=1),
+    "int2h": Preset(lambda: Affine(2, clip=1.5), lambda: Affine(2, clip=1.5), boundary=1),
     "fp8": Preset(Float8, Float8, rotated=False),
     "turbo4": Preset(lambda: LloydMax(4), lambda: LloydMax(4), boundary=0),
     "turbo3": Preset(lambda: LloydMax(3), lambda: LloydMax(3), boundary=1),
@@ -66,12 +57,12 @@ def layer_formats(
     head_dim: int,
     boundary_layers: int | None = None,
     calibration: Calibration | None = None,
-    sink: int | None = None,
-    window: int | None = None,
+    sink: int = 0,
+    window: int = 0,
 ) -> list[KVFormat]:
     """One for each layer. `boundary_layers` at each end get eight bits; None: those that the
-    calibration names, or as many as the format asks for. The others have dense windows: the first
-    `sink` positions and blocks of `window`; None: as the format asks for. Raises ValueError, in a
+    calibration names, or as many as the format asks for. The others have dense windows, the first
+    `sink` positions and blocks of `window`, if either is more than none. Raises ValueError, in a
     sentence, where a head does not suit the format, a window the pages, or the calibration the
     model."""
     if calibration is not None:
@@ -92,7 +83,7 @@ def layer_formats(
     wide = {i for i in range(num_layers) if min(i, num_layers - 1 - i) < ends}
     if boundary_layers is None and calibration is not None:
         wide = set(calibration.eight_bit_layers)
-    windows = _windows(PRESETS[name], page_size, sink, window)
+    windows = _windows(page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
     return [
         _paged(BOUNDARY, kv_heads, page_size, head_dim, means[i])
@@ -102,14 +93,7 @@ def layer_formats(
     ]
 
 
-def _windows(
-    preset: Preset, page_size: int, sink: int | None, window: int | None
-) -> Windows | None:
-    first, latest = preset.windows
-    if sink is None:
-        sink = first
-    if window is None:
-        window = -(-latest // page_size) * page_size
+def _windows(page_size: int, sink: int, window: int) -> Windows | None:
     found = Windows(sink, window)
     if found.block % page_size:
         raise ValueError(f"a window of {found.block} tokens is no multiple of a page's {page_size}")

@@ -21,11 +21,20 @@ def accepted_counts(sampled: Tensor, drafts: Tensor, row_starts: Sequence[int]) 
     """
     spans = list(pairwise(row_starts))
     device = sampled.device
-    n = row_starts[-1]
     row = upload([r for r, (start, end) in enumerate(spans) for _ in range(start, end)], device)
     start = upload([start for start, _ in spans], device)
     last = upload([end - 1 for _, end in spans], device)
-    at = torch.arange(n, device=device)
+    return longest_matches(sampled, drafts, row, start, last)
+
+
+def longest_matches(
+    sampled: Tensor, drafts: Tensor, row: Tensor, first: Tensor, last: Tensor
+) -> Tensor:
+    """As `accepted_counts`, with what follows from the starts already on the device: `row` [n]
+    int64, the sequence of each logits row, `first` and `last` [sequences] int64, its first and last
+    one."""
+    n = sampled.shape[0]
+    at = torch.arange(n, device=sampled.device)
     # The last row of a sequence ends every match, so k = 0 needs no branch.
     stops = torch.where((sampled == drafts) & (at != last[row]), n, at)
-    return torch.full_like(start, n).scatter_reduce_(0, row, stops, "amin") - start
+    return torch.full_like(first, n).scatter_reduce_(0, row, stops, "amin") - first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from engine.build import build_worker
 from engine.config import EngineConfig
 from kernels.kv.calibration import Calibration
 from kernels.kv.paged import Paged
+from kernels.kv.presets import PRESETS
+from tests.engine.test_build import CACHE
 
 DRAFT = PROJECT / "assets" / "demo" / "draft"
 TEXT = (PROJECT / "cli" / "main.py").read_text()
@@ -96,3 +99,32 @@ def test_pieces_are_as_long_as_asked_and_no_more_than_asked() -> None:
     assert [len(piece) for piece in found] == [300, 300, 100, 50]
     with pytest.raises(ValueError, match="fewer than 256"):
         pieces(["a" * 100], lambda text: [1] * len(text), 300, 750)
+
+
+def test_the_comparison_is_printed_by_layer_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "plots" / "kv.svg"
+    assert calibrate(tmp_path, "--limit", "10", "--plot", str(plot)) == 0
+    shown = capsys.readouterr().out
+    assert "by layer, weighted by attention" in shown
+    assert "logit error" in shown
+    drawn = plot.read_text()
+    for name in PRESETS:
+        assert f"<!-- {name} -->" in drawn
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cli.plots", None)
+    assert calibrate(tmp_path, "--plot", str(tmp_path / "kv.svg")) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_formats_that_native_code_does_not_read_are_fitted_in_plain_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = ("--compile", "--cache-dir", CACHE, "--limit", "10")
+    assert calibrate(tmp_path, *compiled, kv_format="turbo4") == 0
+    assert "left out" not in capsys.readouterr().out

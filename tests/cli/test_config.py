@@ -57,7 +57,7 @@ def test_names_known_from_elsewhere():
             *("--block-size", "32", "--no-enable-prefix-caching", "--kv-cache-dtype", "auto"),
             *("--api-key", "k1", "--api-key", "k2", "--allowed-origins", "*"),
             *("--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem", "--root-path", "/llm"),
-            *("--dtype", "bfloat16", "--seed", "5", "--load-format", "dummy"),
+            *("--dtype", "bfloat16", "--seed", "5", "--load-format", "dummy", "-tp", "4"),
         ],
         HOME,
     )
@@ -69,6 +69,7 @@ def test_names_known_from_elsewhere():
     assert engine.schedule.max_step_tokens == 512
     assert (engine.cache.memory_fraction, engine.cache.page_size) == (0.5, 32)
     assert engine.cache.enable_prefix_cache is False
+    assert engine.device.tensor_parallel_size == 4
     assert server.api_keys == ("k1", "k2")
     assert (server.tls_certificate, server.tls_key) == ("c.pem", "k.pem")
 
@@ -199,3 +200,9 @@ def test_the_tree_is_frozen():
 
 def test_the_document_is_current():
     assert document.PAGE.read_text() == document.page(), "run: python -m cli.document"
+
+
+def test_a_flag_that_other_servers_know_turns_graphs_off() -> None:
+    assert resolve([], {}).engine.device.cuda_graphs
+    assert not resolve(["--enforce-eager"], {}).engine.device.cuda_graphs
+    assert not resolve(["--no-cuda-graphs"], {}).engine.device.cuda_graphs

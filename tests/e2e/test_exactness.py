@@ -78,9 +78,8 @@ SAMPLERS = {
 WINDOWS = {"k4v2h": (12, 32), "int2h": (40, 16), "turbo2": (0, 24), "turbo3": (20, 0)}
 
 
-def layers(kv_format: str) -> list[KVFormat]:
-    heads, dim, windows = SPEC.num_kv_heads, SPEC.head_dim, WINDOWS.get(kv_format, (0, 0))
-    size = CONFIG.page_size
+def layers(kv_format: str, heads: int = SPEC.num_kv_heads) -> list[KVFormat]:
+    dim, size, windows = SPEC.head_dim, CONFIG.page_size, WINDOWS.get(kv_format, (0, 0))
     return layer_formats(kv_format, SPEC.num_layers, heads, size, dim, None, None, *windows)
 
 
@@ -89,8 +88,7 @@ def windowed(config: SchedulerConfig, kv_format: str) -> SchedulerConfig:
     return config if windows is None else replace(config, prefix_block=windows.block)
 
 
-@cache
-def decoder(kv_format: str = "auto") -> Decoder:
+def filled() -> Decoder:
     torch.manual_seed(0)
     model = Decoder(SPEC, dtype=torch.float32, max_model_len=CONTEXT)
     for name, target in model.targets().items():
@@ -98,20 +96,30 @@ def decoder(kv_format: str = "auto") -> Decoder:
             target.normal_(0.0, 1.0 if "embed" in name else 0.3)
         else:
             target.fill_(1.0)
+    return model
+
+
+@cache
+def decoder(kv_format: str = "auto") -> Decoder:
+    model = filled()
     prepare_linears(model, "invariant")
     model.use_formats(layers(kv_format))
     return model
 
 
+def slot_table(config: SchedulerConfig, kv_format: str = "auto") -> SlotTable:
+    num_slots, size, windows = config.max_num_seqs + 1, config.page_size, None
+    found = windows_of(layers(kv_format))
+    if found is not None:
+        count = dense_page_count(found, num_slots, size, config.max_step_tokens)
+        windows = WindowPages(found, count, num_slots, -(-CONTEXT // size), size, CPU)
+    return SlotTable(num_slots, CONTEXT, size, CPU, windows)
+
+
 def worker(config: SchedulerConfig, kv_format: str = "auto") -> Worker:
-    num_slots, size, formats = config.max_num_seqs + 1, config.page_size, layers(kv_format)
-    windows = windows_of(formats)
-    copies = dense_page_count(windows, num_slots, size, config.max_step_tokens)
-    near: WindowPages | None = None
-    if windows is not None:
-        near = WindowPages(windows, copies, num_slots, -(-CONTEXT // size), size, CPU)
-    slots = SlotTable(num_slots, CONTEXT, size, CPU, near)
-    kv = allocate_pool(SPEC, config.num_pages, size, torch.float32, CPU, formats, copies)
+    size, slots = config.page_size, slot_table(config, kv_format)
+    copies = 0 if slots.windows is None else slots.windows.count
+    kv = allocate_pool(SPEC, config.num_pages, size, torch.float32, CPU, layers(kv_format), copies)
     return Worker(
         EagerRunner(decoder(kv_format), TorchOps()),
         kv,
@@ -173,7 +181,12 @@ def alone(sampler: str, kv_format: str = "auto") -> dict[tuple[str, int], Result
     return found
 
 
-def same(found: dict[tuple[str, int], Result], sampler: str, kv_format: str = "auto") -> None:
+def same(
+    found: dict[tuple[str, int], Result],
+    sampler: str,
+    kv_format: str = "auto",
+    within: float = 1e-4,  # of a log-probability
+) -> None:
     expected = alone(sampler, kv_format)
     assert found.keys() == expected.keys()
     for key, result in found.items():
@@ -183,7 +196,7 @@ def same(found: dict[tuple[str, int], Result], sampler: str, kv_format: str = "a
         assert ends[1] is not None
         assert ends[0].reason == ends[1].reason, key
         assert [p.logprob for p in result.logprobs] == pytest.approx(
-            [p.logprob for p in expected[key].logprobs], abs=1e-4
+            [p.logprob for p in expected[key].logprobs], abs=within
         )
 
 

@@ -64,8 +64,8 @@ def test_pages_that_native_code_does_not_read_are_said_and_served(
 def test_the_same_bytes_hold_more_pages(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     pages = {}
-    bare = {"kv_window": 0, "kv_sink": 0}
-    for name, more in ((AUTO, {}), ("int8n", {}), ("int4h", {}), ("k4v2h", bare), ("windows", {})):
+    near = {"kv_window": 128, "kv_sink": 64}
+    for name, more in ((AUTO, {}), ("int8n", {}), ("int4h", {}), ("k4v2h", {}), ("windows", near)):
         kv_format = "k4v2h" if name == "windows" else name
         options = {"kv_format": kv_format, "kv_bytes": 4_000_000, "num_pages": None}
         worker, limits = build(tmp_path, **options, **more)
@@ -97,12 +97,37 @@ def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> Non
 def test_windows_are_the_user_s_to_choose(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     roots = set()
-    for window, sink in ((None, None), (32, 8), (32, 0), (0, 8), (0, 0)):
-        worker, limits = build(tmp_path, kv_format="k4v2h", kv_window=window, kv_sink=sink)
-        assert limits.prefix_block == (128 if window is None else window)
+    for window, sink in ((128, 64), (32, 8), (32, 0), (0, 8), (0, 0)):
+        windows = {"kv_window": window, "kv_sink": sink}
+        worker, limits = build(tmp_path, kv_format="k4v2h", **windows)
+        assert limits.prefix_block == window
+        assert (worker._slots.windows is None) == (not window and not sink)
         roots.add(limits.hash_root)
         worker.close()
     assert len(roots) == 5
+
+
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_no_format_has_windows_unasked(tmp_path: Path, kv_format: str) -> None:
+    """Native code does not read them, so they would make a format slower than it need be."""
+    save(tmp_path, "llama")
+    worker, limits = build(tmp_path, kv_format=kv_format)
+    assert worker._slots.windows is None
+    assert limits.prefix_block == 0
+    worker.close()
+
+
+@pytest.mark.parametrize("kv_format", ["k4v2h", "int2h"])
+def test_windows_serve_by_torch_and_say_so(
+    tmp_path: Path, kv_format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "llama")
+    windows = {"kv_window": 128, "kv_sink": 64}
+    options = {"kv_format": kv_format, "compile": True, "cache_dir": CACHE}
+    worker, limits = build(tmp_path, **options, **windows)
+    assert "native kernels do not read dense windows" in caplog.text
+    assert len(greedy(worker, limits)) == 12
+    worker.close()
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ class ThreadedWorker:
         poison: int | None = None,
         vocab_size: int = VOCAB,
     ) -> None:
+        self.lost: Future[str] = Future()
         self.facts = Facts(vocab_size)  # its own tokens are below VOCAB whatever it claims
         self.scripted = ScriptedWorker(num_pages=NUM_PAGES, page_size=PAGE_SIZE)
         self.log: list[tuple[str, int]] = []

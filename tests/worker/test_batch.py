@@ -8,6 +8,7 @@ from scheduler.plan import Admit, Row
 from scheduler.request import SamplingParams
 from worker.batch import build_batch
 from worker.slots import SlotTable
+from worker.transfer import HostTransfer
 
 PAGE = 4
 
@@ -37,7 +38,7 @@ def test_random_steps_place_every_token_where_its_sequence_stands() -> None:
             table[slot] += pages
             rows.append(Row(slot, slot, chunk, rng.random() < 0.7, new_pages=pages))
             fed.append(chunk)
-        batch = build_batch(rows, slots)
+        batch = build_batch(rows, slots, HostTransfer())
 
         ids, positions, kv_slots, token_rows, reads = [], [], [], [], []
         for i, row in enumerate(rows):
@@ -64,23 +65,23 @@ def test_random_steps_place_every_token_where_its_sequence_stands() -> None:
         for i, row in enumerate(rows):
             pages = -(-int(at.kv_lengths[i]) // PAGE)
             assert at.page_table[i, :pages].tolist() == table[row.slot]
-        got = batch.sample_tokens.tolist() if batch.sample_tokens is not None else range(len(ids))
+        got = batch.samples.tokens.tolist() if batch.samples.tokens is not None else range(len(ids))
         assert list(got) == [token for token, _, _ in reads]
-        assert batch.sample_slots == [slot for _, slot, _ in reads]
-        assert batch.sample_positions.tolist() == [position for _, _, position in reads]
+        assert batch.samples.host_slots == [slot for _, slot, _ in reads]
+        assert batch.samples.positions.tolist() == [position for _, _, position in reads]
 
 
 def test_live_rows_continue_from_the_devices_own_length() -> None:
     slots = SlotTable(4, 64, PAGE, torch.device("cpu"))
     admit(slots, 1, (), ())
     slots.add_pages(1, (7, 9))
-    build_batch([Row(1, 1, (5, 6, 7), True)], slots)
+    build_batch([Row(1, 1, (5, 6, 7), True)], slots, HostTransfer())
     slots.computed[1] += 3
     slots.tokens[1, 3] = 42  # what the first step sampled
     slots.tokens[1, 4:6] = torch.tensor([50, 51], dtype=torch.int32)  # drafts
-    batch = build_batch([Row(1, 1, None, True, drafts=2)], slots)
+    batch = build_batch([Row(1, 1, None, True, drafts=2)], slots, HostTransfer())
     assert batch.ids.tolist() == [42, 50, 51]
     assert batch.attention.positions.tolist() == [3, 4, 5]
-    assert batch.sample_positions.tolist() == [4, 5, 6]
-    assert batch.sample_starts == [0, 3]
+    assert batch.samples.positions.tolist() == [4, 5, 6]
+    assert batch.samples.starts == [0, 3]
     assert batch.attention.kv_slots.tolist() == [7 * 4 + 3, 9 * 4, 9 * 4 + 1]

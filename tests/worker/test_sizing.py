@@ -69,3 +69,10 @@ def test_dense_windows_are_paid_for_before_pages() -> None:
     assert "dense windows" in str(plan_budget(**BASE, **windows))
     with pytest.raises(BudgetError, match=r"beside 20\.0 MiB of dense windows"):
         plan_budget(**BASE | {"kv_bytes": 25 * MIB}, **windows)
+
+
+def test_graphs_are_set_aside_and_named_only_where_there_are_any() -> None:
+    budget = plan_budget(**BASE, graphs=50 * MIB)
+    assert budget.num_pages == 250
+    assert "CUDA graphs" in str(budget)
+    assert "CUDA graphs" not in str(plan_budget(**BASE))

@@ -28,6 +28,7 @@ def span_batch(
     """One ragged forward over known positions; the page table reaches `more` positions further.
     `moved`: of each span, if of any."""
     device, size = slots.tokens.device, slots.page_size
+    slots.flush()
     table = np.array(spans, dtype=np.int64)
     counts = table[:, 2] - table[:, 1]
     starts = np.zeros(len(spans) + 1, dtype=np.int32)

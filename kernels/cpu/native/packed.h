@@ -1,6 +1,5 @@
 // Keys and values in few bits: `kernels/kv/paged.py` says how a page is laid out, `codec.py` how a
-// vector becomes codes. Both compute the same codes here, the sums of squares of the two-bit code
-// apart, which are added in another order.
+// vector becomes codes. Both compute the same bytes.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +27,8 @@ namespace native {
 
 constexpr int kMostDim = 1024;   // of a head
 constexpr int kMostGroups = 64;  // of a vector
+constexpr float kLargestHalf = 65504.0f;
+constexpr float kMostGrowth = 2.0f;  // see `codec.py`
 
 INLINE float half_to_float(uint16_t h) {
 #if defined(__F16C__) && (NATIVE_AVX512 || NATIVE_AVX2)
@@ -127,6 +128,33 @@ struct PackedSlot {
     }
 };
 
+// The sum of squares of x: [size], in the order of `squares` in `codec.py`. The squares are rounded
+// before they are added: no statement has both.
+inline float sum_of_squares(const float* x, int64_t size) {
+    float terms[kMostDim];
+    for (int64_t i = 0; i < size; i++) terms[i] = x[i] * x[i];
+    for (; size % 2 == 0; size /= 2)
+        for (int64_t i = 0; i < size / 2; i++) terms[i] += terms[i + size / 2];
+    float total = terms[0];
+    for (int64_t i = 1; i < size; i++) total += terms[i];
+    return total;
+}
+
+// By how much the numbers of a group grow, so that what is decoded is as long as x: [size].
+inline float stretch(const float* x, const uint8_t* codes, int64_t size, float scale, float zero) {
+    float decoded[kMostDim];
+    for (int64_t i = 0; i < size; i++) decoded[i] = float(codes[i]) * scale;
+    for (int64_t i = 0; i < size; i++) decoded[i] += zero;
+    const float length = sum_of_squares(decoded, size);
+    if (!(length > 0)) return 1.0f;
+    return std::min(std::sqrt(sum_of_squares(x, size) / length), kMostGrowth);
+}
+
+INLINE void store_numbers(uint16_t* to, float scale, float zero) {
+    to[0] = float_to_half(std::min(scale, kLargestHalf));
+    to[1] = float_to_half(std::max(std::min(zero, kLargestHalf), -kLargestHalf));
+}
+
 // x: [dim], of head `head`, changed. which: 0 a key, 1 a value.
 inline void encode(const PackedSlot& slot, int which, int64_t head, float* x) {
     const NativeFormat& format = slot.format;
@@ -141,9 +169,8 @@ inline void encode(const PackedSlot& slot, int which, int64_t head, float* x) {
         const float* from = x + g * size;
         float scale, zero;
         if (format.clip[which] > 0) {
-            float squares = 0;
-            for (int64_t i = 0; i < size; i++) squares += from[i] * from[i];
-            const float rms = std::sqrt(squares / float(size));
+            const float mean = sum_of_squares(from, size) * float(1.0 / double(size));
+            const float rms = std::sqrt(mean);
             scale = rms * (2 * format.clip[which] / float(count - 1));
             zero = rms * -format.clip[which];
         } else {
@@ -155,14 +182,16 @@ inline void encode(const PackedSlot& slot, int which, int64_t head, float* x) {
             scale = (highest - lowest) * (1.0f / float(count));
             zero = lowest + scale * 0.5f;
         }
-        numbers[2 * g] = float_to_half(std::min(scale, 65504.0f));
-        numbers[2 * g + 1] = float_to_half(std::max(std::min(zero, 65504.0f), -65504.0f));
+        store_numbers(numbers + 2 * g, scale, zero);
         scale = half_to_float(numbers[2 * g]), zero = half_to_float(numbers[2 * g + 1]);
         const float inverse = scale > 0 ? 1.0f / scale : 0.0f, most = float(count - 1);
         for (int64_t i = 0; i < size; i++) {
             const float code = std::nearbyint((from[i] - zero) * inverse);
             codes[g * size + i] = uint8_t(int(code < 0 ? 0 : code > most ? most : code));
         }
+        if (bits == 8) continue;
+        const float by = stretch(from, codes + g * size, size, scale, zero);
+        store_numbers(numbers + 2 * g, scale * by, zero * by);
     }
     uint8_t *high = slot.high(which), *low = slot.low(which);
     if (bits == 8) {

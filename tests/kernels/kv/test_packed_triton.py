@@ -20,12 +20,11 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
 pytest.importorskip("triton")
 
-from kernels.attention import packed_triton
+from kernels.attention import packed_triton, split
+from kernels.interpreter import mend
 from kernels.kv import append_triton
-from tests.kernels.interpreting import mended_interpreter
 
-pytestmark = pytest.mark.usefixtures(mended_interpreter.__name__)
-
+mend()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 CODECS = {
@@ -101,17 +100,17 @@ class Case:
         }
         return dataclasses.replace(batch, **tensors)
 
-    def attend(self, q: Tensor, batch: AttentionBatch, split: int | None = None) -> Tensor:
+    def attend(self, q: Tensor, batch: AttentionBatch, length: int | None = None) -> Tensor:
         paged = self.layer.kv
-        parts = packed_triton.attend(paged.turn(q), self.kv, self.layer, batch, split)
-        return paged.turn_back(packed_triton.merge(parts, q.dtype))
+        parts = packed_triton.attend(paged.turn(q), self.kv, self.layer, batch, length)
+        return paged.turn_back(split.merge(parts, q.dtype))
 
-    def check(self, spans: list[tuple[int, int, int]], split: int | None = None) -> None:
+    def check(self, spans: list[tuple[int, int, int]], length: int | None = None) -> None:
         batch = self.step(spans)
         q = self.queries(batch)
         expected = attend_reference(q, self.kv, self.layer, batch).float()
         within = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}[self.dtype]
-        found = self.attend(q, batch, split).float()
+        found = self.attend(q, batch, length).float()
         torch.testing.assert_close(found, expected, atol=within, rtol=within)
 
 
@@ -121,15 +120,15 @@ def test_drafts_and_a_chunk(codecs: str, head_dim: int):
     if head_dim == 64 and "g" in codecs and "g32" not in codecs:
         pytest.skip("one group, as without")
     case = Case.make(codecs, [33, 70, 17], head_dim=head_dim, group=2)
-    case.check([(0, 32, 33), (1, 66, 70), (2, 14, 17)], split=64)
-    case.check([(1, 60, 70), (0, 32, 33)], split=64)
+    case.check([(0, 32, 33), (1, 66, 70), (2, 14, 17)], length=64)
+    case.check([(1, 60, 70), (0, 32, 33)], length=64)
 
 
 @pytest.mark.parametrize("codecs", ["int8n", "int4h64", "k4v2h"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits(codecs: str, dtype: torch.dtype):
     case = Case.make(codecs, [33, 70], head_dim=128, dtype=dtype)
-    case.check([(0, 32, 33), (1, 65, 70)], split=64)
+    case.check([(0, 32, 33), (1, 65, 70)], length=64)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -162,7 +161,7 @@ def test_random_steps(seed: int):
 @pytest.mark.parametrize("window", [None, 40])
 def test_chunks_of_several_blocks_after_a_history(window: int | None):
     case = Case.make("k8v4", [100, 30, 90], kv_heads=1, group=4, window=window)
-    case.check([(0, 40, 100), (1, 29, 30), (2, 0, 45)], split=64)
+    case.check([(0, 40, 100), (1, 29, 30), (2, 0, 45)], length=64)
 
 
 def test_few_dimensions():
@@ -190,9 +189,7 @@ def test_several_splits_are_one():
     assert (several.lse[1:, 2] == -torch.inf).all(), "the short row has nothing there"
     together = (several.lse * math.log(2)).logsumexp(0) / math.log(2)
     torch.testing.assert_close(together, one.lse[0])
-    torch.testing.assert_close(
-        packed_triton.merge(several, q.dtype), packed_triton.merge(one, q.dtype)
-    )
+    torch.testing.assert_close(split.merge(several, q.dtype), split.merge(one, q.dtype))
 
 
 def test_nothing_of_a_merge_is_nan():
@@ -200,7 +197,7 @@ def test_nothing_of_a_merge_is_nan():
     out[1, 0] = 2.0
     lse = torch.full((3, 2, 1), -torch.inf, device=DEVICE)
     lse[1, 0] = -3.0
-    merged = packed_triton.merge(packed_triton.Partials(out, lse), torch.float32)
+    merged = split.merge(split.Partials(out, lse), torch.float32)
     assert torch.equal(merged[0], torch.full_like(merged[0], 2.0))
     assert torch.equal(merged[1], torch.zeros_like(merged[1]))
 
@@ -254,7 +251,10 @@ def test_append_writes_the_bytes_of_the_torch_form(codecs: str, dtype: torch.dty
 
 
 def check_pages(paged: Paged, found: Tensor, expected: Tensor) -> None:
-    """Equal but for roundings that the order of sums decides."""
+    """Equal, and on a GPU, whose roots and quotients may differ in the last place, nearly so."""
+    if DEVICE == "cpu":
+        assert torch.equal(found, expected)
+        return
     ours, theirs = ([*paged._planes(pool)] for pool in (found, expected))
     numbers = [planes.pop(2).contiguous().view(torch.int16).int() for planes in (ours, theirs)]
     assert (numbers[0] - numbers[1]).abs().max() <= 1

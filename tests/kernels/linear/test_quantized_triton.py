@@ -12,14 +12,13 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
 pytest.importorskip("triton")
 
+from kernels.interpreter import mend
 from kernels.linear import quantized_triton
 from kernels.linear.formats import Fp8Format, IntFormat, QuantizedWeight, WeightFormat
 from kernels.linear.quantized import reference_product
-from tests.kernels.interpreting import mended_interpreter
 from tests.kernels.linear.test_formats import FORMATS
 
-pytestmark = pytest.mark.usefixtures(mended_interpreter.__name__)
-
+mend()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TAKEN = [*FORMATS, Fp8Format(64), IntFormat(8, 32), IntFormat(6, 128, zero_point=True)]
 each_format = pytest.mark.parametrize("form", TAKEN, ids=lambda form: form.name)

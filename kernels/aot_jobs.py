@@ -1,0 +1,268 @@
+"""What `kernels.aot` compiles: every Triton kernel, with the constants that a server uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels import activation_triton, norm_triton, rope_triton
+from kernels.attention import dense_triton, packed_triton
+from kernels.attention import split as split_triton
+from kernels.kv import append_triton, rotation_triton
+from kernels.kv.paged import Paged
+from kernels.kv.presets import PRESETS
+from kernels.kv.triton_launch import Launch
+from kernels.linear import quantized_triton
+from kernels.linear.formats import Fp8Format, IntFormat, WeightFormat
+from kernels.ops import AttentionLayer
+from kernels.sampling import gumbel_triton
+from kernels.sampling.philox import GUMBEL_SPAN, NOISE_VERSION
+
+# A model of common shape, that of Llama-3.1-8B and Qwen3-8B.
+HIDDEN, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE = 4096, 8, 4, 128, 16
+# Formats by head size: heads of 64 are small models', which need few formats.
+KV_FORMATS = {128: ("int8n", "int4h", "int4h64", "k8v4", "k4v2h"), 64: ("int8n", "int4h")}
+NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}  # as Triton has them
+# Query tokens of a row: decoding (few drafts are the same), verification, a prompt's chunk.
+QUERIES = {"decode": 1, "verify": 5, "prefill": 512}
+WEIGHTS: tuple[WeightFormat, ...] = (
+    IntFormat(8, None),
+    IntFormat(8, 128),
+    IntFormat(6, 128),
+    IntFormat(4, 128),
+    IntFormat(4, 32),
+    IntFormat(4, 128, zero_point=True),
+    Fp8Format(128),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One kernel with one set of constants."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]  # of arguments that are no constants, as Triton writes them
+    constants: Mapping[str, Any]
+    aligned: frozenset[str]  # arguments that are multiples of 16 bytes or numbers
+    options: Mapping[str, Any]
+
+
+def jobs() -> Iterator[Job]:
+    """All that a server on a GPU may launch."""
+    for added in (False, True):
+        yield _norm("add rms_norm" if added else "rms_norm", added)
+    yield _silu()
+    yield _rope("rope append dense", normed=False, dense=True)
+    yield _rope("rope append dense, head norms", normed=True, dense=True)
+    yield _rope("rope packed, head norms", normed=True, dense=False)
+    for back in (False, True):
+        yield _turn("turn back" if back else "turn", back)
+    for head_dim in KV_FORMATS:
+        for what, queries in QUERIES.items():
+            yield _attend_dense(f"attend dense {head_dim} {what}", head_dim, queries)
+        yield _merge(head_dim)
+    yield _attend_dense("attend dense 128 window", 128, 1, window=True)
+    yield _attend_dense("attend dense 128 decode fp32", 128, 1, dtype=torch.float32)
+    for head_dim, presets in KV_FORMATS.items():
+        for preset in presets:
+            paged = _paged(preset, head_dim)
+            yield _append(f"append {preset} {head_dim}", paged)
+            for what in ("decode", "prefill"):
+                yield _attend(f"attend {preset} {head_dim} {what}", paged, QUERIES[what])
+    yield _attend("attend int4h 128 window", _paged("int4h", 128), 1, window=True)
+    yield _attend("attend int8n 128 coarse", _paged("int8n", 128).coarse(), 1)
+    for what in ("decode", "prefill"):
+        name = f"attend int8n 128 {what} fp32"
+        yield _attend(name, _paged("int8n", 128), QUERIES[what], dtype=torch.float32)
+    for form in WEIGHTS:
+        for rows in (16, 64):
+            yield _weight(form, rows)
+    yield from _draw(blocks=38)  # a vocabulary of about 150,000
+
+
+def _norm(name: str, added: bool) -> Job:
+    types = {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"}
+    return _job(name, norm_triton._rms_norm, types, norm_triton.norm_launch(HIDDEN, added), {"eps"})
+
+
+def _silu() -> Job:
+    types = {"gate_up": "*bf16", "out": "*bf16", "size": "i32"}
+    return _job("silu_mul", activation_triton._silu_mul, types, activation_triton.silu_launch())
+
+
+def _layer(head_dim: int = HEAD_DIM, window: bool = False, normed: bool = False) -> AttentionLayer:
+    norm = torch.empty(head_dim) if normed else None
+    table = torch.empty(1, 2, head_dim // 2)
+    return AttentionLayer(
+        *(KV_HEADS * GROUP, KV_HEADS, head_dim, 1.0, table, norm, norm),
+        window=4096 if window else None,
+    )
+
+
+def _rope(name: str, *, normed: bool, dense: bool) -> Job:
+    launch = rope_triton.rope_launch(_layer(normed=normed), PAGE_SIZE if dense else None)
+    types = {
+        **dict.fromkeys(("qkv", "q_norm", "k_norm", "out", "kv"), "*bf16"),
+        "cos_sin": "*fp32",
+        "positions": "*i64",
+        "kv_slots": "*i64",
+        "qkv_stride": "i32",
+        "page_stride": "i32",
+        "eps": "fp32",
+    }
+    return _job(name, rope_triton._rope, types, launch, {"eps"})
+
+
+def _turn(name: str, back: bool) -> Job:
+    types = {"x": "*bf16", "signs": "*fp32", "out": "*bf16", "rows": "i32"}
+    launch = rotation_triton.turn_launch(HEAD_DIM, back)
+    return _job(name, rotation_triton._turn, types, launch, {"rows"}, {"enable_fp_fusion": False})
+
+
+def _attend_dense(
+    name: str,
+    head_dim: int,
+    queries: int,
+    window: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Job:
+    launch = dense_triton.attend_launch(_layer(head_dim, window), PAGE_SIZE, queries, dtype)
+    types = {**_attend_types(queries, dtype), "kv": NAMES[dtype]}
+    return _job(name, dense_triton._attend, types, launch, ODD)
+
+
+# Integers of attention that need not be multiples of 16, and the scale.
+ODD = {"rows", "tokens", "table_stride", "window", "scale"}
+
+
+def _attend_types(queries: int, dtype: torch.dtype) -> dict[str, str]:
+    return {
+        "q": NAMES[dtype],
+        "kv": "*u8",
+        "positions": "*i64",
+        "query_starts": "*i32",
+        "kv_lengths": "*i32",
+        "page_table": "*i32",
+        # Of chunks there is one split, whose outputs are the result.
+        "out": NAMES[dtype] if queries == QUERIES["prefill"] else "*fp32",
+        "lse": "*fp32",
+        "rows": "i32",
+        "tokens": "i32",
+        "q_stride": "i32",
+        "page_stride": "i32",
+        "table_stride": "i32",
+        "split": "i32",
+        "window": "i32",
+        "scale": "fp32",
+    }
+
+
+def _paged(preset: str, head_dim: int) -> Paged:
+    found = PRESETS[preset]
+    keys, values = found.keys(), found.values()
+    return Paged(KV_HEADS, PAGE_SIZE, head_dim, keys, values, rotated=found.rotated)
+
+
+def _append(name: str, paged: Paged) -> Job:
+    launch = append_triton.append_launch(paged)
+    types = {
+        "k": "*bf16",
+        "v": "*bf16",
+        "kv": "*u8",
+        "kv_slots": "*i64",
+        "key_mean": "*fp32",
+        "signs": "*fp32",
+        "tokens": "i32",
+        "k_stride": "i32",
+        "v_stride": "i32",
+        "page_stride": "i32",
+    }
+    options = {"enable_fp_fusion": False}
+    return _job(name, append_triton._append, types, launch, {"tokens"}, options)
+
+
+def _attend(
+    name: str,
+    paged: Paged,
+    queries: int,
+    window: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Job:
+    launch = packed_triton.attend_launch(paged, GROUP, queries, window, dtype)
+    return _job(name, packed_triton._attend, _attend_types(queries, dtype), launch, ODD)
+
+
+def _merge(head_dim: int) -> Job:
+    launch = split_triton.merge_launch(head_dim)
+    types = {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "splits": "i32", "rows": "i32"}
+    return _job(f"merge {head_dim}", split_triton._merge, types, launch, {"splits", "rows"})
+
+
+def _weight(form: WeightFormat, rows: int) -> Job:
+    """A product by one of Qwen3-8B's matrices, its inputs in splits."""
+    meta = torch.empty(HIDDEN, HIDDEN, dtype=torch.bfloat16, device="meta")
+    weight = form.quantize(meta)
+    codes = "*fp8e4nv" if isinstance(form, Fp8Format) else "*u8"
+    types = {
+        "x": "*bf16",
+        "low": codes,
+        "high": codes,
+        "scales": NAMES[weight.scales.dtype],
+        "zeros": "*u8",
+        "out": "*fp32",
+        "rows": "i32",
+        "inputs": "i32",
+        "outputs": "i32",
+        "groups": "i32",
+        "split_tiles": "i32",
+    }
+    launch = quantized_triton.product_launch(weight, rows)
+    zeros = " zeros" if weight.zeros is not None else ""
+    name = f"weight {form.name.split()[0]} {form.group or 'row'}{zeros} x {rows}"
+    odd = {"rows", "groups", "split_tiles"}
+    return _job(name, quantized_triton._multiply, types, launch, odd)
+
+
+def _draw(blocks: int) -> Iterator[Job]:
+    size = gumbel_triton._BLOCK
+    numbers = {"vocab": "i32", "blocks": "i32"}
+    types = {"logits": "*fp32", "maxima": "*fp32"} | numbers
+    launch = Launch({"size": size}, 4, 3)
+    yield _job("draw: maxima", gumbel_triton._block_maxima, types, launch, {"blocks"})
+    types = {
+        "logits": "*fp32",
+        "maxima": "*fp32",
+        "temperature": "*fp32",
+        "seed": "*i64",
+        "choice": "*i64",
+        "position": "*i64",
+        "scores": "*fp32",
+        "tokens": "*i32",
+    } | numbers
+    constants = {
+        "size": size,
+        "room": 1 << math.ceil(math.log2(blocks)),
+        "span": GUMBEL_SPAN,
+        "version": NOISE_VERSION,
+    }
+    launch = Launch(constants, 4, 3)
+    yield _job("draw: noise", gumbel_triton._draw_block, types, launch, {"blocks"})
+
+
+def _job(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    launch: Launch,
+    odd: AbstractSet[str] = frozenset(),
+    options: Mapping[str, Any] | None = None,
+) -> Job:
+    """`odd`: numbers that need not be multiples of 16."""
+    chosen = {"num_warps": launch.warps, "num_stages": launch.stages, **(options or {})}
+    return Job(name, kernel, types, launch.constants, frozenset(types) - odd, chosen)
