@@ -14,8 +14,9 @@ the server sets them.
 
 "exact mode" is int8n with drafts by the upper halves of its own pages.
 
-Capacity is counted in bytes of pages for Qwen3-8B. Attention is timed on native kernels in bf16:
-one sequence, in turns, medians.
+Capacity is counted in bytes of pages for Qwen3-8B and a sequence of 8,192 tokens. Attention is
+timed on native kernels in bf16: one sequence, in turns, medians. `--sink` and `--window` give all
+formats dense windows, which count in quality and capacity; native kernels do not read them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from engine.llm import LLM
 from kernels.cpu.build import start_build
 from kernels.cpu.ops import NativeOps
 from kernels.kv.codec import Affine
-from kernels.kv.format import KVFormat, page_bytes
+from kernels.kv.format import KVFormat, dense_rows, page_bytes, windows_of
 from kernels.kv.presets import AUTO, PRESETS, layer_formats
 from kernels.ops import AttentionLayer
 from makers.demo_data import Corpus, Mixture
@@ -50,6 +51,7 @@ from models.decoder import Decoder, DecoderLayer
 from models.loader import load_decoder
 from scheduler.request import SamplingParams
 from worker.kv_quality import PAGE, Distance, Reader, one_row
+from worker.window_pages import dense_page_count
 
 CPU = torch.device("cpu")
 BUCKETS = (0, 256, 1024, 4096)  # positions
@@ -58,6 +60,7 @@ LOSS = {"int8n": 0.001, "int4h": 0.01, "int4h64": 0.01, "k4v2h": 0.03}
 SAME = {"int8n": 0.995}
 CAPACITY = {"int8n": 1.9, "int4h": 3.3, "k4v2h": 3.8}
 AFFINE = [name for name, preset in PRESETS.items() if isinstance(preset.keys(), Affine)]
+CONTEXT = 8192  # tokens
 HALF_BITS, WHOLE_BITS = 4.25, 8.25  # of int8n's numbers in a head of 128, with their scales
 SLOWER = 2.5  # times the time of dense attention, at most
 QWEN3_8B = {"layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -85,9 +88,18 @@ def inject_outliers(decoder: Decoder, seed: int = 0) -> None:
         output /= value.repeat_interleave(group, 0).flatten()
 
 
-def formats_of(reader: Reader, name: str, boundary: int | None = None) -> list[KVFormat]:
+Windowing = tuple[int, int]  # first tokens and block of the latest that are dense
+
+
+def formats_of(
+    reader: Reader,
+    name: str,
+    boundary: int | None = None,
+    windows: Windowing = (0, 0),
+) -> list[KVFormat]:
     spec = reader.model.spec
-    return layer_formats(name, spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim, boundary)
+    shape = (spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
+    return layer_formats(name, *shape, boundary, None, *((0, 0) if name == AUTO else windows))
 
 
 def quality(
@@ -96,6 +108,7 @@ def quality(
     texts: Sequence[Sequence[int]],
     label: str,
     boundary: int | None = None,
+    windows: Windowing = (0, 0),
 ) -> tuple[list[tuple[str, ...]], list[Row]]:
     """Lines by format and position, and the rows that have a target."""
     found = {(name, bucket): Distance() for name in names for bucket in range(len(BUCKETS) - 1)}
@@ -104,7 +117,8 @@ def quality(
         following = torch.tensor(tokens[1:])
         dense = reader.log_probabilities(tokens, formats_of(reader, AUTO))[:-1]
         for name in names:
-            other = reader.log_probabilities(tokens, formats_of(reader, name, boundary))[:-1]
+            forms = formats_of(reader, name, boundary, windows)
+            other = reader.log_probabilities(tokens, forms)[:-1]
             whole[name].add(other, dense, following)
             for bucket in range(len(BUCKETS) - 1):
                 part = slice(BUCKETS[bucket], BUCKETS[bucket + 1])
@@ -205,14 +219,21 @@ def exact_mode(model: Path, lengths: Sequence[int], cache: str | None) -> list[R
     return rows
 
 
-def capacity(formats: Sequence[str]) -> list[Row]:
-    """Tokens in the bytes of one dense token."""
+def capacity(formats: Sequence[str], windows: Windowing) -> list[Row]:
+    """Tokens in the bytes of one dense token, for a sequence of `CONTEXT` and its windows."""
     layers, heads = QWEN3_8B["layers"], QWEN3_8B["kv_heads"]
     dim = QWEN3_8B["head_dim"]
+    dtype = torch.bfloat16
 
     def size(name: str) -> int:
-        forms = layer_formats(name, layers, heads, PAGE, dim)
-        return sum(page_bytes(form, heads, PAGE, dim, torch.bfloat16) for form in forms)
+        near = (0, 0) if name == AUTO else windows
+        forms = layer_formats(name, layers, heads, PAGE, dim, None, None, *near)
+        copies = dense_page_count(windows_of(forms), 1, PAGE, 0)
+        return sum(
+            (CONTEXT // PAGE + dense_rows(form, copies, heads, PAGE, dim, dtype))
+            * page_bytes(form, heads, PAGE, dim, dtype)
+            for form in forms
+        )
 
     return [
         Row(
@@ -268,6 +289,8 @@ def parser() -> argparse.ArgumentParser:
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--length", type=int, default=2048, help="tokens of each")
     add("--boundary", type=int, help="layers at each end in 8 bits; default: as the server has it")
+    add("--sink", type=int, default=0, help="first tokens that are dense")
+    add("--window", type=int, default=0, help="block of the latest tokens that is dense")
     add("--own", type=int, default=4000, help="tokens of the text that the model writes itself")
     add("--own-formats", nargs="*", choices=list(PRESETS), default=["int8n", "int4h", "k4v2h"])
     add("--needles", type=int, default=20, help="questions about hidden facts; 0: none")
@@ -291,7 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     decoder = load_decoder(args.model, dtype=torch.float32, device=CPU)
     reader = Reader(decoder, ops, torch.float32, CPU)
-    plain = quality(reader, args.formats, texts, "held-out", args.boundary)
+    windows = (args.sink, args.window)
+    plain = quality(reader, args.formats, texts, "held-out", args.boundary, windows)
     exact = reader.log_probabilities(texts[0], formats_of(reader, AUTO))
     for name in args.own_formats:
         own = own_text(args.model, name, args.own, args.cache_dir)
@@ -299,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += found[0]
     inject_outliers(decoder)
     changed = reader.log_probabilities(texts[0], formats_of(reader, AUTO)).exp() - exact.exp()
-    outliers = quality(reader, args.formats, texts, "outliers", args.boundary)
+    outliers = quality(reader, args.formats, texts, "outliers", args.boundary, windows)
     lines = [*plain[0], *outliers[0], *lines]
     rows += [*plain[1], *outliers[1]]
     rows.append(
@@ -318,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(Row(f"{name}: hidden facts told", told))
     if args.exact_lengths:
         rows += exact_mode(args.model, args.exact_lengths, args.cache_dir)
-    rows += capacity(args.formats)
+    rows += capacity(args.formats, windows)
     rows += attention_times(ops, args.formats, 8192, args.rounds)
     header = ("text", "format", "positions", "loss", "KL, nats", "same first choice")
     print(table(header, lines) + "\n")

@@ -9,8 +9,8 @@ benchmarks/scheduling_policies.py); a forward of the draft model is taken to cos
 a row, or nothing, as with drafters that only look things up. Counted are the tokens of a fixed time
 in which somebody always waits.
 
-The last rows are about working ahead on a device of its own, where a forward takes 1.2 ms: while the
-target verifies, the draft model goes on for the likely outcomes. How many corrections it has
+The last rows are about working ahead on a device of its own, where a forward takes 1.2 ms: while
+the target verifies, the draft model goes on for the likely outcomes. How many corrections it has
 foreseen is an assumption.
 """
 
@@ -39,8 +39,8 @@ from scheduler.trace import TraceRequest
 MOST = 8
 MODEL = DraftingCosts(forward=0.6e-3, token=0.01e-3)
 FREE = DraftingCosts(forward=0.0)
-# Of corrections, where the drafter works ahead: that the target's choice is the drafter's second one,
-# which both draw with the same noise. Simulated pairs of distributions give 0.58 to 0.76.
+# Of corrections, where the drafter works ahead: that the target's choice is the drafter's second
+# one, which both draw with the same noise. Simulated pairs of distributions give 0.58 to 0.76.
 FORESEEN = 0.65
 CHANCES = {
     "0.2": (0.2,),

@@ -32,7 +32,7 @@ from kernels.cpu.build import BuildError, start_build
 from kernels.cpu.ops import NativeOps
 from kernels.cpu.packed import native_format
 from kernels.kv.calibration import Calibration
-from kernels.kv.format import KVFormat
+from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import HALVES, layer_formats
 from kernels.linear.prepare import LinearMode, isolate_rows, prepare_linears
 from kernels.linear.quantized import is_quantized, parameter_count, weight_bytes
@@ -49,7 +49,7 @@ from worker.device import DTYPES, Device, DeviceError, available_host_memory, re
 from worker.drafters.registry import COARSE
 from worker.executor import Executor, ThreadExecutor
 from worker.graphs import Buckets, graph_bytes
-from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
+from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, window_bytes
 from worker.native import native_runner
 from worker.ranks import LeadingRunner
 from worker.runner import EagerRunner, Runner
@@ -58,6 +58,7 @@ from worker.sampling_state import SlotSampling
 from worker.sizing import MIB, Budget, BudgetError, activation_bytes, plan_budget
 from worker.slots import SlotTable
 from worker.transfer import transfer_for
+from worker.window_pages import WindowPages, dense_page_count
 from worker.worker import Worker, WorkerFacts
 
 if TYPE_CHECKING:
@@ -159,7 +160,12 @@ def _build(
     if small is not None:  # a page of the target's has one of the draft model's beside it
         page += page_bytes(small.spec, config.cache.page_size, dtype)
     num_slots, page_size = config.schedule.max_num_seqs + 1, config.cache.page_size
-    slots = SlotTable(num_slots, max_model_len, page_size, device.torch_device)
+    windows, copies = windows_of(formats), dense_pages_of(config, device, formats)
+    near: WindowPages | None = None
+    if windows is not None:
+        most = -(-max_model_len // page_size)
+        near = WindowPages(windows, copies, num_slots, most, page_size, device.torch_device)
+    slots = SlotTable(num_slots, max_model_len, page_size, device.torch_device, near)
     sampling = SlotSampling(num_slots, spec.vocab_size, device.torch_device)
     sampler = Sampler(sampling, slots.tokens)
     executor: Executor
@@ -196,7 +202,8 @@ def _build(
         forward = activations_of(config, spec, dtype, device, buckets.tokens[-1])
         models = [spec] if small is None else [spec, small.spec]
         graphs = sum(graph_bytes(buckets, forward, m.hidden_size, dtype.itemsize) for m in models)
-    budget = budget_of(config, device, page, max_model_len, before, activations, graphs)
+    dense = window_bytes(spec, copies, page_size, dtype, formats)
+    budget = budget_of(config, device, page, dense, max_model_len, before, activations, graphs)
     if ranks is not None:
         pages, host_pages = ranks.allocate(budget.num_pages, budget.host_pages)
         limit = budget.limit if pages == budget.num_pages else "another rank's memory"
@@ -204,7 +211,7 @@ def _build(
         log.info("%d ranks; the budget is that of rank 0, its part of weights and KV", shard.size)
     log.info("%s", budget)
     kv = allocate_pool(
-        spec, budget.num_pages, budget.page_size, dtype, device.torch_device, formats
+        spec, budget.num_pages, page_size, dtype, device.torch_device, formats, copies
     )
     # One more: page 0 is as little used as on the device.
     host = allocate_host_pool(kv, budget.host_pages + 1) if budget.host_pages else []
@@ -224,6 +231,7 @@ def _build(
         small,
         Draft(runner, spec, dtype, size),
         kv,
+        budget.num_pages,
         _step_tokens(config, device),
         record,
     )
@@ -272,6 +280,7 @@ def _build(
         max_step_tokens=_step_tokens(config, device),
         max_model_len=max_model_len,
         enable_prefix_cache=config.cache.enable_prefix_cache,
+        prefix_block=0 if windows is None else windows.block,
         host_pages=budget.host_pages,
         hash_root=chain_root(
             str(folder.resolve()).encode(),
@@ -307,7 +316,7 @@ def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFo
             calibration = _calibration(Path(cache.kv_calibration))
             calibration.check(cache.kv_format, (spec.num_layers, spec.num_kv_heads, spec.head_dim))
             calibration = calibration.part(*shard.kv_piece(spec.num_kv_heads))
-        return layer_formats(
+        formats = layer_formats(
             cache.kv_format,
             spec.num_layers,
             shard.spec(spec).num_kv_heads,
@@ -315,9 +324,27 @@ def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFo
             spec.head_dim,
             cache.kv_boundary_layers,
             calibration,
+            cache.kv_sink,
+            cache.kv_window,
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
+    if COARSE in drafter_names(config.speculation) and windows_of(formats) is not None:
+        raise StartupError(
+            f"the drafter `{COARSE}` does not read dense windows: serve without --kv-window and "
+            "--kv-sink."
+        )
+    return formats
+
+
+def dense_pages_of(config: EngineConfig, device: Device, formats: Sequence[KVFormat]) -> int:
+    """Those of dense windows, for all slots and the largest step; 0 where there are none."""
+    return dense_page_count(
+        windows_of(formats),
+        config.schedule.max_num_seqs + 1,
+        config.cache.page_size,
+        _step_tokens(config, device),
+    )
 
 
 def _calibration(file: Path) -> Calibration:
@@ -354,11 +381,13 @@ def budget_of(
     config: EngineConfig,
     device: Device,
     page: int,
+    windows: int,
     max_model_len: int,
     before: int,
     activations: int,
     graphs: int,
 ) -> Budget:
+    """`page`: bytes of one, over all layers; `windows`: of dense windows beside the pages."""
     cache = config.cache
     available = device.available_memory()
     return plan_budget(
@@ -368,6 +397,7 @@ def budget_of(
         weights=max(before - available, 0),
         activations=activations,
         page_bytes=page,
+        window_bytes=windows,
         page_size=cache.page_size,
         max_model_len=max_model_len,
         max_num_seqs=config.schedule.max_num_seqs,

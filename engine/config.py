@@ -114,6 +114,17 @@ class CacheConfig:
         "First layers, and last, whose keys and values get 8 bits. Default: as the format asks for,"
         " at most two.",
     )
+    kv_window: int = option(
+        0,
+        "Latest tokens whose keys and values are dense beside a format of fewer bits: those since"
+        " the last multiple of so many, a multiple of page_size. Cached prefixes end at such"
+        " multiples. 0: none. Read by plain torch alone, so much slower on a CPU. See docs/kv.md.",
+    )
+    kv_sink: int = option(
+        0,
+        "First tokens whose keys and values are dense beside a format of fewer bits. 0: none. As"
+        " slow as kv_window.",
+    )
     memory_fraction: float = option(
         0.9,
         "Share of the device's memory to use, weights and activations included.",
@@ -258,7 +269,8 @@ class SpeculationConfig:
     draft_ahead: Literal["auto", "on", "off"] = option(
         "auto",
         "Whether the draft model goes on for the likeliest outcome while its drafts are verified:"
-        " `auto` finds out whether that is faster. It takes one of a CPU's threads.",
+        " `auto` finds out whether that is faster, on a CPU, where it takes one of the threads; on"
+        " a GPU it has not run yet and has to be asked for.",
     )
 
 

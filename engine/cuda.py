@@ -59,7 +59,8 @@ def measured_activations(
     """
     device, rows = slots.tokens.device, len(slots.epoch) - 1
     pages = profile_pages(step_tokens, slots.page_size)
-    pool = allocate_pool(spec, pages, slots.page_size, dtype, device, formats)
+    copies = 0 if slots.windows is None else slots.windows.count
+    pool = allocate_pool(spec, pages, slots.page_size, dtype, device, formats, copies)
     facts = WorkerFacts(spec.vocab_size, max_model_len, pages, slots.page_size, "", "")
     executor = StreamExecutor(torch.get_num_threads(), device)
     transfer = transfer_for(device)
@@ -93,10 +94,14 @@ def graph_buckets(
     """The sizes of steps that will be recorded; None if none can or shall be."""
     if not config.cuda_graphs:
         return None
-    if not (isinstance(runner, EagerRunner) and runner.capturable):
+    if not can_be_recorded(runner):
         log.warning("no CUDA graphs: %s arithmetic of this model cannot be recorded", runner.name)
         return None
     return Buckets.of(rows, drafts, max_model_len, page_size)
+
+
+def can_be_recorded(runner: Runner) -> bool:
+    return isinstance(runner, EagerRunner) and runner.capturable
 
 
 def recorded(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, SpeculationConfig
-from engine.cuda import Recording, as_it_is
+from engine.cuda import Recording, as_it_is, can_be_recorded
 from engine.errors import StartupError
 from engine.scheduling import drafter_names
 from models.decoder import Decoder
@@ -83,29 +83,33 @@ def build_drafting(
     draft: Draft | None,
     target: Draft,
     kv: Sequence[Tensor],
+    num_pages: int,
     step_tokens: int,
     record: Recording = as_it_is,
 ) -> Drafting | None:
-    """None where nobody guesses. `target`: the model that is served, `kv` its pool. `record`: of
-    the draft model's steps."""
+    """None where nobody guesses. `target`: the model that is served, `kv` its pool of `num_pages`
+    pages. `record`: of the draft model's steps."""
     names = drafter_names(config)
     if not names:
         return None
     model: ModelDrafter | None = None
     beside = _beside(config, slots.tokens.device)
     if draft is not None:
-        pages, device = kv[0].shape[0], slots.tokens.device
+        device = slots.tokens.device
         spare = SPARE_PAGES if beside is not None else 0
-        own = allocate_pool(draft.spec, pages + spare, slots.page_size, draft.dtype, device)
+        own = allocate_pool(draft.spec, num_pages + spare, slots.page_size, draft.dtype, device)
         model = ModelDrafter(
-            record(draft.runner, own, draft.spec, draft.dtype),
+            # Nothing may be recorded on one thread while another computes.
+            record(draft.runner, own, draft.spec, draft.dtype)
+            if beside is None and can_be_recorded(draft.runner)
+            else draft.runner,
             own,
             slots,
             sampler,
             draft.parameters,
             draft.spec.vocab_size,
             step_tokens,
-            spare_pages=range(pages, pages + spare),
+            spare_pages=range(num_pages, num_pages + spare),
         )
     elif COARSE in names:
         model = ModelDrafter(
@@ -131,7 +135,9 @@ def build_drafting(
 def _beside(config: SpeculationConfig, device: torch.device) -> Beside | None:
     """Where the draft model works ahead, if it can and may. Raises `StartupError`."""
     drafts = MODEL in drafter_names(config)
-    if config.draft_ahead != "off" and drafts and Beside.possible(device):
+    # On a GPU, where it has never run, it has to be asked for.
+    wanted = config.draft_ahead == "on" or (config.draft_ahead == "auto" and device.type == "cpu")
+    if wanted and drafts and Beside.possible(device):
         return Beside(device)
     if config.draft_ahead == "on":
         raise StartupError(

@@ -16,7 +16,15 @@ import msgspec
 import torch
 
 from engine.backends import choose_backend
-from engine.build import activations_of, budget_of, context_of, dtype_of, eager_runner, formats_of
+from engine.build import (
+    activations_of,
+    budget_of,
+    context_of,
+    dense_pages_of,
+    dtype_of,
+    eager_runner,
+    formats_of,
+)
 from engine.errors import StartupError
 from engine.launch import Failed
 from engine.ranks import FollowerLaunch, Line, Pool, RankReport, Ready, Room, Started, encode_line
@@ -25,7 +33,7 @@ from models.loader import load_model, read_spec
 from models.parallel import Shard
 from models.weights import resolve_checkpoint
 from worker.device import DeviceError, resolve_device
-from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes
+from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, window_bytes
 from worker.process_group import GroupError, join
 from worker.ranks import Command, Follower
 from worker.sizing import BudgetError
@@ -126,9 +134,11 @@ def build(launch: FollowerLaunch, reports: _Reports) -> Follower:
     spec, page_size = model.spec, config.cache.page_size
     page = page_bytes(spec, page_size, dtype, formats)
     activations = activations_of(config, spec, dtype, device)
-    budget = budget_of(config, device, page, max_model_len, before, activations, graphs=0)
+    copies = dense_pages_of(config, device, formats)
+    dense = window_bytes(spec, copies, page_size, dtype, formats)
+    budget = budget_of(config, device, page, dense, max_model_len, before, activations, graphs=0)
     reports.say(Room(budget.num_pages, budget.host_pages))
     pool = _pool.decode(next_line())
-    kv = allocate_pool(spec, pool.pages, page_size, dtype, place, formats)
+    kv = allocate_pool(spec, pool.pages, page_size, dtype, place, formats, copies)
     host = allocate_host_pool(kv, pool.host_pages + 1) if pool.host_pages else []
     return Follower(runner, kv, host, collective, spec.hidden_size, dtype, place)

@@ -14,9 +14,11 @@ class CoarseOps:
 
     def __init__(self, ops: Ops) -> None:
         self.name = f"{ops.name}, coarse"
-        self.capturable = ops.capturable
         self._ops = ops
         self._layers: dict[int, tuple[AttentionLayer, AttentionLayer]] = {}  # by id, both kept
+
+    def captures(self, layer: AttentionLayer) -> bool:
+        return self._ops.captures(self._coarse(layer))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._ops.rms_norm(x, weight, eps)

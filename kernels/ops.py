@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.kv.format import DENSE, KVFormat
+from kernels.kv.windows import DensePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class AttentionBatch:
     # Host-side bounds, so that no kernel has to read a length back from the device.
     max_query: int  # the longest row of this step, tokens
     max_kv: int  # an upper bound of kv_lengths
+    copies: DensePages | None = None  # where windows of packed pages are dense
     # For attention that plans on the host (`kernels.flashinfer`); None: it reads lengths back.
     host: HostRows | None = None
 
@@ -59,10 +61,13 @@ class Ops(Protocol):
     """One implementation per device. Nothing here may synchronise with the host."""
 
     name: str
-    # Whether a step can be recorded and repeated on other contents of the same tensors: what is
-    # launched follows from shapes and from the batch's host-side bounds alone, rows without tokens
-    # included, and what is derived from a batch is kept for that very object.
-    capturable: bool
+
+    def captures(self, layer: AttentionLayer) -> bool:
+        """Whether a step can be recorded and repeated on other contents of the same tensors, as far
+        as this layer's heads and pages go: what is launched follows from shapes and from the
+        batch's host-side bounds alone, rows without tokens included, and what is derived from a
+        batch is kept for that very object."""
+        ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm (Zhang & Sennrich 2019). x: [..., hidden]; computed in fp32, x's dtype out."""

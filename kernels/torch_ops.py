@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels import activation, norm
-from kernels.attention.paged import QueryGroup, attend_group, plan_queries
+from kernels.attention.paged import attend_group, plan_queries
+from kernels.attention.tiles import QueryGroup
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.rope import rotate
 
@@ -19,12 +20,14 @@ class TorchOps:
     """
 
     name = "torch"
-    capturable = False  # ragged steps read lengths on the host
 
     def __init__(self) -> None:
         # The grouping of queries is the same in all layers of a step, so it is kept.
         self._planned: AttentionBatch | None = None
         self._groups: tuple[QueryGroup, ...] = ()
+
+    def captures(self, layer: AttentionLayer) -> bool:
+        return False  # ragged steps read lengths on the host
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
@@ -59,7 +62,7 @@ class TorchOps:
         self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
     ) -> None:
         """See `kernels.ops.Ops.append`."""
-        layer.kv.append(k, v, kv, batch.kv_slots)
+        layer.kv.append(k, v, kv, batch.kv_slots, batch.copies)
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         """See `kernels.ops.Ops.attend`."""

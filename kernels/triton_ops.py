@@ -133,11 +133,15 @@ class TritonOps:
         """attention: over dense pages; default: our kernel."""
         self.name = "triton" if attention is None else f"triton, {attention.name}"
         attention = attention or TritonAttention()
-        self.capturable = attention.capturable
+        self._capturable = attention.capturable
         self._dense = DensePages(attention)
         self._torch = TorchOps()
         # By a format's id, with the format itself, so that no id is used twice; and head size.
         self._pages: dict[tuple[int, int], tuple[KVFormat, Pages]] = {}
+
+    def captures(self, layer: AttentionLayer) -> bool:
+        """Not what torch reads, which looks at lengths on the host."""
+        return self._capturable and self.pages(layer) is not self._torch
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm_triton.rms_norm(x, weight, eps)
@@ -178,7 +182,7 @@ class TritonOps:
         # Formats derived from these may do anything else, so they are torch's.
         if type(layer.kv) is Dense and dense_triton.takes(layer):
             return self._dense
-        if type(layer.kv) is Paged:
+        if type(layer.kv) is Paged and layer.kv.windows is None:
             try:
                 return PackedPages(layer.kv)
             except ValueError:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels.kv.format import KVFormat
 from kernels.linear.dense import DenseLinear
-from kernels.ops import AttentionBatch, Ops
+from kernels.ops import AttentionBatch, AttentionLayer, Ops
 from models.layers import Attention, Mlp, Target, linear_targets, weight
 from models.moe import Moe
 from models.parallel import ALONE, Collective, Cut, Shard
@@ -124,6 +124,11 @@ class Decoder(nn.Module):
         for layer, form in zip(self.layers, formats, strict=True):
             assert isinstance(layer, DecoderLayer)
             layer.attention.layer = replace(layer.attention.layer, kv=form)
+
+    def attention_layers(self) -> list[AttentionLayer]:
+        """With the formats in use."""
+        attentions = [layer.attention for layer in self.layers if isinstance(layer, DecoderLayer)]
+        return [attention.layer for attention in attentions]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden] -> [rows, vocab] fp32, on rank 0."""

@@ -44,6 +44,8 @@ def fit_curve(
     starts, ends = np.array(knots[:-1]), np.array(knots[1:])
     ramps = np.clip(size[:, None] - starts, 0.0, ends - starts)
     extra = np.asarray(others, dtype=np.float64).reshape(len(size), -1)
+    # What never changes says nothing that the curve's own constant does not.
+    extra = np.where(np.ptp(extra, axis=0) > 0.0, extra, 0.0)
     features = np.hstack([np.ones((len(size), 1)), ramps, extra])
     target = np.asarray(seconds, dtype=np.float64)
     weights = nonnegative(features / target[:, None], np.ones(len(size)))

@@ -24,6 +24,12 @@ class Hits(NamedTuple):
     def on_device(self) -> list[int]:
         return [page for page in self.pages if page] if self.loads else self.pages
 
+    def cut(self, pages: int) -> None:
+        """Does without those behind the first `pages`."""
+        dropped = self.pages[pages:].count(NULL_PAGE)
+        del self.pages[pages:]
+        del self.loads[len(self.loads) - dropped :]
+
 
 class Memory:
     """Slots and pages of one worker.
@@ -58,10 +64,15 @@ class Memory:
         if not self._config.enable_prefix_cache and not (self.host and sequence.preemptions):
             return Hits([], [])
         count = (len(sequence.tokens) - 1) // self._config.page_size
+        block = max(self._config.prefix_block // self._config.page_size, 1)
+        count -= count % block
         found = Hits(self._index.match(sequence.chain, sequence.tokens, count), [])
-        return found if self.host is None else self._load_more(found, sequence, count)
+        if self.host is not None:
+            self._load_more(found, sequence, count)
+        found.cut(len(found.pages) - len(found.pages) % block)
+        return found
 
-    def _load_more(self, found: Hits, sequence: Sequence, count: int) -> Hits:
+    def _load_more(self, found: Hits, sequence: Sequence, count: int) -> None:
         """Goes on where the device has lost a page but the host has it."""
         assert self.host is not None
         pages, loads = found.pages, found.loads
@@ -75,7 +86,6 @@ class Memory:
                 page = NULL_PAGE
                 loads.append(source)
             pages.append(page)
-        return found
 
     def pin(self, hits: Hits) -> None:
         """Keeps hits where they are until `seat`."""

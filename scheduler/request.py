@@ -251,6 +251,9 @@ class SchedulerConfig:
     max_step_tokens: int = 2048  # token budget of one step, prefill chunks and decodes together
     max_model_len: int = 8192
     enable_prefix_cache: bool = True
+    # A cached prefix ends at a multiple of so many tokens: nothing after one reads what only those
+    # who computed the tokens before it had (`kernels.kv.windows`). 0: it ends with any page.
+    prefix_block: int = 0
     host_pages: int = 0  # in host memory, where the pages of paused sequences wait; 0: no swapping
     hash_root: bytes = b""  # model, weights, KV format: what makes pages comparable
     max_queued_requests: int = 2048
@@ -271,6 +274,10 @@ class SchedulerConfig:
         check(self.num_pages >= 2, "num_pages must be at least 2: page 0 is the null page")
         check(self.host_pages >= 0, "host_pages must not be negative")
         check(self.page_size >= 1, "page_size must be at least 1")
+        check(
+            self.prefix_block >= 0 and self.prefix_block % self.page_size == 0,
+            "prefix_block must be a multiple of page_size",
+        )
         check(self.max_num_seqs >= 1, "max_num_seqs must be at least 1")
         check(
             self.max_step_tokens >= self.max_num_seqs,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_bench, gpu_check, scheduling, serving, speculation
+from benchmarks import gpu_bench, gpu_check, kv_formats, scheduling, serving, speculation
 from cli import calibrate, document, plan, quantize, simulate
 from cli import profile as profiling
 from cli.options import options
@@ -89,6 +89,7 @@ def test_options_exist(page: Path) -> None:
         plan.parser(),
         scheduling.parser(),
         speculation.parser(),
+        kv_formats.parser(),
         gpu_check.parser(),
         gpu_bench.parser(),
     ):

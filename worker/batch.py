@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch
 from scheduler.plan import Row
+from worker.drafters.spans import span_batch
 from worker.slots import SlotTable
 from worker.transfer import Transfer
 
@@ -58,9 +59,10 @@ def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> St
     Writes the chunks into the token table, and pages added since the last step into the page
     table. A live row's position is read from the device's own arrays, never from the host, so this
     can run before the previous step's result is known there. All that the host knows is sent to
-    the device in one copy.
+    the device in one copy, but for dense windows, whose pages are found by `SlotTable.bound` and
+    told one by one; where there are any it must be exact.
     """
-    device, page_size = slots.tokens.device, slots.page_size
+    device, page_size, windows = slots.tokens.device, slots.page_size, slots.windows
     counts: list[int] = []
     starts = [0]  # of the rows' tokens
     chunk_tokens: list[int] = []
@@ -83,6 +85,8 @@ def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> St
             sample_at += range(at + count - reads, at + count)
             sample_slots += [row.slot] * reads
             sample_starts.append(len(sample_at))
+        if windows is not None:
+            windows.cover(row.slot, slots.bound[row.slot], slots.bound[row.slot] + count)
         slots.bound[row.slot] += count
         max_kv = max(max_kv, slots.bound[row.slot])
     total = starts[-1]
@@ -127,16 +131,18 @@ def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> St
             slots.tokens[token_slots, positions] = values
         else:
             slots.tokens[token_slots[chunk_rows], positions[chunk_rows]] = values
+    pages = -(-max_kv // page_size)
     attention = AttentionBatch(
         positions=positions,
         token_rows=token_rows,
         query_starts=query_starts,
         kv_lengths=kv_lengths.to(torch.int32),
-        page_table=slots.page_table[row_slots, : -(-max_kv // page_size)],
+        page_table=slots.page_table[row_slots, :pages],
         kv_slots=slots.page_table[token_slots, positions // page_size].long() * page_size
         + positions % page_size,
         max_query=max(counts),
         max_kv=max_kv,
+        copies=None if windows is None else windows.of(row_slots, token_slots, positions, pages),
     )
     return StepBatch(
         rows=tuple(rows),
@@ -157,6 +163,25 @@ def build_batch(rows: Sequence[Row], slots: SlotTable, transfer: Transfer) -> St
         ),
         advance=1 if plain else advance,
     )
+
+
+def sink_batch(slots: SlotTable, ends: Sequence[tuple[int, int]]) -> tuple[Tensor, AttentionBatch]:
+    """The first positions of slots, (slot, behind the last) each, whose packed pages the pool has.
+
+    Returns token ids, [tokens] int64, and a step that writes dense copies only.
+    """
+    windows = slots.windows
+    assert windows is not None
+    for slot, end in ends:
+        windows.cover(slot, 0, end)
+    batch = span_batch(slots, [(slot, 0, end) for slot, end in ends])
+    at = batch.positions
+    row_slots = torch.tensor([slot for slot, _ in ends], device=at.device)
+    token_slots = row_slots[batch.token_rows]
+    pages = batch.page_table.shape[1]
+    null = at % slots.page_size  # in page 0
+    copies = windows.of(row_slots, token_slots, at, pages)
+    return slots.tokens[token_slots, at].long(), replace(batch, kv_slots=null, copies=copies)
 
 
 def _numbered(starts: Sequence[int]) -> list[int]:

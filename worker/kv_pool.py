@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.kv.format import DENSE, KVFormat
+from kernels.kv.format import DENSE, KVFormat, dense_rows
 from kernels.kv.format import page_bytes as layer_page_bytes
 from models.spec import ModelSpec
 from scheduler.plan import PageCopy
@@ -27,6 +27,22 @@ def page_bytes(
     return sum(layer_page_bytes(layer, heads, page_size, dim, dtype) for layer in layers)
 
 
+def window_bytes(
+    spec: ModelSpec,
+    dense_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    formats: Sequence[KVFormat],
+) -> int:
+    """Bytes of the dense pages behind those of the layers that have windows."""
+    heads, dim = spec.num_kv_heads, spec.head_dim
+    return sum(
+        dense_rows(layer, dense_pages, heads, page_size, dim, dtype)
+        * layer_page_bytes(layer, heads, page_size, dim, dtype)
+        for layer in formats
+    )
+
+
 def allocate_pool(
     spec: ModelSpec,
     num_pages: int,
@@ -34,15 +50,18 @@ def allocate_pool(
     dtype: torch.dtype,
     device: torch.device,
     formats: Sequence[KVFormat] | None = None,
+    dense_pages: int = 0,
 ) -> list[Tensor]:
     """Per layer [num_pages, *page_shape], see `kernels.kv.format.KVFormat`. `formats`: of the
-    layers' pages, dense if nothing is said.
+    layers' pages, dense if nothing is said. Layers with windows have room for `dense_pages` dense
+    ones behind.
 
     Zero, so that a padded read of a page never written is finite.
     """
-    pool = []
+    pool, heads, dim = [], spec.num_kv_heads, spec.head_dim
     for layer in formats or [DENSE] * spec.num_layers:
-        shape = (num_pages, *layer.page_shape(spec.num_kv_heads, page_size, spec.head_dim))
+        rows = num_pages + dense_rows(layer, dense_pages, heads, page_size, dim, dtype)
+        shape = (rows, *layer.page_shape(heads, page_size, dim))
         kind = layer.pool_dtype(dtype)
         if device.type == "cpu":
             pool.append(_mapped_zeros(shape, kind))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.cpu.packed import native_format
 from kernels.kv.format import DENSE, Dense, KVFormat
+from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch, Ops
 from kernels.torch_ops import TorchOps
 from models.model import LanguageModel
@@ -41,7 +42,7 @@ class Reader:
     def _read(self, tokens: Sequence[int], formats: Sequence[KVFormat]) -> Tensor:
         pages = -(-len(tokens) // PAGE)
         spec = self.model.spec
-        kv = allocate_pool(spec, pages + 1, PAGE, self.dtype, self.device, formats)
+        kv = allocate_pool(spec, pages + 1, PAGE, self.dtype, self.device, formats, pages + 1)
         runner = EagerRunner(self.model, self._ops_for(formats))
         found = []
         with torch.inference_mode():
@@ -82,7 +83,14 @@ class _Listening(Dense):
         self._count = 0
         self._sum: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        kv: Tensor,
+        kv_slots: Tensor,
+        copies: DensePages | None = None,
+    ) -> None:
         super().append(k, v, kv, kv_slots)
         counted = k[max(SINKS - self.seen, 0) :].float()
         self.seen += k.shape[0]
@@ -98,17 +106,19 @@ class _Listening(Dense):
 def one_row(
     start: int, count: int, pages: int, device: torch.device | None = None
 ) -> AttentionBatch:
-    """A step of one sequence on pages 1, 2, ... of `PAGE` positions."""
+    """A step of one sequence on pages 1, 2, ... of `PAGE` positions, dense copies likewise."""
     positions = torch.arange(start, start + count, device=device)
+    table = torch.arange(1, pages + 1, dtype=torch.int32, device=device)[None]
     return AttentionBatch(
         positions=positions,
         token_rows=torch.zeros(count, dtype=torch.int64, device=device),
         query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
         kv_lengths=torch.tensor([start + count], dtype=torch.int32, device=device),
-        page_table=torch.arange(1, pages + 1, dtype=torch.int32, device=device)[None],
+        page_table=table,
         kv_slots=positions + PAGE,
         max_query=count,
         max_kv=start + count,
+        copies=DensePages(table, positions + PAGE, pages + 1),
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.chain import NativeChain
+from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch
 from models.parallel import Collective, CollectiveError
 from scheduler.plan import PageCopy
@@ -39,6 +40,7 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
     pages: int  # columns of the page table
     max_query: int
     max_kv: int
+    dense_pages: int = 0  # of the pool, where windows have any
     coarse: bool = False
 
 
@@ -117,10 +119,8 @@ class LeadingRunner:
         kv: Sequence[Tensor],
         read: Tensor | None = None,
     ) -> Tensor:
-        rows, pages = batch.page_table.shape
-        command = Forward(len(ids), rows, pages, batch.max_query, batch.max_kv, coarse=self._coarse)
         with self._together():
-            self._followers.tell(command)
+            self._followers.tell(shape_of(ids, batch, coarse=self._coarse))
             self._collective.broadcast(packed(ids, batch))
             return self._inner.forward(ids, batch, kv, read)
 
@@ -172,7 +172,7 @@ class Follower:
     def obey(self, command: Command) -> None:
         match command:
             case Forward():
-                size = packed_size(command.tokens, command.rows, command.pages)
+                size = packed_size(command)
                 numbers = torch.empty(size, dtype=torch.int64, device=self._device)
                 ids, batch = unpacked(self._collective.broadcast(numbers), command)
                 runner = self._coarse if command.coarse else self._runner
@@ -186,37 +186,52 @@ class Follower:
                 copy_pages(*pools, [PageCopy(*page) for page in pages])
 
 
+def shape_of(ids: Tensor, batch: AttentionBatch, *, coarse: bool = False) -> Forward:
+    rows, pages = batch.page_table.shape
+    dense = 0 if batch.copies is None else batch.copies.count
+    return Forward(len(ids), rows, pages, batch.max_query, batch.max_kv, dense, coarse)
+
+
 def packed(ids: Tensor, batch: AttentionBatch) -> Tensor:
     """All that differs from step to step, in one tensor for one broadcast: int64
     [`packed_size(…)`]."""
-    parts = (
+    parts = [
         *(ids, batch.positions, batch.token_rows, batch.kv_slots),
         *(batch.query_starts, batch.kv_lengths, batch.page_table.flatten()),
-    )
+    ]
+    if batch.copies is not None:
+        parts += [batch.copies.slots, batch.copies.table.flatten()]
     return torch.cat([part.long() for part in parts])
 
 
-def packed_size(tokens: int, rows: int, pages: int) -> int:
-    return sum(_sizes(tokens, rows, pages))
+def packed_size(shape: Forward) -> int:
+    return sum(_sizes(shape))
 
 
 def unpacked(numbers: Tensor, shape: Forward) -> tuple[Tensor, AttentionBatch]:
     """The inverse of `packed`: ids and batch."""
-    tokens, rows, pages = shape.tokens, shape.rows, shape.pages
-    ids, positions, token_rows, kv_slots, query_starts, kv_lengths, table = numbers.split(
-        _sizes(tokens, rows, pages)
+    table_shape = shape.rows, shape.pages
+    ids, positions, token_rows, kv_slots, query_starts, kv_lengths, table, *dense = numbers.split(
+        _sizes(shape)
     )
+    copies: DensePages | None = None
+    if dense:
+        slots, where = dense
+        copies = DensePages(where.int().view(table_shape), slots, shape.dense_pages)
     return ids, AttentionBatch(
         positions=positions,
         token_rows=token_rows,
         query_starts=query_starts.int(),
         kv_lengths=kv_lengths.int(),
-        page_table=table.int().view(rows, pages),
+        page_table=table.int().view(table_shape),
         kv_slots=kv_slots,
         max_query=shape.max_query,
         max_kv=shape.max_kv,
+        copies=copies,
     )
 
 
-def _sizes(tokens: int, rows: int, pages: int) -> list[int]:
-    return [tokens] * 4 + [rows + 1, rows, rows * pages]
+def _sizes(shape: Forward) -> list[int]:
+    tokens, table = shape.tokens, shape.rows * shape.pages
+    sizes = [tokens] * 4 + [shape.rows + 1, shape.rows, table]
+    return [*sizes, tokens, table] if shape.dense_pages else sizes

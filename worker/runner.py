@@ -54,8 +54,11 @@ class EagerRunner:
         self.name = ops.name
         self.chain: NativeChain | None = None
         # Experts are chosen on the host, and the library's models are anybody's.
-        dense = isinstance(model, Decoder) and model.spec.moe is None
-        self.capturable = ops.capturable and dense
+        self.capturable = (
+            isinstance(model, Decoder)
+            and model.spec.moe is None
+            and all(ops.captures(layer) for layer in model.attention_layers())
+        )
         self._model = model
         self._ops = ops
 

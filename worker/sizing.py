@@ -25,6 +25,7 @@ class Budget:
     page_size: int
     num_pages: int  # the null page included
     limit: str  # what decided the number of pages
+    window_bytes: int = 0  # of dense windows beside the pages
     host_pages: int = 0  # that may hold what paused sequences computed, in host memory
     graphs: int = 0  # what recorded steps will take
 
@@ -48,6 +49,8 @@ class Budget:
             (f"KV pool: {self.num_pages} pages of {self.page_bytes} bytes", self.pool),
             (f"host memory: {self.host_pages} pages to swap to", self.host_pages * self.page_bytes),
         ]
+        if self.window_bytes:
+            rows.insert(-1, ("dense windows", self.window_bytes))
         if not self.graphs:
             rows = [row for row in rows if not row[0].startswith("CUDA graphs")]
         lines = [f"  {name:<48}{size / MIB:>12,.1f} MiB" for name, size in rows]
@@ -88,9 +91,10 @@ def plan_budget(
     kv_bytes: int | None,
     num_pages: int | None,
     swap_bytes: int = 0,
+    window_bytes: int = 0,
     graphs: int = 0,
 ) -> Budget:
-    """Decides the number of pages.
+    """Decides the number of pages. `window_bytes` are needed beside them.
 
     An explicit `num_pages` or `kv_bytes` wins; otherwise the usable memory less the activations
     and the graphs, bounded by what `max_num_seqs` sequences of full length could ever fill and by
@@ -100,21 +104,24 @@ def plan_budget(
     if num_pages is not None:
         pages, limit = num_pages, "num_pages"
     elif kv_bytes is not None:
-        pages, limit = kv_bytes // page_bytes, "kv_bytes"
+        pages, limit = (kv_bytes - window_bytes) // page_bytes, "kv_bytes"
     else:
-        usable = int(available * fraction) - activations - graphs
+        usable = int(available * fraction) - activations - window_bytes - graphs
         pages, limit = usable // page_bytes, "memory_fraction"
         full = max_num_seqs * -(-max_model_len // page_size) + 1
         if full < pages:
             pages, limit = full, "max_num_seqs sequences of max_model_len"
-        if default_cap is not None and default_cap // page_bytes < pages:
-            pages, limit = default_cap // page_bytes, "the default pool size on a CPU (kv_bytes)"
+        if default_cap is not None and (default_cap - window_bytes) // page_bytes < pages:
+            pages = (default_cap - window_bytes) // page_bytes
+            limit = "the default pool size on a CPU (kv_bytes)"
     needed = -(-max_model_len // page_size) + 1
     if pages < needed:
+        beside = f" beside {window_bytes / MIB:,.1f} MiB of dense windows" if window_bytes else ""
         raise BudgetError(
             f"the KV pool has room for {max(pages - 1, 0) * page_size:,} token positions "
-            f"({max(pages, 0) * page_bytes / MIB:,.1f} MiB, limited by {limit}), but one sequence "
-            f"of max_model_len {max_model_len:,} needs {needed * page_bytes / MIB:,.1f} MiB: "
+            f"({max(pages, 0) * page_bytes / MIB:,.1f} MiB{beside}, limited by {limit}), "
+            f"but one sequence of max_model_len {max_model_len:,} needs "
+            f"{needed * page_bytes / MIB:,.1f} MiB: "
             "lower --max-model-len or give the pool more memory."
         )
     return Budget(
@@ -127,6 +134,7 @@ def plan_budget(
         page_size=page_size,
         num_pages=pages,
         limit=limit,
+        window_bytes=window_bytes,
         host_pages=swap_bytes // page_bytes,
         graphs=graphs,
     )

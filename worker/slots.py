@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.sampling.upload import upload
 from scheduler.plan import Admit
+from worker.window_pages import WindowPages
 
 Growth = tuple[list[int], list[int], list[int]]  # slots, places in their tables, pages
 
@@ -29,8 +30,16 @@ class SlotTable:
     computed: Tensor  # [slots] int64
     page_table: Tensor  # [slots, max_pages] int32
 
-    def __init__(self, num_slots: int, max_len: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_len: int,
+        page_size: int,
+        device: torch.device,
+        windows: WindowPages | None = None,
+    ) -> None:
         max_pages = -(-max_len // page_size)
+        self.windows = windows
         self.page_size = page_size
         self.tokens = torch.zeros(num_slots, max_len + 1, dtype=torch.int32, device=device)
         self.computed = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -47,6 +56,8 @@ class SlotTable:
         slot, cached = admit.slot, len(admit.cached)
         self.epoch[slot] = admit.epoch
         self.pages[slot] = []
+        if self.windows is not None:
+            self.windows.clear(slot)
         self.bound[slot] = cached
         self.computed[slot] = cached
         if cached:

@@ -22,7 +22,7 @@ from scheduler.plan import (
     StepResult,
 )
 from scheduler.request import SamplingParams, TokenLogprob
-from worker.batch import StepBatch, build_batch
+from worker.batch import StepBatch, build_batch, sink_batch
 from worker.drafting import Drafting
 from worker.executor import Executor, PendingStep
 from worker.kv_pool import copy_pages
@@ -162,7 +162,7 @@ class Worker:
         need, so in plain decoding the device finds its next step waiting. Positions are taken from
         the device's own arrays; `SlotTable.bound` is an upper bound until drafts are settled.
         """
-        if self._drafting is not None and self._drafting.needs_results(plan):
+        if self._needs_results(plan):
             while self._unread:
                 self._unread[0].wait()
                 self._unread[0].read()
@@ -178,6 +178,7 @@ class Worker:
                 self._prompt_len[admit.slot] = admit.prompt_len
                 if self._drafting is not None:
                     self._drafting.admit(admit)
+            self._recall_sinks(plan)
             for row in plan.rows:
                 self._slots.add_pages(row.slot, row.new_pages)
             rows: Sequence[Row] = plan.rows
@@ -200,6 +201,16 @@ class Worker:
         self._unread.append(step)
         return step
 
+    def _needs_results(self, plan: StepPlan) -> bool:
+        """Whether all steps before this one have to be read before it begins.
+
+        Dense windows are covered, and given back, by exact lengths: so where there are any, steps
+        do not overlap.
+        """
+        if self._slots.windows is not None:
+            return True
+        return self._drafting is not None and self._drafting.needs_results(plan)
+
     def _read(self, step: BegunStep) -> StepResult:
         """Reads a step that is done; the oldest that is unread."""
         assert self._unread.popleft() is step
@@ -207,6 +218,9 @@ class Worker:
         for indices, outcome in step.parts:
             found = outcome.read(self._slots, self._drafting)
             results.update(zip(indices, found, strict=True))
+            if self._slots.windows is not None:
+                for row in outcome.rows:
+                    self._slots.windows.settle(row.slot, self._slots.bound[row.slot])
         return StepResult(
             step=step.number,
             rows=tuple(results[i] for i in range(len(results))),
@@ -214,6 +228,18 @@ class Worker:
             drafting=step.drafting,
             shadows=step.shadows,
         )
+
+    def _recall_sinks(self, plan: StepPlan) -> None:
+        """Computes the sinks of cached prefixes again: a prefix comes packed, and they are to be
+        dense. They see nothing but each other, so they become what they were."""
+        windows = self._slots.windows
+        if windows is None or not windows.windows.sink:
+            return
+        sink = windows.windows.sink
+        ends = [(a.slot, min(sink, len(a.cached))) for a in plan.admits if a.cached]
+        if ends:
+            ids, batch = sink_batch(self._slots, ends)
+            self._runner.forward(ids, batch, self._kv)
 
     def _copy(self, pages: Sequence[PageCopy], *, to_host: bool) -> None:
         if not pages:

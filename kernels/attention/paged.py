@@ -7,17 +7,15 @@ a fixed tile of positions at a time and the tiles' softmaxes merged by their run
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention.tiles import QueryGroup, tiles
+from kernels.kv import dense
 from kernels.ops import AttentionBatch, AttentionLayer
 
-# Positions of a tile. Tiles start at multiples of it counted from position 0, never from the
-# row's or the chunk's start: a token's arithmetic must not depend on how the prompt was cut.
-TILE = 128
+TILE = 128  # positions
 # 16-bit tiles by torch's fused attention are as long as this many keys' numbers, within limits:
 # long for a few rows, where calls cost most, short for many, where the cache does.
 FUSED_NUMBERS = 1 << 22
@@ -39,8 +37,9 @@ def attend_reference(q: Tensor, kv: Tensor, layer: AttentionLayer, batch: Attent
     Shapes as in `kernels.ops.Ops.attend`.
     """
     out = torch.empty_like(q)
-    q = layer.kv.turn(q)
+    dtype, q = q.dtype, layer.kv.turn(q)
     group = layer.num_heads // layer.num_kv_heads
+    windows, copies = layer.kv.windows, batch.copies
     starts = batch.query_starts.tolist()
     for row, length in enumerate(batch.kv_lengths.tolist()):
         tokens = slice(starts[row], starts[row + 1])
@@ -51,25 +50,24 @@ def attend_reference(q: Tensor, kv: Tensor, layer: AttentionLayer, batch: Attent
         hidden = position > at
         if layer.window is not None:
             hidden |= position <= at - layer.window
+        near = torch.zeros_like(hidden)
+        near_keys, near_values = keys, values
+        if windows is not None and copies is not None:
+            near = (position < windows.sink) | (position >= windows.recent(at))
+            pool = layer.kv.dense(kv, copies.count, dtype)
+            rows = dense.page_rows(copies.table[row : row + 1], pool)
+            found = dense.gather(pool, rows)
+            near_keys, near_values = (part[0, :, :length].float() for part in found)
         for head in range(layer.num_heads):
-            scores = q[tokens, head].float() @ keys[head // group].T * layer.scale
+            of = head // group
+            asked = q[tokens, head].float()
+            scores = torch.where(near, asked @ near_keys[of].T, asked @ keys[of].T) * layer.scale
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            out[tokens, head] = (weights @ values[head // group]).to(q.dtype)
+            sums = (
+                weights.where(near, 0.0) @ near_values[of] + weights.where(~near, 0.0) @ values[of]
+            )
+            out[tokens, head] = sums.to(q.dtype)
     return layer.kv.turn_back(out)
-
-
-@dataclass(frozen=True, slots=True)
-class QueryGroup:
-    """Query blocks of one padded length, computed together.
-
-    A block is a run of one row's tokens; a long chunk is several blocks over the same pages.
-    """
-
-    tokens: Tensor | None  # [blocks, length] int64 token rows; None: all tokens in their order
-    valid: Tensor | None  # [blocks, length] bool; None: no padding
-    positions: Tensor  # [blocks, length] int64
-    pages: Tensor  # [blocks, pages] int64
-    max_kv: int  # no block sees more positions
 
 
 def plan_queries(batch: AttentionBatch) -> tuple[QueryGroup, ...]:
@@ -82,8 +80,9 @@ def plan_queries(batch: AttentionBatch) -> tuple[QueryGroup, ...]:
     total = batch.positions.shape[0]
     if batch.max_query <= SHORT_QUERY and batch.max_query * rows == total:
         positions = batch.positions.view(rows, batch.max_query)
-        pages = batch.page_table.long()
-        return (QueryGroup(None, None, positions, pages, batch.max_kv),)
+        pages, where = batch.page_table.long(), batch.copies
+        copies = () if where is None else (where.table.long(), where.count)
+        return (QueryGroup(None, None, positions, pages, batch.max_kv, *copies),)
     starts = batch.query_starts.long()
     lengths = starts[1:] - starts[:-1]
     short = lengths <= SHORT_QUERY
@@ -105,8 +104,9 @@ def _group(batch: AttentionBatch, starts: Tensor, lengths: Tensor, pick: Tensor)
     # Padding repeats a block's first token, so that it widens no block's view.
     tokens = (starts[row] + done)[:, None] + torch.where(valid, offset, 0)
     positions = batch.positions[tokens]
-    pages = batch.page_table[row].long()
-    return QueryGroup(tokens, valid, positions, pages, int(positions.max()) + 1)
+    pages, where = batch.page_table[row].long(), batch.copies
+    copies = () if where is None else (where.table[row].long(), where.count)
+    return QueryGroup(tokens, valid, positions, pages, int(positions.max()) + 1, *copies)
 
 
 def attend_group(q: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup) -> Tensor:
@@ -125,60 +125,6 @@ def attend_group(q: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup
     return out.reshape(blocks, length, heads, head_dim)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Keys and values [blocks, kv_heads, n, head_dim] of one tile, and who sees them."""
-
-    keys: Tensor
-    values: Tensor
-    visible: Tensor  # [blocks, 1, queries, n] bool
-
-
-class _Tiles:
-    """The tiles a group has to look at, in the order of their positions."""
-
-    def __init__(
-        self, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup, tile: int
-    ) -> None:
-        page_size = layer.kv.page_size(kv)
-        self._positions, self._kv, self._layer = positions, kv, layer
-        self._table, self._page_size = group.pages, page_size
-        self._pages = -(-tile // page_size)
-        tile = self._pages * page_size
-        self.count = -(-min(group.pages.shape[1] * page_size, group.max_kv) // tile)
-        self._first: Tensor | None = None  # [blocks], each block's first tile
-        if layer.window is not None:
-            # Blocks skip the tiles that have left their window; those of one block that others
-            # still need are hidden and change nothing.
-            lowest = positions.amin(1) - layer.window + 1
-            span = int(layer.window) + group.positions.shape[1] - 1
-            needed = (span + tile - 2) // tile + 1
-            if needed < self.count:
-                self.count = needed
-                self._first = lowest.clamp(min=0) // tile
-
-    def __getitem__(self, i: int) -> _Tile:
-        step = torch.arange(self._pages, device=self._table.device)
-        offset = torch.arange(self._page_size, device=self._table.device)
-        # A last tile is filled up with whatever page comes last: those positions are after every
-        # query's, and a tile of another size would be summed in another order.
-        last = self._table.shape[1] - 1
-        if self._first is None:
-            page = i * self._pages + step
-            pages = self._table[:, page.clamp(max=last)]
-            keys_at = (page[:, None] * self._page_size + offset).view(1, 1, -1)
-        else:
-            page = ((self._first + i) * self._pages)[:, None] + step
-            pages = self._table.gather(1, page.clamp(max=last))
-            keys_at = (page[..., None] * self._page_size + offset).flatten(1)[:, None]
-        keys, values = self._layer.kv.gather(self._kv, pages)
-        at = self._positions[..., None]
-        visible = keys_at <= at
-        if self._layer.window is not None:
-            visible &= keys_at > at - self._layer.window
-        return _Tile(keys, values, visible[:, None])
-
-
 def _attend_tiles(
     q: Tensor, positions: Tensor, kv: Tensor, layer: AttentionLayer, group: QueryGroup
 ) -> Tensor:
@@ -194,9 +140,7 @@ def _attend_tiles(
     best = wide.new_full(wide.shape[:-1], HIDDEN)
     total = torch.zeros_like(best)
     out = torch.zeros_like(wide)
-    tiles = _Tiles(positions, kv, layer, group, TILE)
-    for i in range(tiles.count):
-        part = tiles[i]
+    for part in tiles(positions, kv, layer, group, q.dtype, TILE, TILE):
         scores = torch.matmul(wide, part.keys.float().mT)
         scores.masked_fill_(~part.visible, -torch.inf)
         higher = torch.maximum(best, scores.amax(-1))
@@ -214,11 +158,10 @@ def _attend_tiles_fused(
     """As `_attend_tiles` for 16-bit floats on a CPU, each tile by torch's fused attention."""
     tile = FUSED_NUMBERS // (q.shape[0] * q.shape[1] * q.shape[3])
     tile = min(max(tile, FUSED_TILES[0]), FUSED_TILES[1], group.max_kv)
-    tiles = _Tiles(positions, kv, layer, group, tile)
+    parts = tiles(positions, kv, layer, group, q.dtype, tile, FUSED_TILES[0])
     out: Tensor | None = None
     best: Tensor | None = None
-    for i in range(tiles.count):
-        part = tiles[i]
+    for part in parts:
         mask = torch.zeros(part.visible.shape, dtype=torch.float32)
         mask.masked_fill_(~part.visible, HIDDEN)
         found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -30,11 +30,13 @@ class NativeOps:
     """
 
     name = "native-cpu"
-    capturable = False
 
     def __init__(self, library: Library) -> None:
         self._library = library
         self._formats: dict[KVFormat, NativeFormat | None] = {}
+
+    def captures(self, layer: AttentionLayer) -> bool:
+        return False
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
         """The native layer for a weight [out, in] and bias [out]; see `NativeLinear`."""

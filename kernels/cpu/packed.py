@@ -39,6 +39,8 @@ def native_format(kv: KVFormat) -> NativeFormat | None:
         return None
     if not isinstance(kv, Paged):
         raise ValueError(f"native kernels do not read pages of format {kv.name}")
+    if kv.windows is not None:
+        raise ValueError("native kernels do not read dense windows")
     keys, values = (_affine(codec, kv.head_dim) for codec in (kv.keys, kv.values))
     rotation = kv.rotation
     return NativeFormat(

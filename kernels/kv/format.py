@@ -7,12 +7,14 @@ pages can be shared, prompts cut anywhere and drafts overwritten, as with dense 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.kv import dense
+from kernels.kv.windows import DensePages, Windows
 
 
 class KVFormat(Protocol):
@@ -29,14 +31,30 @@ class KVFormat(Protocol):
         """Of the pool's elements, for a model that computes in `dtype`."""
         ...
 
-    def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    @property
+    def windows(self) -> Windows | None:
+        """What is read dense although it is packed."""
+        ...
+
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        kv: Tensor,
+        kv_slots: Tensor,
+        copies: DensePages | None = None,
+    ) -> None:
         """k, v: [tokens, kv_heads, head_dim] after the rotary embedding; kv_slots: [tokens], page *
-        page_size + offset. Writes `kv` in place."""
+        page_size + offset; copies: where there are windows. Writes `kv` in place."""
         ...
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """pages: [rows, n] int64 -> keys and values as they are stored, turned: each [rows,
         kv_heads, n * page_size, head_dim] floats."""
+        ...
+
+    def dense(self, kv: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """The pool's `count` dense pages, laid out as `Dense`'s."""
         ...
 
     def turn(self, q: Tensor) -> Tensor:
@@ -61,6 +79,7 @@ class Dense:
     """Keys and values as the model computes them: pages of [2, kv_heads, page_size, head_dim]."""
 
     name = "dense"
+    windows: Windows | None = None
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
         return (2, kv_heads, page_size, head_dim)
@@ -68,11 +87,21 @@ class Dense:
     def pool_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        kv: Tensor,
+        kv_slots: Tensor,
+        copies: DensePages | None = None,
+    ) -> None:
         dense.append(k, v, kv, kv_slots)
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         return dense.gather(kv, dense.page_rows(pages, kv))
+
+    def dense(self, kv: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        return kv
 
     def turn(self, q: Tensor) -> Tensor:
         return q
@@ -96,3 +125,23 @@ def page_bytes(
     """Bytes of one page of one layer of a model that computes in `dtype`."""
     shape = torch.Size(layer.page_shape(kv_heads, page_size, head_dim))
     return shape.numel() * layer.pool_dtype(dtype).itemsize
+
+
+def dense_rows(
+    layer: KVFormat,
+    count: int,
+    kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> int:
+    """Pages behind all others of a layer's pool for `count` dense ones; 0 without windows."""
+    if layer.windows is None:
+        return 0
+    size = count * page_bytes(DENSE, kv_heads, page_size, head_dim, dtype)
+    return -(-size // page_bytes(layer, kv_heads, page_size, head_dim, dtype))
+
+
+def windows_of(formats: Iterable[KVFormat]) -> Windows | None:
+    """Those of a model's layers, which are the same in all that have any."""
+    return next((form.windows for form in formats if form.windows is not None), None)

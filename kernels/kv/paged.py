@@ -17,8 +17,10 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from kernels.kv import dense
 from kernels.kv.codec import Code, Codec, Sizes
 from kernels.kv.rotation import SEED, Rotation
+from kernels.kv.windows import DensePages, Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Paged:
         *,
         rotated: bool,
         key_mean: Tensor | None = None,
+        windows: Windows | None = None,
     ) -> None:
         """key_mean: [kv_heads, head_dim], subtracted from every key, which changes no softmax: all
         scores of a query fall by the same. Raises ValueError for heads that a codec does not take.
@@ -79,6 +82,7 @@ class Paged:
         self.head_dim = head_dim
         self.rotation = Rotation(head_dim) if rotated else None
         self.key_mean = None if key_mean is None else key_mean.float().contiguous()
+        self.windows = windows
         self.reads_coarsely = False
         self._mean_on: dict[torch.device, Tensor] = {}
 
@@ -86,7 +90,8 @@ class Paged:
     def name(self) -> str:
         rotated = f"r{SEED}" if self.rotation else ""
         mean = "" if self.key_mean is None else f"m{_digest(self.key_mean)}"
-        return f"{self.keys.name}-{self.values.name}{rotated}{mean}"
+        windows = "" if self.windows is None else self.windows.name
+        return f"{self.keys.name}-{self.values.name}{rotated}{mean}{windows}"
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
         made_for = (self.layout.kv_heads, self.layout.page_size, self.head_dim)
@@ -100,12 +105,23 @@ class Paged:
     def page_size(self, kv: Tensor) -> int:
         return self.layout.page_size
 
-    def append(self, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        kv: Tensor,
+        kv_slots: Tensor,
+        copies: DensePages | None = None,
+    ) -> None:
+        dtype = k.dtype
         k, v = k.float(), v.float()
         if self.key_mean is not None:
             k = k - self.mean_on(k.device)
         if self.rotation is not None:
             k, v = self.rotation.forth(k), self.rotation.forth(v)
+        if self.windows is not None:
+            assert copies is not None
+            dense.append(k, v, self.dense(kv, copies.count, dtype), copies.slots)
         key, value = self.keys.encode(k), self.values.encode(v)
         pages = torch.div(kv_slots, self.layout.page_size, rounding_mode="floor")
         offsets = kv_slots - pages * self.layout.page_size
@@ -135,6 +151,12 @@ class Paged:
         )
         keys = self.keys.decode(Code(key_high, key_low, of_key), coarse)
         return keys, self.values.decode(Code(value_high, value_low, of_value), coarse)
+
+    def dense(self, kv: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        shape = torch.Size((count, 2, self.layout.kv_heads, self.layout.page_size, self.head_dim))
+        size = shape.numel() * dtype.itemsize
+        rows = -(-size // self.layout.bytes)
+        return kv[kv.shape[0] - rows :].view(-1)[:size].view(dtype).view(shape)
 
     def coarse(self) -> Paged:
         """Eight bits are read by their upper halves alone, fewer as they are."""

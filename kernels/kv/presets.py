@@ -12,6 +12,7 @@ from kernels.kv.codec import Affine, Codec
 from kernels.kv.format import DENSE, KVFormat
 from kernels.kv.paged import Paged
 from kernels.kv.table import Float8, LloydMax, Octopus
+from kernels.kv.windows import Windows
 
 AUTO = "auto"  # dense, in the model's dtype
 BOUNDARY = "int8n"  # what the first and last layers get where a format asks for it
@@ -56,15 +57,21 @@ def layer_formats(
     head_dim: int,
     boundary_layers: int | None = None,
     calibration: Calibration | None = None,
+    sink: int = 0,
+    window: int = 0,
 ) -> list[KVFormat]:
     """One for each layer. `boundary_layers` at each end get eight bits; None: those that the
-    calibration names, or as many as the format asks for. Raises ValueError, in a sentence, where a
-    head does not suit the format, or the calibration the model."""
+    calibration names, or as many as the format asks for. The others have dense windows, the first
+    `sink` positions and blocks of `window`, if either is more than none. Raises ValueError, in a
+    sentence, where a head does not suit the format, a window the pages, or the calibration the
+    model."""
     if calibration is not None:
         calibration.check(name, (num_layers, kv_heads, head_dim))
     if name == AUTO:
         if boundary_layers:
             raise ValueError("boundary layers get 8 bits beside a format of fewer, not dense pages")
+        if sink or window:
+            raise ValueError("windows are kept dense beside packed pages, and these are dense")
         return [DENSE] * num_layers
     if name not in PRESETS:
         raise ValueError(f"there is no KV format {name!r}; there are {', '.join([AUTO, *PRESETS])}")
@@ -76,11 +83,21 @@ def layer_formats(
     wide = {i for i in range(num_layers) if min(i, num_layers - 1 - i) < ends}
     if boundary_layers is None and calibration is not None:
         wide = set(calibration.eight_bit_layers)
+    windows = _windows(page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
     return [
-        _paged(BOUNDARY if i in wide else name, kv_heads, page_size, head_dim, means[i])
+        _paged(BOUNDARY, kv_heads, page_size, head_dim, means[i])
+        if i in wide
+        else _paged(name, kv_heads, page_size, head_dim, means[i], windows)
         for i in range(num_layers)
     ]
+
+
+def _windows(page_size: int, sink: int, window: int) -> Windows | None:
+    found = Windows(sink, window)
+    if found.block % page_size:
+        raise ValueError(f"a window of {found.block} tokens is no multiple of a page's {page_size}")
+    return found if found.sink or found.block else None
 
 
 def _ends(least: int | None, num_layers: int) -> int:
@@ -90,7 +107,12 @@ def _ends(least: int | None, num_layers: int) -> int:
 
 
 def _paged(
-    name: str, kv_heads: int, page_size: int, head_dim: int, key_mean: Tensor | None
+    name: str,
+    kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    key_mean: Tensor | None,
+    windows: Windows | None = None,
 ) -> Paged:
     preset = PRESETS[name]
     try:
@@ -102,6 +124,7 @@ def _paged(
             preset.values(),
             rotated=preset.rotated,
             key_mean=key_mean,
+            windows=windows,
         )
     except ValueError as error:
         raise ValueError(f"the KV format {name} does not fit this model: {error}") from error

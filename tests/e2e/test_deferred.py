@@ -19,7 +19,19 @@ from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.speculation import FixedDrafts
 from tests.e2e.driving import drive
-from tests.e2e.test_exactness import CONFIG, CONTEXT, CPU, SPEC, VOCAB, decoder, requests, same
+from tests.e2e.test_exactness import (
+    CONFIG,
+    CONTEXT,
+    CPU,
+    SPEC,
+    VOCAB,
+    decoder,
+    layers,
+    requests,
+    same,
+    slot_table,
+    windowed,
+)
 from tests.worker.late import Again, LateTransfer
 from worker.drafters.suffix import SuffixDrafter
 from worker.drafting import Drafting
@@ -29,19 +41,23 @@ from worker.kv_pool import allocate_host_pool, allocate_pool
 from worker.runner import EagerRunner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
-from worker.slots import SlotTable
 from worker.worker import BegunStep, Worker, WorkerFacts
 
 
-def late_worker(config: SchedulerConfig, drafts: int = 0) -> tuple[Worker, LateTransfer, Again]:
-    """Recorded decode and verification steps, a transfer that is late; a drafter if it drafts."""
-    slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
-    kv = allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU)
+def late_worker(
+    config: SchedulerConfig, drafts: int = 0, kv_format: str = "auto"
+) -> tuple[Worker, LateTransfer, Again]:
+    """Recorded decode and verification steps, a transfer that is late; a drafter if it drafts.
+    Steps with dense windows are not recorded."""
+    size, slots, formats = config.page_size, slot_table(config, kv_format), layers(kv_format)
+    copies = 0 if slots.windows is None else slots.windows.count
+    kv = allocate_pool(SPEC, config.num_pages, size, torch.float32, CPU, formats, copies)
+    eager = EagerRunner(decoder(kv_format), TorchOps())
     buckets = Buckets.of(config.max_num_seqs, drafts, CONTEXT, config.page_size)
     capture, transfer = Again(), LateTransfer()
     step = StaticStep(buckets, config.page_size, SPEC.hidden_size, torch.float32, CPU)
     worker = Worker(
-        GraphRunner(EagerRunner(decoder(), TorchOps()), kv, buckets, step, capture),
+        eager if copies else GraphRunner(eager, kv, buckets, step, capture),
         kv,
         slots,
         Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens),
@@ -82,6 +98,27 @@ def test_drafts_that_stand_on_the_device_wait_for_nothing() -> None:
     found = drive(Scheduler(CONFIG, FixedDrafts(3)), worker, requests("temperature"), depth=2)
     worker.close()
     same(found, "temperature")
+
+
+@pytest.mark.parametrize("drafter", [False, True])
+@pytest.mark.parametrize("pages", [200, 34])
+@pytest.mark.parametrize("kv_format", ["k4v2h", "int2h"])
+def test_dense_windows_wait_for_exact_lengths(kv_format: str, pages: int, drafter: bool) -> None:
+    config = windowed(replace(CONFIG, num_pages=pages, max_step_tokens=64), kv_format)
+    crowded = make_policy("aggressive", watermark=0.0)
+    scheduler = Scheduler(config, FixedDrafts(3), crowded)
+    worker, _, _ = late_worker(config, 3 if drafter else 0, kv_format)
+    found = drive(scheduler, worker, requests("temperature"), depth=2, arrivals_per_step=2)
+    worker.close()
+    same(found, "temperature", kv_format)
+    load = scheduler.load()
+    assert load.draft_tokens > 0
+    assert (load.preemptions > 0) == (pages == 34)
+    windows = worker._slots.windows
+    assert windows is not None
+    for slot in range(len(worker._slots.epoch)):
+        windows.clear(slot)
+    assert windows.free == windows.count - 1, "every page has been given back"
 
 
 @pytest.mark.parametrize("host_pages", [0, 60])

@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from kernels.kv.format import KVFormat
+from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import layer_formats
 from kernels.linear.prepare import prepare_linears
 from kernels.torch_ops import TorchOps
@@ -30,6 +30,7 @@ from worker.runner import EagerRunner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.slots import SlotTable
+from worker.window_pages import WindowPages, dense_page_count
 from worker.worker import Worker, WorkerFacts
 
 VOCAB, CONTEXT, CPU = 160, 256, torch.device("cpu")
@@ -73,9 +74,18 @@ SAMPLERS = {
 }
 
 
+# Of the texts here, which are short: first tokens, and blocks of the latest.
+WINDOWS = {"k4v2h": (12, 32), "int2h": (40, 16), "turbo2": (0, 24), "turbo3": (20, 0)}
+
+
 def layers(kv_format: str, heads: int = SPEC.num_kv_heads) -> list[KVFormat]:
-    dim = SPEC.head_dim
-    return layer_formats(kv_format, SPEC.num_layers, heads, CONFIG.page_size, dim)
+    dim, size, windows = SPEC.head_dim, CONFIG.page_size, WINDOWS.get(kv_format, (0, 0))
+    return layer_formats(kv_format, SPEC.num_layers, heads, size, dim, None, None, *windows)
+
+
+def windowed(config: SchedulerConfig, kv_format: str) -> SchedulerConfig:
+    windows = windows_of(layers(kv_format))
+    return config if windows is None else replace(config, prefix_block=windows.block)
 
 
 def filled() -> Decoder:
@@ -97,10 +107,19 @@ def decoder(kv_format: str = "auto") -> Decoder:
     return model
 
 
+def slot_table(config: SchedulerConfig, kv_format: str = "auto") -> SlotTable:
+    num_slots, size, windows = config.max_num_seqs + 1, config.page_size, None
+    found = windows_of(layers(kv_format))
+    if found is not None:
+        count = dense_page_count(found, num_slots, size, config.max_step_tokens)
+        windows = WindowPages(found, count, num_slots, -(-CONTEXT // size), size, CPU)
+    return SlotTable(num_slots, CONTEXT, size, CPU, windows)
+
+
 def worker(config: SchedulerConfig, kv_format: str = "auto") -> Worker:
-    slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
-    formats = layers(kv_format)
-    kv = allocate_pool(SPEC, config.num_pages, config.page_size, torch.float32, CPU, formats)
+    size, slots = config.page_size, slot_table(config, kv_format)
+    copies = 0 if slots.windows is None else slots.windows.count
+    kv = allocate_pool(SPEC, config.num_pages, size, torch.float32, CPU, layers(kv_format), copies)
     return Worker(
         EagerRunner(decoder(kv_format), TorchOps()),
         kv,
@@ -142,6 +161,7 @@ def run(
     policy: Policy | None = None,
     kv_format: str = "auto",
 ) -> tuple[dict[tuple[str, int], Result], Scheduler]:
+    config = windowed(config, kv_format)
     scheduler, device = Scheduler(config, FixedDrafts(drafts), policy), worker(config, kv_format)
     try:
         found = drive(scheduler, device, batch, depth=depth, arrivals_per_step=arrivals_per_step)

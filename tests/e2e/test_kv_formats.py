@@ -12,7 +12,9 @@ from random import Random
 import pytest
 import torch
 
+from kernels.kv.format import dense_rows
 from kernels.kv.presets import HALVES, PRESETS
+from kernels.kv.windows import DensePages
 from kernels.torch_ops import TorchOps
 from scheduler.admission import make_policy
 from scheduler.plan import Row, RowResult
@@ -109,18 +111,24 @@ def test_formats_are_not_all_the_same() -> None:
 
 @every_format
 def test_codes_do_not_depend_on_how_tokens_come(kv_format: str) -> None:
-    """Bit for bit the same pages, token by token and in chunks, in any order."""
+    """Bit for bit the same pages, dense ones too, token by token and in chunks, in any order."""
     form, rng = layers(kv_format)[0], Random(kv_format)
     generator = torch.Generator().manual_seed(1)
     k, v = torch.randn(2, 90, 2, 16, generator=generator)
     slots = torch.randperm(12 * 8, generator=generator)[:90]
-    pools = [torch.zeros(12, *form.page_shape(2, 8, 16), dtype=torch.uint8) for _ in range(3)]
-    form.append(k, v, pools[0], slots)
+    rows = 12 + dense_rows(form, 12, 2, 8, 16, torch.float32)
+    pools = [torch.zeros(rows, *form.page_shape(2, 8, 16), dtype=torch.uint8) for _ in range(3)]
+
+    def append(pool: torch.Tensor, part: slice) -> None:
+        copies = DensePages(torch.zeros(1, 1, dtype=torch.int32), slots[part], 12)
+        form.append(k[part], v[part], pool, slots[part], copies)
+
+    append(pools[0], slice(None))
     for i in rng.sample(range(90), 90):
-        form.append(k[i : i + 1], v[i : i + 1], pools[1], slots[i : i + 1])
+        append(pools[1], slice(i, i + 1))
     for start in range(0, 90, 7):
-        part = slice(start, start + 7)
-        form.append(k[part], v[part], pools[2], slots[part])
+        append(pools[2], slice(start, start + 7))
+    assert pools[0][12:].any() == (form.windows is not None)
     assert torch.equal(pools[0], pools[1])
     assert torch.equal(pools[0], pools[2])
 

@@ -37,6 +37,8 @@ from tests.e2e.test_exactness import (
     layers,
     requests,
     same,
+    slot_table,
+    windowed,
 )
 from worker.drafters.model import ModelDrafter
 from worker.drafters.registry import MODEL_FREE
@@ -44,11 +46,10 @@ from worker.drafting import Drafting
 from worker.executor import ThreadExecutor
 from worker.kv_pool import allocate_host_pool, allocate_pool
 from worker.process_group import join, listener
-from worker.ranks import Command, Follower, LeadingRunner
+from worker.ranks import Command, Follower, Forward, LeadingRunner
 from worker.runner import EagerRunner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
-from worker.slots import SlotTable
 from worker.worker import Worker, WorkerFacts
 
 pytestmark = pytest.mark.slow
@@ -107,11 +108,13 @@ def worker(
     whole = filled().targets()
     listening = listener()
     port = listening.getsockname()[1]
+    slots = slot_table(config, kv_format)
+    copies = 0 if slots.windows is None else slots.windows.count
 
     def pools(model: Decoder) -> tuple[list, list]:
         formats = layers(kv_format, model.spec.num_kv_heads)
         kv = allocate_pool(
-            model.spec, config.num_pages, config.page_size, torch.float32, CPU, formats
+            model.spec, config.num_pages, config.page_size, torch.float32, CPU, formats, copies
         )
         return kv, allocate_host_pool(kv, config.host_pages + 1)
 
@@ -126,7 +129,6 @@ def worker(
     model = part(whole, collective, kv_format)
     runner = LeadingRunner(EagerRunner(model, TorchOps()), followers, collective)
     kv, host = pools(model)
-    slots = SlotTable(config.max_num_seqs + 1, CONTEXT, config.page_size, CPU)
     sampler = Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens)
     drafting = None
     if drafter in MODEL_FREE:
@@ -153,6 +155,7 @@ def run(
     **how: int,
 ) -> tuple[dict[tuple[str, int], Result], Scheduler, Threads]:
     policy = make_policy("aggressive", watermark=0.0) if crowded else None
+    config = windowed(config, kv_format)
     scheduler = Scheduler(config, FixedDrafts(drafts), policy)
     device, followers = worker(config, size, drafter, kv_format)
     try:
@@ -188,6 +191,23 @@ def test_drafts_of_rank_0_are_verified_by_all() -> None:
     found, scheduler, _ = run(CONFIG, "penalties", drafts=3, drafter="recycling", depth=1)
     assert scheduler.load().draft_tokens > 0
     same(found, "penalties")
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("kv_format", ["k4v2h", "int2h"])
+def test_dense_windows_on_all_ranks(kv_format: str, crowded: bool) -> None:
+    """As below. Prefix hits have the sinks computed again by all."""
+    config = replace(CONFIG, num_pages=40 if crowded else 200, max_step_tokens=64)
+    found, scheduler, followers = run(
+        config, "temperature", drafts=2, kv_format=kv_format, crowded=crowded, arrivals_per_step=1
+    )
+    load = scheduler.load()
+    assert load.prefix_hits > 0
+    assert (load.preemptions > 0) == crowded
+    assert {
+        command.dense_pages > 0 for command in followers.told if isinstance(command, Forward)
+    } == {True}
+    same(found, "temperature", kv_format, within=0.01)
 
 
 def test_the_target_drafts_from_its_own_pages_on_all_ranks() -> None:

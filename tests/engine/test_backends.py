@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.backends import choose_backend
+from engine.backends import _layers, choose_backend
 from engine.config import DeviceConfig
 from engine.errors import StartupError
 from kernels import flashinfer
@@ -59,7 +59,7 @@ def test_on_a_gpu_triton_with_flashinfer_for_prompts(monkeypatch: pytest.MonkeyP
         backend = choose("cuda", asked)
         ops = backend.ops(SPEC, torch.bfloat16)
         assert isinstance(ops, TritonOps)
-        assert (ops.name, ops.capturable) == (name, capturable)
+        assert (ops.name, ops.captures(_layers(SPEC)[0])) == (name, capturable)
         assert backend.draw is gumbel_triton
         assert not backend.native
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from engine.config import DeviceConfig
 from engine.cuda import graph_buckets, measured_activations, recorded, stream_executor
 from engine.errors import StartupError
 from kernels.kv.format import DENSE
+from kernels.ops import AttentionLayer
 from kernels.torch_ops import TorchOps
 from scheduler.request import SamplingParams
-from tests.e2e.test_exactness import CPU, SPEC, VOCAB, decoder
+from tests.e2e.test_exactness import CONFIG, CPU, SPEC, VOCAB, decoder, layers, slot_table
 from tests.worker.late import Again
 from tests.worker.test_graphs import ragged
 from worker.graphs import GraphRunner
@@ -29,7 +31,8 @@ ROWS, PAGE = 4, 8
 
 
 class CapturableOps(TorchOps):
-    capturable = True
+    def captures(self, layer: AttentionLayer) -> bool:
+        return True
 
 
 class Memory:
@@ -94,6 +97,21 @@ def test_memory_is_the_peak_of_the_largest_steps_beyond_what_was_there() -> None
     assert measure(Noting(), Memory(5000, 1000)) == 0
     assert runner.tokens == [63, ROWS, ROWS * 4]  # one prompt of the most positions fits the step
     assert runner.read == [1, ROWS, ROWS * 4]
+
+
+def test_dense_windows_have_their_pages_while_memory_is_measured() -> None:
+    config = replace(CONFIG, max_num_seqs=ROWS, max_step_tokens=100)
+    slots = slot_table(config, "k4v2h")
+    sampler = Sampler(SlotSampling(ROWS + 1, VOCAB, CPU), slots.tokens)
+    found = measured_activations(
+        *(EagerRunner(decoder("k4v2h"), TorchOps()), SPEC, layers("k4v2h"), torch.float32),
+        *(slots, sampler),
+        step_tokens=100,
+        drafts=3,
+        max_model_len=64,
+        memory=Memory(1000, 5000),
+    )
+    assert found == 4000
 
 
 def test_a_largest_step_that_does_not_fit_is_one_clear_sentence() -> None:

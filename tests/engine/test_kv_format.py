@@ -11,6 +11,7 @@ import torch
 
 from engine.build import build_worker
 from engine.config import CacheConfig
+from engine.errors import StartupError
 from engine.llm import LLM
 from kernels.kv.calibration import Calibration
 from kernels.kv.presets import AUTO, HALVES, PRESETS
@@ -63,13 +64,16 @@ def test_pages_that_native_code_does_not_read_are_said_and_served(
 def test_the_same_bytes_hold_more_pages(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     pages = {}
-    for name in (AUTO, "int8n", "int4h", "k4v2h"):
-        options = {"kv_format": name, "kv_bytes": 4_000_000, "num_pages": None}
-        worker, limits = build(tmp_path, **options)
+    near = {"kv_window": 128, "kv_sink": 64}
+    for name, more in ((AUTO, {}), ("int8n", {}), ("int4h", {}), ("k4v2h", {}), ("windows", near)):
+        kv_format = "k4v2h" if name == "windows" else name
+        options = {"kv_format": kv_format, "kv_bytes": 4_000_000, "num_pages": None}
+        worker, limits = build(tmp_path, **options, **more)
         pages[name] = limits.num_pages
         assert sum(layer.nbytes for layer in worker.kv) <= 4_000_000
         worker.close()
     assert pages[AUTO] < pages["int8n"] < pages["int4h"] < pages["k4v2h"]
+    assert pages["windows"] < pages["k4v2h"], "dense pages are paid for"
 
 
 def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> None:
@@ -88,6 +92,60 @@ def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> Non
         roots.add(limits.hash_root)
         worker.close()
     assert len(roots) == len(FORMATS) + 3
+
+
+def test_windows_are_the_user_s_to_choose(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    roots = set()
+    for window, sink in ((128, 64), (32, 8), (32, 0), (0, 8), (0, 0)):
+        windows = {"kv_window": window, "kv_sink": sink}
+        worker, limits = build(tmp_path, kv_format="k4v2h", **windows)
+        assert limits.prefix_block == window
+        assert (worker._slots.windows is None) == (not window and not sink)
+        roots.add(limits.hash_root)
+        worker.close()
+    assert len(roots) == 5
+
+
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_no_format_has_windows_unasked(tmp_path: Path, kv_format: str) -> None:
+    """Native code does not read them, so they would make a format slower than it need be."""
+    save(tmp_path, "llama")
+    worker, limits = build(tmp_path, kv_format=kv_format)
+    assert worker._slots.windows is None
+    assert limits.prefix_block == 0
+    worker.close()
+
+
+@pytest.mark.parametrize("kv_format", ["k4v2h", "int2h"])
+def test_windows_serve_by_torch_and_say_so(
+    tmp_path: Path, kv_format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "llama")
+    windows = {"kv_window": 128, "kv_sink": 64}
+    options = {"kv_format": kv_format, "compile": True, "cache_dir": CACHE}
+    worker, limits = build(tmp_path, **options, **windows)
+    assert "native kernels do not read dense windows" in caplog.text
+    assert len(greedy(worker, limits)) == 12
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kv_window": 64}, "windows are kept dense beside packed pages, and these are dense"),
+        ({"kv_format": "int4h", "kv_window": 40}, "a window of 40 tokens is no multiple of a page"),
+        ({"kv_format": "int4h", "kv_sink": -1}, "are less than none"),
+        (
+            {"kv_format": "int8n", "kv_window": 64, "drafters": ("coarse",)},
+            "the drafter `coarse` does not read dense windows",
+        ),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(tmp_path: Path, options: dict, sentence: str) -> None:
+    save(tmp_path, "llama")
+    with pytest.raises(StartupError, match=sentence):
+        build(tmp_path, **options)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch
 
 
@@ -53,4 +54,19 @@ class Rows:
             kv_slots=pages * self.page_size + positions % self.page_size,
             max_query=max(counts),
             max_kv=max_kv,
+            copies=self._copies(spans, positions, token_rows, max_kv),
         )
+
+    def _copies(
+        self,
+        spans: Sequence[tuple[int, int, int]],
+        positions: Tensor,
+        token_rows: Tensor,
+        max_kv: int,
+    ) -> DensePages:
+        """Dense copies of every position, on the pages counted from behind."""
+        whole = torch.where(self.page_table > 0, self.num_pages - self.page_table, 0).int()
+        table, size = whole[[row for row, _, _ in spans]], self.page_size
+        pages = table[token_rows, positions // size].long()
+        slots = pages * size + positions % size
+        return DensePages(table[:, : -(-max_kv // size)].contiguous(), slots, self.num_pages)

@@ -225,13 +225,18 @@ def test_who_takes_which_pages() -> None:
     packed = dataclasses.replace(dense, kv=layer_formats("int8n", 1, 1, 16, 64)[0])
     assert isinstance(ops.pages(packed), PackedPages)
     narrow = dataclasses.replace(dense, kv=layer_formats("int8n", 1, 1, 16, 16)[0])
+    for each in (dense, packed):
+        assert ops.captures(each)
     for other in (
+        dataclasses.replace(dense, kv=layer_formats("k4v2h", 1, 1, 16, 64, sink=8)[0]),
+        dataclasses.replace(dense, kv=layer_formats("k4v2h", 1, 1, 16, 64, window=32)[0]),
         dataclasses.replace(dense, kv=layer_formats("turbo3", 1, 1, 16, 64)[0]),
         dataclasses.replace(dense, kv=layer_formats("fp8", 1, 1, 16, 64)[0]),
         dataclasses.replace(narrow, head_dim=16),
         attention_layer(2, 1, 8),
     ):
         assert isinstance(ops.pages(other), TorchOps)
+        assert not ops.captures(other), "torch looks at lengths on the host"
     known = len(ops._pages)
     for _ in range(3):
         ops.pages(dataclasses.replace(packed))
@@ -250,8 +255,8 @@ def test_short_rows_need_nothing_on_the_host() -> None:
     draw = Draws(11)
     layer, rows = attention_layer(4, 2, 16), Rows.shuffled([60, 50], 16, draw.generator)
     kv, ops = dense_pool(rows, layer, draw), TritonOps(DividedAttention(Elsewhere()))
-    assert ops.capturable
-    assert not TritonOps(Elsewhere()).capturable
+    assert ops.captures(layer)
+    assert not TritonOps(Elsewhere()).captures(layer)
     short = on_device(rows.step([(0, 55, 60), (1, 49, 50)]))
     q = draw(6, 4, 16)
     close(ops.attend(q, kv, layer, short), attend_reference(q, kv, layer, short))

@@ -32,6 +32,15 @@ def test_a_prompt_seen_before_is_found_but_for_its_last_token() -> None:
     assert cached_tokens(request("a", PROMPT), request("b", PROMPT[:4])) == 0
 
 
+def test_where_windows_are_dense_a_hit_ends_with_a_block_of_theirs() -> None:
+    """What comes after reads its own block dense, so all of that has to be computed."""
+    for length, found in ((7, 0), (8, 0), (9, 8), (12, 8), (16, 8), (17, 16)):
+        text = (*PROMPT, 1, 2, 3)[:length]
+        assert cached_tokens(request("a", PROMPT), request("b", text), prefix_block=8) == found
+    with pytest.raises(ValueError, match="prefix_block must be a multiple of page_size"):
+        pair(prefix_block=6)
+
+
 def test_generated_pages_are_found_by_the_next_turn() -> None:
     both = pair()
     first = request("a", PROMPT, max_tokens=9)

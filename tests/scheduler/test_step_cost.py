@@ -281,3 +281,12 @@ def test_shipped_profiles_are_measured_and_fit(file):
 
 def test_a_profile_is_shipped():
     assert SHIPPED
+
+
+def test_what_never_changed_costs_nothing():
+    """Points that all have one row do not tell what a row takes: it is no constant of the steps."""
+    sizes = [1, 8, 64, 512]
+    seconds = [1e-3 + 1e-5 * size for size in sizes]
+    curve, (row, context) = fit_curve(sizes, [[1, 0], [1, 0], [1, 0], [1, 0]], seconds)
+    assert row == context == 0.0
+    assert [curve(size) for size in sizes] == pytest.approx(seconds, rel=1e-6)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels.kv.calibration import Calibration
+from kernels.kv.windows import DensePages
 from models.parallel import Shard
 from tests.kernels.batches import Rows
 from worker import device
 from worker.device import DeviceError, resolve_device
-from worker.ranks import Command, Copies, Forward, Logits, packed, packed_size, unpacked
+from worker.ranks import Command, Copies, Forward, Logits, packed, packed_size, shape_of, unpacked
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -25,23 +26,30 @@ def test_a_batch_arrives_as_it_was(seed: int) -> None:
     spans = [(row, length // 3, length) for row, length in enumerate(lengths)]
     batch = rows.step(spans)
     ids = torch.randint(1000, (len(batch.positions),), generator=g)
-    count, pages = batch.page_table.shape
-    shape = Forward(len(ids), count, pages, batch.max_query, batch.max_kv)
-    numbers = packed(ids, batch)
-    assert numbers.shape == (packed_size(len(ids), count, pages),)
-    found_ids, found = unpacked(numbers, shape)
-    assert torch.equal(found_ids, ids)
-    for field in dataclasses.fields(batch):
-        ours, theirs = getattr(found, field.name), getattr(batch, field.name)
+    assert batch.copies is not None
+    for sent in (batch, dataclasses.replace(batch, copies=None)):
+        shape = shape_of(ids, sent)
+        numbers = packed(ids, sent)
+        assert numbers.shape == (packed_size(shape),)
+        found_ids, found = unpacked(numbers, shape)
+        assert torch.equal(found_ids, ids)
+        same_fields(found, sent)
+
+
+def same_fields(found: object, sent: object) -> None:
+    for field in dataclasses.fields(sent):  # type: ignore[arg-type]
+        ours, theirs = getattr(found, field.name), getattr(sent, field.name)
         if isinstance(theirs, Tensor):
             assert ours.dtype == theirs.dtype, field.name
             assert torch.equal(ours, theirs), field.name
+        elif isinstance(theirs, DensePages):
+            same_fields(ours, theirs)
         else:
             assert ours == theirs, field.name
 
 
 def test_commands_cross_between_processes_on_one_line() -> None:
-    for command in (Forward(9, 2, 3, 8, 40, coarse=True), Logits(4), Copies([(3, 1)], True)):
+    for command in (Forward(9, 2, 3, 8, 40, 12, coarse=True), Logits(4), Copies([(3, 1)], True)):
         line = msgspec.json.encode(command)
         assert b"\n" not in line
         assert msgspec.json.decode(line, type=Command) == command

@@ -61,6 +61,16 @@ def test_host_memory_is_counted_in_whole_pages_and_changes_nothing_else() -> Non
     assert line.endswith("10.0 MiB")
 
 
+def test_dense_windows_are_paid_for_before_pages() -> None:
+    windows = {"window_bytes": 20 * MIB}
+    assert plan_budget(**BASE, **windows).num_pages == 280
+    assert plan_budget(**BASE | {"kv_bytes": 50 * MIB}, **windows).num_pages == 30
+    assert plan_budget(**BASE | {"default_cap": 40 * MIB}, **windows).num_pages == 20
+    assert "dense windows" in str(plan_budget(**BASE, **windows))
+    with pytest.raises(BudgetError, match=r"beside 20\.0 MiB of dense windows"):
+        plan_budget(**BASE | {"kv_bytes": 25 * MIB}, **windows)
+
+
 def test_graphs_are_set_aside_and_named_only_where_there_are_any() -> None:
     budget = plan_budget(**BASE, graphs=50 * MIB)
     assert budget.num_pages == 250
