@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,14 +193,13 @@ def speculation(at: Setting) -> Found:
             yield Row(f"speculation, {name}, {rows} rows: texts that part from plain", apart)
 
     # The draft model alone: what looks texts up would know the second run's from the first.
-    drafted = {"drafters": ("model",), "draft_model": str(draft)}
-    with LLM(**common, **drafted) as llm:
+    with LLM(**common, drafters=("model",), draft_model=str(draft)) as llm:
         yield from compared("enlarged pair", llm, 2.2)
     at.on.free()
     whole = [prompt + text for prompt, text in zip(known, texts[count], strict=True)]
     for chance in at.of((0.6, 0.8, 0.95), (0.8,)):
         # In place of the drafter that looks up the text itself.
-        registry.MODEL_FREE["lookup"] = lambda chance=chance: KnownDrafter(whole, chance)
+        registry.MODEL_FREE["lookup"] = partial(KnownDrafter, whole, chance)
         with LLM(**common, drafters=("lookup",)) as llm:
             yield from compared(f"free drafts right with {chance}", llm, None)
         at.on.free()

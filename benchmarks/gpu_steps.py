@@ -21,6 +21,7 @@ from engine.scheduling import build_scheduler
 from scheduler.plan import Admit, Row, StepPlan, StepResult
 from scheduler.request import Request, SamplingParams
 from scheduler.scheduler import Scheduler
+from worker.executor import PendingStep
 from worker.worker import Worker
 
 WARM = 5  # steps
@@ -123,7 +124,7 @@ class Engine:
         """Results, and when each was there."""
         results: list[StepResult] = []
         stamps: list[float] = []
-        in_flight = deque()
+        in_flight: deque[PendingStep] = deque()
         for plan in [*plans, None]:
             if plan is not None:
                 in_flight.append(self.worker.launch(plan))
@@ -167,11 +168,10 @@ def longest_idle(run: Any, steps: int) -> float:
     with torch.profiler.profile(activities=[activity]) as profile:
         run()
         torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type == cuda
+        if event.device_type.name == "CUDA"
     )
     gaps, end = [], spans[0][1] if spans else 0.0
     for start, stop in spans:
