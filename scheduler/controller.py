@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from scheduler.acceptance import Acceptance
 from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
+from scheduler.foreseen import Foreseen
 from scheduler.gap import gap_target
 from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
 from scheduler.sequence import Sequence
@@ -57,11 +58,9 @@ PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
 VERIFY_POINTS = 8  # at which the time to verify is asked for
 MOST_CERTAIN = 0.95  # a draft is worth its time if it is right with this probability, whatever else
-TWIN_AFTER = 1024  # plans with a draft model after which working ahead, or not, is tried again;
-TWIN_STEPS = 12  # for so many. What that costs is doubled seldom: the first number doubles
-FORESEEN = 0.5  # of wrong drafts, those drafted on for what is right: until that was seen
-FORESEEN_RATE = 0.2  # smoothing, per decision
-LONGEST_TWIN = 16 * TWIN_AFTER  # each time in which nothing changed
+TWIN_AFTER = 1024  # plans after which a draft model works ahead, or does not, for a try; doubled
+LONGEST_TWIN = 16 * TWIN_AFTER  # each time that changes nothing
+TWIN_STEPS = 12  # that a try lasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +130,7 @@ class Controller:
         )
         self._twin_in = self._twin_after = TWIN_AFTER  # plans until the next try
         self._was_ahead = False  # drafts were made ahead while the last step was verified
-        self._foreseen = FORESEEN
-        # Of rows that were drafted for ahead: those with drafts to verify, those without; and how
-        # many of both had drafts in the step after. Of the last step, and since the last decision.
-        self._last_rows, self._outcomes = np.zeros(3), np.zeros(3)
+        self._foreseen = Foreseen()
         self._usual = 0.0  # drafts of a sequence, on average
         self._rules = NO_RULES
         self._news = False  # from texts that were written without drafts
@@ -199,10 +195,7 @@ class Controller:
             served = sum(done.proposed > 0 for done in result.rows)
             if drafting.count(drafting[0]) == asked:
                 self._observe(drafting[0], plan, work)
-            if self._was_ahead:
-                self._outcomes += self._last_rows
-                self._outcomes[2] += work.foreseen
-            self._last_rows[:2] = served, asked - served
+            self._foreseen.settled(asked, served, work.foreseen if self._was_ahead else None)
         for shadow in result.shadows:
             self.acceptance.learn_from(shadow, self.most)
             self._news = True
@@ -233,7 +226,10 @@ class Controller:
         if not self._usual or self._decisions % ALL_OPTIONS == 0:
             numbers = range(len(self.options))
         self._decisions += 1
-        self._learn_foreseen(live)
+        order = self.acceptance.number(self.options[self._option].drafters)
+        if self._foreseen.news and order is not None:
+            survival = self.acceptance.curves(live, order).survival.mean(0)
+            self._foreseen.learn(survival, min(max(math.ceil(self._usual), 1), self.most))
         verify = {
             ahead: self._verify(live, ahead)
             for ahead in {self.options[number].ahead for number in (self._option, *numbers)}
@@ -339,7 +335,7 @@ class Controller:
         asked = np.cumsum(columns == 0)
         served: Floats | float = 1.0
         if option.ahead:
-            served = self._served(survival.mean(0))[:, None]
+            served = self._foreseen.served(survival.mean(0))[:, None]
         forwards = depths + option.ahead if option.computes else 0
         drafting = self.draft_costs[number].seconds(
             asked, forwards, tokens if option.computes else 0.0
@@ -359,37 +355,6 @@ class Controller:
         chosen = ranked[: last + 1][taken[depth, : last + 1]]
         drafts = np.bincount(chosen // most, minlength=rows)
         return Allocation(number, plain, rate, self._price(number, rate, drafts, verify), drafts)
-
-    def _hits(self, survival: Floats) -> tuple[Floats, float]:
-        """How probable it is that a row's outcome was foreseen, by the number of its drafts,
-        [most], and if it had none. `survival`: of all drafts up to a position, usually.
-
-        Foreseen is that all are right and so is the guess at the token after them; or a wrong one,
-        if the right token in its place was thought of.
-        """
-        following = survival[1:]
-        last = survival[-1] ** 2 / survival[-2] if len(survival) > 1 else survival[-1] ** 2
-        hit = np.append(following, last) + (1.0 - survival) * self._foreseen
-        return hit, float(survival[0] + (1.0 - survival[0]) * self._foreseen)
-
-    def _served(self, survival: Floats) -> Floats:
-        """The share of rows that have drafts if these are made ahead only, by their number."""
-        hit, alone = self._hits(survival)
-        return np.asarray(alone / (1.0 - hit + alone))
-
-    def _learn_foreseen(self, live: list[Sequence]) -> None:
-        """From what was foreseen since the last decision."""
-        with_drafts, without, foreseen = self._outcomes.tolist()
-        self._outcomes[:] = 0
-        order = self.acceptance.number(self.options[self._option].drafters)
-        if not with_drafts + without or order is None:
-            return
-        survival = self.acceptance.curves(live, order).survival.mean(0)
-        hit, alone = self._hits(survival)
-        length = min(max(math.ceil(self._usual), 1), self.most)
-        expected = with_drafts * hit[length - 1] + without * alone
-        moved = self._foreseen + FORESEEN_RATE * (foreseen - expected) / (with_drafts + without)
-        self._foreseen = float(min(max(moved, 0.0), 1.0))
 
     def _patience(self, best: Allocation, live: list[Sequence]) -> int:
         """See `StepPlan.patience`: what the drafts of so many rows bring is more than what all
