@@ -141,7 +141,7 @@ def dense_pool(rows: Rows, layer: AttentionLayer, draw: Draws) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_dense_attention(dtype: torch.dtype, seed: int) -> None:
     """Ragged steps of chunks, decoding rows and rows with drafts; lengths about pages' ends."""
     draw = Draws(seed, dtype)
@@ -274,8 +274,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-@pytest.mark.parametrize("kv_format", ["auto", "int8n", "int4h", "turbo4"])
+@pytest.mark.parametrize(
+    ("model_type", "kv_format"),
+    [
+        ("llama", "auto"),
+        ("qwen3", "auto"),
+        ("qwen3", "int8n"),
+        ("llama", "int4h"),
+        ("qwen3", "turbo4"),
+    ],
+)
 def test_a_whole_model(model_type: str, kv_format: str, checkpoints: dict[str, Path]) -> None:
     """The logits and choices of `TorchOps`, over steps of chunks, decoding rows and drafts."""
     page_size = 8
