@@ -9,12 +9,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 GPU_PYTHON ?= $(shell test -x $(VENV)/bin/python && echo $(VENV)/bin/python || echo $(PYTHON))
 
-.PHONY: help serve venv test quick lint format docs gpu-check gpu-bench clean
+.PHONY: help serve venv test quick exhaustive lint format docs gpu-check gpu-bench clean
 
 help:
 	@echo 'make serve   the bundled model on http://$(HOST):$(PORT)/v1 (PORT=, HOST=, ARGS=)'
 	@echo 'make venv    everything for development into $(VENV) (PYTHON=python3.12)'
-	@echo 'make test    the whole test suite; make quick leaves out the slow ones'
+	@echo 'make test    the test suite; make quick leaves out the slow ones, make exhaustive fills matrices'
 	@echo 'make lint    ruff, mypy, import rules'
 	@echo 'make gpu-check, gpu-bench   what a GPU must show; ARGS=--dry-run tries them without one'
 
@@ -27,7 +27,10 @@ test: $(VENV)/.development
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 quick: $(VENV)/.development
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m 'not slow and not exhaustive' $(ARGS)
+
+exhaustive: $(VENV)/.development
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m exhaustive $(ARGS)
 
 lint: $(VENV)/.development
 	$(VENV)/bin/ruff check .

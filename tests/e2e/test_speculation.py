@@ -24,10 +24,10 @@ from scheduler.speculation import DraftPolicy, FixedDrafts, Rules
 from scheduler.step_cost import StepCost
 from tests.e2e.driving import drive
 from tests.e2e.test_exactness import (
+    CELLS,
     CONFIG,
     CONTEXT,
     CPU,
-    SAMPLERS,
     SPEC,
     VOCAB,
     decoder,
@@ -146,7 +146,7 @@ def controller(*names: str) -> Controller:
     return Controller(options, names, 5, StepCost.learning())
 
 
-everywhere = pytest.mark.parametrize("sampler", SAMPLERS)
+everywhere = pytest.mark.parametrize("sampler", CELLS)
 
 
 @everywhere
@@ -206,7 +206,7 @@ def test_lengths_that_change_with_every_step(sampler: str) -> None:
 
 
 # Who draws, and whether processors look at drafts, makes the differences here.
-somewhere = pytest.mark.parametrize("sampler", ["greedy", "temperature", "penalties"])
+somewhere = pytest.mark.parametrize("sampler", ["greedy", "penalties"])
 
 
 @somewhere

@@ -112,6 +112,7 @@ def test_two_ranks_write_what_one_writes_with_drafts_and_prefix_hits() -> None:
     assert loads[2].prefix_hits > 100
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_write_what_one_writes_under_memory_pressure() -> None:
     """Every rank's pages are saved to host memory and come back."""
     options = {
@@ -132,6 +133,7 @@ def test_two_ranks_write_what_one_writes_under_memory_pressure() -> None:
     assert found[2] == found[1]
 
 
+@pytest.mark.exhaustive
 def test_four_ranks_by_batch_invariant_layers(tmp_path: Path) -> None:
     """A request alone and among others: the same bits, so the same text, and that of one rank."""
     save(tmp_path, "qwen3", num_key_value_heads=4)
@@ -220,6 +222,7 @@ async def test_a_follower_that_dies_ends_all_and_all_are_started_again() -> None
     assert gone([link.pid, *second])
 
 
+@pytest.mark.exhaustive
 async def test_a_follower_that_dies_while_nothing_runs_is_noticed() -> None:
     async with served() as (client, link, first):
         engine = link.pid

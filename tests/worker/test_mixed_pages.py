@@ -221,7 +221,7 @@ def mixed(rng: random.Random) -> Pair:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2, 3))]
 )
 def test_random_operations_leak_nothing_and_serve_nobody_elses_page(
     seed: int, monkeypatch: pytest.MonkeyPatch
