@@ -48,7 +48,7 @@ from benchmarks.gpu_models import (
     parameters_read,
     prefill_operations,
 )
-from benchmarks.gpu_parts import Note, run_parts, tell
+from benchmarks.gpu_parts import Note, parts_parser, run_parts, tell
 from benchmarks.gpu_peers import parse_points, prompts_for
 from benchmarks.gpu_steps import engine, limits_for
 from benchmarks.report import Row
@@ -340,19 +340,11 @@ PARTS: dict[str, Callable[[Setting], Found]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = parts_parser("gpu_bench", __doc__, PARTS)
+    made.add_argument("--vllm-site", type=Path, help="folder that vLLM is installed in")
+    made.add_argument(
+        "--work-dir", type=Path, help="folder for models; default: memory, else temporary files"
     )
-    add = made.add_argument
-    add("--only", nargs="+", choices=PARTS, help="these tables alone")
-    add("--minutes", type=float, default=9.0, help="for all of it (9)")
-    add("--vllm-site", type=Path, help="folder that vLLM is installed in")
-    add("--work-dir", type=Path, help="folder for models; default: memory, else temporary files")
-    add("--json", type=Path, help="file for the full record")
-    add("--dry-run", action="store_true", help="on a CPU, tiny: claims nothing about a GPU")
-    add("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process does
     return made
 
 

@@ -24,14 +24,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu_device import Machine
 from benchmarks.gpu_models import DEMO, PROJECT
-from benchmarks.gpu_parts import run_parts, tell
+from benchmarks.gpu_parts import parts_parser, run_parts, tell
 from benchmarks.report import Row
 from engine.build import build_worker
 from engine.config import EngineConfig
@@ -244,18 +243,8 @@ PARTS: dict[str, Callable[[Machine, bool], Iterator[Row]]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = made.add_argument
-    add("--only", nargs="+", choices=PARTS, help="these checks alone")
-    add("--quick", action="store_true", help="fewer variants of the engine")
-    add("--minutes", type=float, default=9.0, help="for all of it (9)")
-    add("--json", type=Path, help="file for the full record")
-    add("--dry-run", action="store_true", help="on a CPU, small: claims nothing about a GPU")
-    add("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a child process does
+    made = parts_parser("gpu_check", __doc__, PARTS)
+    made.add_argument("--quick", action="store_true", help="fewer variants of the engine")
     return made
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,23 @@ def listen(output: str) -> tuple[list[Row], list[str]]:
         elif line.startswith(_NOTE):
             notes.append(line.removeprefix(_NOTE))
     return rows, notes
+
+
+def parts_parser(benchmark: str, description: str | None, parts: Iterable[str]) -> ArgumentParser:
+    """The flags that all such benchmarks share."""
+    made = ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    names = tuple(parts)
+    add = made.add_argument
+    add("--only", nargs="+", choices=names, help="these parts alone")
+    add("--minutes", type=float, default=9.0, help="for all of it (9)")
+    add("--json", type=Path, help="file for the full record")
+    add("--dry-run", action="store_true", help="on a CPU, tiny: claims nothing about a GPU")
+    add("--part", choices=names, help=SUPPRESS)  # what a child process does
+    return made
 
 
 def run_parts(

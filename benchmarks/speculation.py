@@ -2,6 +2,7 @@
 
     python -m benchmarks.speculation --quick
     python -m benchmarks.speculation --streams 1 4 16 64
+    python -m benchmarks.speculation --ahead --drafters model --streams 1 4 --lengths
 
 Three kinds of work, each at temperature 0 and 1: answers to questions in wordings that the bundled
 model has not seen, continued text that it has not seen, and questions that were asked before. Modes
@@ -12,6 +13,11 @@ compared too: a token that differs from plain decoding's is an error, not a stat
 With one stream, text has a bound as well: acceptance by position as it was with the longest drafts,
 and the time of a step as it was at each length, give the tokens per second that a length allows.
 (Answers end after a few steps, which such a bound leaves out.)
+
+With --ahead two more modes: a draft model that always works ahead while its drafts are verified,
+and one that never does; `auto` finds out which of the two is better, and must not be slower than
+the latter. Reported besides are the share of drafting that nobody waited for, and how often what
+was written ahead could be used.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ Prompts = list[tuple[int, ...]]
 LENGTHS = (2, 4, 8)  # fixed draft lengths
 WORK = ("answers", "text", "again")
 NEVER_BELOW = 0.98
+AHEAD, TURNS = "always ahead", "taking turns"
 
 
 @dataclass(slots=True)
@@ -51,7 +58,10 @@ class Run:
     steps: int
     drafted: int
     accepted: int
-    draft_seconds: float
+    draft_seconds: float  # of drafting that the target waited for
+    hidden_seconds: float  # and that it did not
+    ahead: int  # rows
+    foreseen: int
 
     @property
     def rate(self) -> float:
@@ -89,6 +99,9 @@ class Mode:
                 after.draft_tokens - before.draft_tokens,
                 after.accepted_tokens - before.accepted_tokens,
                 after.draft_seconds - before.draft_seconds,
+                after.ahead_seconds - before.ahead_seconds,
+                after.ahead_rows - before.ahead_rows,
+                after.foreseen_rows - before.foreseen_rows,
             )
         )
         self._positions(before, after)
@@ -208,6 +221,7 @@ def parser() -> argparse.ArgumentParser:
     add("--work", nargs="+", choices=WORK, default=list(WORK))
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     add("--lengths", type=int, nargs="*", default=list(LENGTHS), help="fixed ones to compare with")
+    add("--ahead", action="store_true", help="compare working ahead with taking turns")
     add("--rounds", type=int, default=7)
     add("--least", type=int, default=8, help="requests a round; more where there are more streams")
     add("--most-drafts", type=int, default=8)
@@ -237,7 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     rows += judge(name, modes, wrong, bound=streams == 1 and work == "text")
                     lines += [line(name, mode) for mode in modes]
                     print(f"{name}: done", file=sys.stderr, flush=True)
-    header = ("work", "mode", "tok/s", "tokens/step", "drafted", "right", "drafting")
+    header = (
+        *("work", "mode", "tok/s", "tokens/step", "drafted", "right", "drafting"),
+        *("hidden", "foreseen"),
+    )
     print(table(header, lines) + "\n")
     print(rows_table(rows))
     print(json_line("speculation", rows))
@@ -266,6 +283,10 @@ def make_modes(args: argparse.Namespace, streams: int, stack: ExitStack) -> list
         Mode("plain", stack.enter_context(make(drafters=()))),
         Mode("auto", stack.enter_context(make(**drafting))),
     ]
+    if args.ahead:
+        for name, how in ((AHEAD, "on"), (TURNS, "off")):
+            llm = stack.enter_context(make(**drafting, draft_ahead=how))
+            modes.append(Mode(name, llm))
     for name in args.drafters:
         one = drafting | {"drafters": (name,)}
         if name != "model":
@@ -291,17 +312,39 @@ def line(name: str, mode: Mode) -> tuple[str, ...]:
         f"{drafted / tokens:.2f}",
         f"{accepted / drafted:.0%}" if drafted else "",
         f"{drafting / seconds:.0%}",
+        hidden(mode),
+        foreseen(mode),
     )
 
 
+def hidden(mode: Mode) -> str:
+    """Of the seconds of drafting ahead, those that nobody waited for, at least."""
+    beside = sum(run.hidden_seconds for run in mode.runs)
+    waited = sum(run.draft_seconds for run in mode.runs)
+    # What was drafted late after all was waited for, too, so this is a lower bound.
+    return f"{max(beside - waited, 0.0) / beside:.0%}" if beside else ""
+
+
+def foreseen(mode: Mode) -> str:
+    rows = sum(run.ahead for run in mode.runs)
+    return f"{sum(run.foreseen for run in mode.runs) / rows:.0%}" if rows else ""
+
+
 def judge(name: str, modes: Sequence[Mode], wrong: int, bound: bool) -> list[Row]:
-    plain, auto, *fixed = modes
+    plain, auto, *others = modes
+    fixed = [mode for mode in others if mode.length]
     ratios = [a.rate / b.rate for a, b in zip(auto.runs, plain.runs, strict=True)]
     middle, low, high = median_interval(ratios)
     rows = [
         Row(f"{name}: texts that differ from plain's", wrong, 0, "at most"),
         Row(f"{name}: auto / plain", middle, NEVER_BELOW, interval=(low, high)),
     ]
+    for mode in others:
+        if mode.name in (AHEAD, TURNS):
+            ratios = [a.rate / b.rate for a, b in zip(auto.runs, mode.runs, strict=True)]
+            middle, low, high = median_interval(ratios)
+            least = NEVER_BELOW if mode.name == TURNS else None
+            rows.append(Row(f"{name}: auto / {mode.name}", middle, least, interval=(low, high)))
     if fixed:
         best = max(fixed, key=lambda mode: median(run.rate for run in mode.runs))
         better = (

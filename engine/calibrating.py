@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from engine.build import context_of, dtype_of
 from engine.config import EngineConfig
 from engine.errors import StartupError
+from engine.sizes import context_of, dtype_of
 from kernels.cpu.build import BuildError, start_build
 from kernels.ops import Ops
 from kernels.torch_ops import TorchOps

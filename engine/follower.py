@@ -15,19 +15,12 @@ from typing import NoReturn
 import msgspec
 import torch
 
+from engine.arithmetic import eager_runner
 from engine.backends import choose_backend
-from engine.build import (
-    activations_of,
-    budget_of,
-    context_of,
-    dense_pages_of,
-    dtype_of,
-    eager_runner,
-    formats_of,
-)
 from engine.errors import StartupError
 from engine.launch import Failed
 from engine.ranks import FollowerLaunch, Line, Pool, RankReport, Ready, Room, Started, encode_line
+from engine.sizes import activations_of, budget_of, context_of, dense_pages_of, dtype_of, formats_of
 from models.errors import CheckpointError
 from models.loader import load_model, read_spec
 from models.parallel import Shard

@@ -114,6 +114,7 @@ class Worker:
         self._drafting = drafting
         self._transfer = transfer or HostTransfer()
         self._unread: deque[BegunStep] = deque()  # oldest first
+        self._closed = False
         self._followers = followers or Nobody()
         self._runner = runner  # for sequences admitted from now on
         self._runners: list[Runner] = [runner] * len(slots.epoch)  # by slot
@@ -146,10 +147,13 @@ class Worker:
         self.call(lambda: self._sampler.use(form))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Runs it on the worker's thread, after the steps launched so far have begun."""
-        self._executor.call(function)
+        """Runs it on the worker's thread, after the steps launched so far have begun. A closed
+        worker does nothing: kernels may become ready after the last request has ended."""
+        if not self._closed:
+            self._executor.call(function)
 
     def close(self) -> None:
+        self._closed = True
         self._executor.close()
         if self._drafting is not None:
             self._drafting.close()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.build import _swap_when_built, build_worker
+from engine.arithmetic import swap_when_built
+from engine.build import build_worker
 from engine.config import EngineConfig
 from engine.errors import StartupError
 from kernels.cpu.build import BuildError
@@ -136,7 +137,7 @@ def test_kernels_that_cannot_be_built_leave_the_worker_as_it_is(
     worker, _ = build(folder)
     before = worker._runner
     failed: Future[NativeOps] = Future()
-    _swap_when_built(failed, lambda: pytest.fail("loaded for nothing"), worker.use)
+    swap_when_built(failed, lambda: pytest.fail("loaded for nothing"), worker.use)
     failed.set_exception(BuildError("no C++ compiler among g++"))
     worker.close()
     assert worker._runner is before
@@ -186,3 +187,15 @@ def test_more_host_memory_than_there_is(folder: Path) -> None:
 def test_a_context_longer_than_the_checkpoints(folder: Path) -> None:
     with pytest.raises(StartupError, match="max_model_len 100,000 is not between"):
         build(folder, max_model_len=100_000)
+
+
+def test_kernels_that_are_ready_after_the_end_are_of_no_use(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _ = build(folder)
+    built: Future[None] = Future()
+    built.add_done_callback(lambda _: worker.call(lambda: pytest.fail("it runs no more")))
+    worker.close()
+    caplog.clear()
+    built.set_result(None)
+    assert not caplog.records  # a callback that fails is logged
