@@ -33,6 +33,13 @@ def squares(x: Tensor) -> Tensor:
     return total
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root, correctly rounded as kernels have it. x: fp32.
+
+    Torch's own is one unit of the last place off for many numbers, on processors of some makers."""
+    return x.double().sqrt().float()
+
+
 class Sizes(NamedTuple):
     """Of one vector's code."""
 
@@ -110,7 +117,7 @@ class Affine:
         parts = x.unflatten(-1, (self.groups(n), -1))
         count = 1 << self.bits
         if self.clip:
-            rms = (squares(parts) * (1.0 / parts.shape[-1])).sqrt()
+            rms = root(squares(parts) * (1.0 / parts.shape[-1]))
             scale, zero = rms * (2 * self.clip / (count - 1)), rms * -self.clip
         else:
             low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
@@ -144,6 +151,6 @@ def _stretched(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[T
     """x, codes: [..., groups, group]; scale, zero: [..., groups, 1] fp32 -> the numbers to store,
     fp16."""
     length = squares(codes * scale + zero)
-    by = (squares(x) / length).sqrt().clamp(max=MOST_GROWTH)
+    by = root(squares(x) / length).clamp(max=MOST_GROWTH)
     by = torch.where(length > 0, by, 1.0)
     return (scale * by).clamp(max=LARGEST).half(), (zero * by).clamp(-LARGEST, LARGEST).half()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.kv.codec import Affine, Codec
+from kernels.kv.codec import Affine, Codec, root
 from kernels.kv.pack import pack, packed_bytes, unpack
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS, Preset
@@ -295,6 +296,13 @@ def test_vectors_that_do_not_fill_bytes(codec: Codec) -> None:
     for n in (0, 12, 127):
         with pytest.raises(ValueError, match="multiple of 8"):
             codec.sizes(n)
+
+
+def test_roots_are_rounded_as_kernels_round_them() -> None:
+    g = torch.Generator().manual_seed(4)
+    x = torch.rand(1 << 16, generator=g).ldexp(torch.randint(-40, 40, (1 << 16,), generator=g))
+    x[0] = 0.0
+    assert np.array_equal(root(x).numpy(), np.sqrt(x.numpy()))
 
 
 def test_what_there_is_no_codec_for() -> None:
