@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -27,6 +29,8 @@ from server.run import run
 from text.assets import TextAssets, load_text
 from text.chat_template import TemplateError
 from text.tokenizer import TokenizerError
+
+YIELDING = 10  # by so much the front end's niceness grows; 19 is the highest
 
 
 def serve(config: Config, supervisor: Supervisor, listener: socket.socket, started: float) -> int:
@@ -58,6 +62,9 @@ async def _serve(
             await asyncio.wait([running])
             raise
         if not running.done():
+            facts = client.facts
+            if facts is not None and facts.device == "cpu":
+                yield_cores()
             _announce(app, config, listener, time.monotonic() - started)
             gc.collect()
             gc.freeze()  # what lives now lives on: later collections need not look at it
@@ -99,6 +106,18 @@ async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> A
             with contextlib.suppress(asyncio.CancelledError):
                 await task
     return next(task for task in tasks if task in done).result()
+
+
+def yield_cores() -> None:
+    """Lowers the priority of the calling thread, on Linux.
+
+    The threads that compute a step together wait for each other, so one that is pushed off its core
+    by this process stops them all. This one can wait for the next moment in which a core has
+    nothing to compute: there are many in a step.
+    """
+    if sys.platform == "linux":  # elsewhere it would be the whole process's
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, min(niceness + YIELDING, 19))
 
 
 def _announce(app: FastAPI, config: Config, listener: socket.socket, seconds: float) -> None:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +147,9 @@ class Supervisor:
         self._on_phase = on_phase
         self._policy = policy
         self._folder = Path(tempfile.mkdtemp(prefix="foresight-"))  # mode 0700
+        # A process has the priority of the thread that starts it, and the thread of the event loop
+        # may have lowered its own (`cli/api.py`).
+        self._starter = ThreadPoolExecutor(1, "starter")
         self._process: EngineProcess | None = None
         self._spawned = 0
         self._up_since: float | None = None  # of the current process
@@ -161,7 +164,8 @@ class Supervisor:
         """Starts the first process. Needs no event loop: call it before anything slow."""
         self._spawned += 1
         self._up_since = None
-        self._process = EngineProcess(
+        self._process = self._starter.submit(
+            EngineProcess,
             f"ipc://{self._folder}/engine-{self._spawned}.sock",
             self._config,
             self._builder,
@@ -169,7 +173,7 @@ class Supervisor:
             self._log_level,
             self._log_json,
             self._on_phase,
-        )
+        ).result()
 
     async def connect(self, lost: asyncio.Future[str]) -> ClientTransport:
         """A transport to the next engine that serves; `lost` resolves when that one is gone.
@@ -222,6 +226,7 @@ class Supervisor:
             except TimeoutError:
                 process.kill()
                 await exited
+        self._starter.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

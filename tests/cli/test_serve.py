@@ -46,8 +46,9 @@ class Server:
         self.base = base
 
     def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return int(children.read_text().split()[0])
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        (pid,) = "".join((task / "children").read_text() for task in tasks).split()
+        return int(pid)
 
     def lines(self, body=BODY):
         with httpx.stream("POST", f"{self.base}/completions", json=body, timeout=30) as answer:

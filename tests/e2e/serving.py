@@ -28,7 +28,8 @@ class Running:
 
     def engine_pid(self) -> int:
         """The engine process: the child of the API process that runs `engine.process`."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        children = " ".join((task / "children").read_text() for task in tasks)
         for child in children.split():
             if b"engine.process" in Path(f"/proc/{child}/cmdline").read_bytes():
                 return int(child)

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cli.api import YIELDING
 from tests.e2e.serving import Running, serve
 
 FLAGS = ("--deterministic", "--dtype", "float32", "--no-compile", "--log-format", "json")
@@ -177,6 +179,18 @@ def test_the_load_was_what_it_is_meant_to_be(undisturbed: dict[str, Told]) -> No
         assert told.finish == [(0, "length")]
         assert told.usage is not None
         assert told.usage[1] == 48
+
+
+def test_the_front_end_gives_way_to_whichever_engine_computes(
+    server: Running, disturbed: dict[str, Told]
+) -> None:
+    assert disturbed
+    server.wait_ready()
+    ordinary = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, server.engine_pid()) == ordinary
+    if sys.platform == "linux":
+        yielding = min(ordinary + YIELDING, 19)
+        assert os.getpriority(os.PRIO_PROCESS, server.process.pid) == yielding
 
 
 def test_the_accident_is_counted_and_nothing_is_left_behind(
