@@ -35,6 +35,8 @@ _KIND = int(Need.NOISE | Need.TRUNCATION)
 class Form(Protocol):
     """One implementation of the draw: kernels/sampling/reference.py, or a faster one."""
 
+    def usable(self, logits: Tensor) -> Tensor: ...
+
     def argmax_rows(self, logits: Tensor) -> Tensor: ...
 
     def draw(
@@ -117,7 +119,7 @@ class Sampler:
         positions: [n] int64 on the device; device_slots: the slots there, [n] int64, if they are.
         """
         rows = SampleRows.of(self.slots, slots_of_rows, positions, device_slots)
-        z, finite = logits, logits.amax(-1).isfinite()
+        z, finite = logits, self._form.usable(logits)
         if rows.union & Need.PROCESSING:
             z = logits.clone()
             process(z, rows, self.slots, self._tokens)

@@ -22,6 +22,11 @@ from kernels.sampling.reference import NoiseKey, Truncation
 _BLOCK = 4096  # tokens a program
 
 
+def usable(logits: Tensor) -> Tensor:
+    """As `reference.usable`."""
+    return reference.usable(logits)
+
+
 def argmax_rows(logits: Tensor) -> Tensor:
     """As `reference.argmax_rows`."""
     return reference.argmax_rows(logits)

@@ -10,7 +10,7 @@ from kernels.sampling.reference import NoiseKey, Truncation
 
 
 class NativeSampling:
-    """`argmax_rows` and `draw` on the CPU. Runs on `torch.get_num_threads()` threads.
+    """`usable`, `argmax_rows` and `draw` on the CPU. Runs on `torch.get_num_threads()` threads.
 
     A row depends on that row alone, and equals what the other forms give: one may be exchanged for
     another at any time. Raises ValueError for layouts the kernel does not take.
@@ -18,6 +18,13 @@ class NativeSampling:
 
     def __init__(self, library: Library) -> None:
         self._sample = library.sample
+        self._usable = library.usable
+
+    def usable(self, logits: Tensor) -> Tensor:
+        """As `reference.usable`."""
+        found = _empty(logits, torch.bool)
+        self._usable(logits.data_ptr(), found.data_ptr(), *logits.shape, _threads())
+        return found
 
     def argmax_rows(self, logits: Tensor) -> Tensor:
         """As `pruned.argmax_rows`; a row with NaN or without a finite maximum gives 0."""
@@ -47,10 +54,10 @@ class NativeSampling:
         return tokens
 
 
-def _empty(logits: Tensor) -> Tensor:
+def _empty(logits: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.is_contiguous():
         raise ValueError("logits must be a contiguous fp32 matrix")
-    return torch.empty(len(logits), dtype=torch.int64)
+    return torch.empty(len(logits), dtype=dtype)
 
 
 def _array(values: Tensor, dtype: torch.dtype, logits: Tensor) -> Tensor:

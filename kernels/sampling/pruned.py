@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.sampling import reference
 from kernels.sampling.philox import GUMBEL_SPAN, gumbel, noise_blocks, noise_uniform
 from kernels.sampling.reference import NoiseKey, Truncation, scale
 
@@ -20,6 +21,11 @@ TILE = 32  # tokens; a multiple of the four that share a Philox block
 # Slack of the float32 filters below, in nats: orders of magnitude above their rounding.
 _SLACK = 1e-3
 _BUCKETS, _PER_NAT = 128, 4  # of the histogram that bounds a nucleus
+
+
+def usable(logits: Tensor) -> Tensor:
+    """As `reference.usable`."""
+    return reference.usable(logits)
 
 
 def argmax_rows(logits: Tensor) -> Tensor:

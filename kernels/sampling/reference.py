@@ -71,6 +71,11 @@ def noise(key: NoiseKey, vocab: int) -> Tensor:
     return gumbel(v[:, :vocab])
 
 
+def usable(logits: Tensor) -> Tensor:
+    """Rows whose maximum is finite and that hold no NaN: [n, vocab] -> [n] bool."""
+    return logits.amax(-1).isfinite()
+
+
 def argmax_rows(logits: Tensor) -> Tensor:
     """argmax over the last dimension, ties to the lowest id: [n, vocab] -> [n] int64."""
     return logits.argmax(-1)  # torch promises the first of equal maxima

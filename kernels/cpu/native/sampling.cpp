@@ -18,6 +18,15 @@ void sample(const float* logits, const Draw* draws, int64_t* tokens, int64_t row
     }
 }
 
+// Elements of logits that are worth a second thread: to look at them is fast, and whoever forks waits
+// for a core that another process may have.
+constexpr int64_t kWorthLooking = 1 << 19, kWorthDrawing = 1 << 16;
+
+template <class Work>
+void by_row(int threads, int64_t elements, int64_t worth, Work work) {
+    parallel(elements < worth ? 1 : threads, elements, work);
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -38,8 +47,20 @@ void native_sample(const float* logits, int64_t* tokens, int64_t rows, int64_t v
                     (uint64_t)seed[r],
                     (uint32_t)choice[r],
                     (uint32_t)position[r]};
-    parallel(threads, rows * vocab, [&](Share share) {
+    const int64_t worth = temperature ? kWorthDrawing : kWorthLooking;
+    by_row(threads, rows * vocab, worth, [&](Share share) {
         sample(logits, temperature ? draws.data() : nullptr, tokens, rows, vocab, share);
+    });
+}
+
+// usable: [rows] 0 or 1, whether the maximum is finite and nothing is NaN.
+void native_usable(const float* logits, uint8_t* usable, int64_t rows, int64_t vocab,
+                   int threads) {
+    by_row(threads, rows * vocab, kWorthLooking, [&](Share share) {
+        thread_local std::vector<float> maxima;
+        const Range range = part(rows, share);
+        for (int64_t r = range.begin; r < range.end; r++)
+            usable[r] = TiledRow(logits + r * vocab, vocab, maxima).usable;
     });
 }
 

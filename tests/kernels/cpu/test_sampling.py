@@ -61,6 +61,18 @@ def test_threads_change_nothing(native: NativeOps, threads: None):
     assert torch.equal(results[0], results[2])
 
 
+def test_threads_change_nothing_about_what_is_looked_at(native: NativeOps, threads: None):
+    logits = torch.randn(9, 1 << 17, generator=torch.Generator().manual_seed(7))
+    logits[4, 77] = math.nan
+    logits[7] = -math.inf
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        usable = native.sampling().usable(logits)
+        assert torch.equal(usable, pruned.usable(logits))
+        tokens = native.sampling().argmax_rows(logits)
+        assert torch.equal(tokens[usable], logits.argmax(-1)[usable])
+
+
 def test_refuses_other_layouts(native: NativeOps):
     form, key = native.sampling(), make_key(2, torch.Generator())
     logits = torch.zeros(2, 64)

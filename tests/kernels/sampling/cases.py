@@ -107,6 +107,7 @@ def check_bad_rows(form: Form, bad: float, limits: dict | None) -> None:
     clean = form.draw(logits, heat, key, bounds)
     logits[1, 50] = bad
     logits[2] = -math.inf
+    assert form.usable(logits).tolist() == [True, False, False, True]
     tokens = form.draw(logits, heat, key, bounds)
     assert tokens[[0, 3]].tolist() == clean[[0, 3]].tolist()
     assert ((tokens >= 0) & (tokens < 200)).all()
