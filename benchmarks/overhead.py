@@ -3,8 +3,8 @@
     python -m benchmarks.overhead
 
 The same checkpoint, options and prompts: once through `foresight serve` with a closed loop of
-streams, once through the offline `LLM` in a process of its own with as many slots. They take turns,
-and whichever is not measured is stopped. Two ratios: output tokens per second with all streams
+streams, once through the offline `LLM` in a process of its own with as many slots, which is given
+its next prompt when one is done. They take turns, and whichever is not measured is stopped. Two ratios: output tokens per second with all streams
 busy, and the time to the first token of a lone request, server less engine.
 """
 
@@ -54,9 +54,11 @@ class Listener(logging.Handler):
 
 def engine_process(pipe: Pipe, model: str, slots: int) -> None:
     """Answers (prompts, output tokens) with (tokens per second, milliseconds per prompt)."""
+    from engine import llm as offline
     from engine.llm import LLM
     from scheduler.request import SamplingParams
 
+    offline.WINDOW = 1  # a closed loop too: no request waits in the queue for another's slot
     listener = Listener()
     with LLM(model, max_num_seqs=slots) as llm:
         listener.settled.wait(native_patience)  # both sides are measured with native kernels
