@@ -4,8 +4,9 @@
 
 The same checkpoint, options and prompts: once through `foresight serve` with a closed loop of
 streams, once through the offline `LLM` in a process of its own with as many slots, which is given
-its next prompt when one is done. They take turns, and whichever is not measured is stopped. Two ratios: output tokens per second with all streams
-busy, and the time to the first token of a lone request, server less engine.
+its next prompt when one is done. They take turns, and whichever is not measured is stopped. Two
+ratios: output tokens per second with all streams busy, and the time to the first token of a lone
+request, server less engine.
 """
 
 from __future__ import annotations
