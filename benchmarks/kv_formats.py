@@ -8,9 +8,10 @@ held-out text is read in chunks of 256 tokens, every position attends to stored 
 distributions of the next token are compared with those of dense pages, by position. "outliers" is
 the same model made to look like a large one: pairs of key dimensions that rotate slowly are scaled
 by six to fifteen, others at random, queries by the inverse, and values' dimensions at random, with
-the output projection undoing it; in exact arithmetic that changes nothing. "own text" are 4,000
-tokens that the model sampled with the format in use, read again with both. Boundary layers are as
-the server sets them.
+the output projection undoing it; in exact arithmetic that changes nothing. "balanced" is that one
+after `foresight calibrate` has made its channels alike, by texts of the training. "own text" are
+4,000 tokens that the model sampled with the format in use, read again with both. Boundary layers
+are as the server sets them.
 
 "exact mode" is int8n with drafts by the upper halves of its own pages.
 
@@ -153,6 +154,12 @@ def held_out(corpus: Corpus, tokenizer: Tokenizer, count: int, length: int) -> l
         if len(ids) == length:
             made.append(ids)
     return made
+
+
+def training_texts(corpus: Corpus, tokenizer: Tokenizer) -> list[list[int]]:
+    """What a user would calibrate with: not what formats are judged by."""
+    some = Random("calibration").sample(corpus.texts, 6)
+    return [tokenizer.encode(text[:6000]).ids[:1024] for text in some]
 
 
 def own_text(model: Path, name: str, length: int, cache: str | None) -> list[int]:
@@ -324,8 +331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     inject_outliers(decoder)
     changed = reader.log_probabilities(texts[0], formats_of(reader, AUTO)).exp() - exact.exp()
     outliers = quality(reader, args.formats, texts, "outliers", args.boundary, windows)
-    lines = [*plain[0], *outliers[0], *lines]
-    rows += [*plain[1], *outliers[1]]
+    reader.balance(training_texts(corpus, tokenizer))
+    balanced = quality(reader, args.formats, texts, "balanced", args.boundary, windows)
+    lines = [*plain[0], *outliers[0], *balanced[0], *lines]
+    rows += [*plain[1], *outliers[1], *balanced[1]]
     rows.append(
         Row(
             "outliers: largest change of a dense probability",

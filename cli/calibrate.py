@@ -3,11 +3,12 @@
     foresight calibrate --model FOLDER --prompts FILE --kv-format int4h --output kv.json
 
 reads the prompts with dense pages and with pages of every format, and says how far the words that
-the model would choose move, and how wrong attention's logits become in each layer. For the format
-asked for it takes the mean of each layer's keys, which is subtracted before they are stored, and
-gives eight bits to as many layers as the limit needs, those first whose own error is largest. The
-result is a file for `foresight serve --kv-calibration`. A format that stays above the limit with a
-third of the layers in eight bits is refused.
+the model would choose move, and how wrong attention's logits become in each layer. Channels of keys
+and values that stand out are made like the others first, by powers of two that go into the weights
+and change nothing else. For the format asked for it takes the mean of each layer's keys, which is
+subtracted before they are stored, and gives eight bits to as many layers as the limit needs, those
+first whose own error is largest. The result is a file for `foresight serve --kv-calibration`. A
+format that stays above the limit with a third of the layers in eight bits is refused.
 """
 
 from __future__ import annotations
@@ -156,6 +157,9 @@ class Trial:
         self._reader, self._texts, self._console = reader, texts, console
         spec = reader.model.spec
         self._shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
+        self._balance = reader.balance(texts)
+        if self._balance.changes:
+            console.print(f"{self._balance.changes:,} channels of keys and values are made alike")
         self._dense = [self._read(tokens, "auto") for tokens in texts]
         self._means = reader.key_means(texts)
         self._errors: dict[str, list[LogitError]] = {}
@@ -228,7 +232,7 @@ class Trial:
             moved = found.divergence / found.tokens
             self._console.print(f"{count} layers in eight bits: {moved:.3g} nats")
             if moved <= limit:
-                return Calibration(name, tuple(sorted(wide)), self._means)
+                return Calibration(name, tuple(sorted(wide)), self._means, self._balance)
         raise CommandError(
             f"{name} moves the next token's distribution by {moved:.3g} nats with {count} layers "
             f"in eight bits, more than the limit of {limit:g}: take a format of more bits."
@@ -258,5 +262,7 @@ class Trial:
         from worker.kv_quality import PAGE
 
         layers, heads, dim = self._shape
-        fitted = None if wide is None else Calibration(name, tuple(wide), self._means)
+        fitted = None
+        if wide is not None:
+            fitted = Calibration(name, tuple(wide), self._means, self._balance)
         return layer_formats(name, layers, heads, PAGE, dim, None, fitted)

@@ -37,11 +37,13 @@ from engine.scheduling import drafter_names
 from engine.sizes import (
     activations_of,
     budget_of,
+    calibration_of,
     context_of,
     dense_pages_of,
     dtype_of,
     formats_of,
     step_tokens,
+    use_formats,
 )
 from kernels.cpu.ops import NativeOps
 from kernels.kv.format import windows_of
@@ -112,7 +114,8 @@ def _build(
     spec = shard.spec(whole)
     max_model_len = context_of(config, spec)
     dtype = dtype_of(config, device, spec)
-    formats = formats_of(config, whole, shard)
+    calibration = calibration_of(config, whole, shard)
+    formats = formats_of(config, whole, shard, calibration)
     ranks = _start_ranks(config, folder, threads, undo) if shard.size > 1 else None
     collective = ALONE if ranks is None else ranks.join(device)
 
@@ -130,7 +133,7 @@ def _build(
 
     def load_formatted() -> Decoder | TransformersDecoder:
         loaded = load()
-        loaded.use_formats(formats)
+        use_formats(loaded, formats, calibration)
         if config.device.deterministic:
             isolate_rows(loaded)
         return loaded
@@ -294,6 +297,7 @@ def _build(
             str(dtype).encode(),
             config.model.quantization.encode(),
             "/".join(form.name for form in formats).encode(),
+            b"" if calibration is None else calibration.dump().encode(),
         ),
         max_queued_requests=config.schedule.max_queued_requests,
         max_queued_tokens=config.schedule.max_queued_tokens,

@@ -20,7 +20,16 @@ from engine.backends import choose_backend
 from engine.errors import StartupError
 from engine.launch import Failed
 from engine.ranks import FollowerLaunch, Line, Pool, RankReport, Ready, Room, Started, encode_line
-from engine.sizes import activations_of, budget_of, context_of, dense_pages_of, dtype_of, formats_of
+from engine.sizes import (
+    activations_of,
+    budget_of,
+    calibration_of,
+    context_of,
+    dense_pages_of,
+    dtype_of,
+    formats_of,
+    use_formats,
+)
 from models.errors import CheckpointError
 from models.loader import load_model, read_spec
 from models.parallel import Shard
@@ -120,8 +129,9 @@ def build(launch: FollowerLaunch, reports: _Reports) -> Follower:
         quantization=config.model.quantization,
         collective=collective,
     )
-    formats = formats_of(config, whole, shard)
-    model.use_formats(formats)
+    calibration = calibration_of(config, whole, shard)
+    formats = formats_of(config, whole, shard, calibration)
+    use_formats(model, formats, calibration)
     runner = eager_runner(model, dtype, config, backend)
 
     spec, page_size = model.spec, config.cache.page_size

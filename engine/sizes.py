@@ -13,6 +13,8 @@ from engine.scheduling import drafter_names
 from kernels.kv.calibration import Calibration
 from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import HALVES, layer_formats
+from models.balance import apply_balance
+from models.model import LanguageModel
 from models.parallel import Shard
 from models.spec import ModelSpec
 from worker.device import DTYPES, Device, available_host_memory
@@ -44,7 +46,22 @@ def step_tokens(config: EngineConfig, device: Device) -> int:
     return schedule.max_step_tokens or max(device.step_tokens, schedule.max_num_seqs)
 
 
-def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFormat]:
+def calibration_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> Calibration | None:
+    """A part's, of the model whose `spec` this is; None where there is none."""
+    cache = config.cache
+    if cache.kv_calibration is None:
+        return None
+    try:
+        calibration = _calibration(Path(cache.kv_calibration))
+        calibration.check(cache.kv_format, (spec.num_layers, spec.num_kv_heads, spec.head_dim))
+    except ValueError as error:
+        raise StartupError(f"{error}.") from error
+    return calibration.part(*shard.kv_piece(spec.num_kv_heads))
+
+
+def formats_of(
+    config: EngineConfig, spec: ModelSpec, shard: Shard, calibration: Calibration | None
+) -> list[KVFormat]:
     """Of the pages of a model's part, layer by layer. `spec`: of the whole model."""
     cache = config.cache
     if COARSE in drafter_names(config.speculation) and cache.kv_format not in HALVES:
@@ -53,11 +70,6 @@ def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFo
             f"{' or '.join(HALVES)}."
         )
     try:
-        calibration = None
-        if cache.kv_calibration is not None:
-            calibration = _calibration(Path(cache.kv_calibration))
-            calibration.check(cache.kv_format, (spec.num_layers, spec.num_kv_heads, spec.head_dim))
-            calibration = calibration.part(*shard.kv_piece(spec.num_kv_heads))
         formats = layer_formats(
             cache.kv_format,
             spec.num_layers,
@@ -77,6 +89,18 @@ def formats_of(config: EngineConfig, spec: ModelSpec, shard: Shard) -> list[KVFo
             "--kv-sink."
         )
     return formats
+
+
+def use_formats(
+    model: LanguageModel, formats: Sequence[KVFormat], calibration: Calibration | None
+) -> None:
+    """Of a freshly loaded model."""
+    if calibration is not None:
+        try:
+            apply_balance(model, calibration.balance)
+        except ValueError as error:
+            raise StartupError(f"{error}.") from error
+    model.use_formats(formats)
 
 
 def _calibration(file: Path) -> Calibration:

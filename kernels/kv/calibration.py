@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VERSION = 1
+from kernels.kv.balance import LARGEST, Balance
+
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,7 +20,8 @@ class Calibration:
 
     kv_format: str
     eight_bit_layers: tuple[int, ...]  # that the format is too coarse for
-    key_means: Tensor  # [layers, kv_heads, head_dim] fp32
+    key_means: Tensor  # [layers, kv_heads, head_dim] fp32, of balanced keys
+    balance: Balance
 
     def dump(self) -> str:
         means = [[[float(f"{x:.6g}") for x in head] for head in layer] for layer in self._lists()]
@@ -27,6 +30,8 @@ class Calibration:
             "kv_format": self.kv_format,
             "eight_bit_layers": list(self.eight_bit_layers),
             "key_means": means,
+            "key_exponents": self.balance.keys.tolist(),
+            "value_exponents": self.balance.values.tolist(),
         }
         return json.dumps(data)
 
@@ -43,17 +48,28 @@ class Calibration:
                 raise ValueError(f"the calibration is of version {data['version']}, not {VERSION}")
             means = torch.tensor(data["key_means"], dtype=torch.float32)
             layers = tuple(int(layer) for layer in data["eight_bit_layers"])
-            found = cls(str(data["kv_format"]), layers, means)
+            balance = Balance(
+                torch.tensor(data["key_exponents"], dtype=torch.int64),
+                torch.tensor(data["value_exponents"], dtype=torch.int64),
+            )
+            found = cls(str(data["kv_format"]), layers, means, balance)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no calibration: {error}") from error
         if means.dim() != 3 or not means.isfinite().all():
             raise ValueError("the calibration's key means are not [layers, kv_heads, head_dim]")
+        for exponents in (balance.keys, balance.values):
+            if exponents.shape != means.shape or int(exponents.abs().max()) > LARGEST:
+                raise ValueError(
+                    f"the calibration's exponents are not [layers, kv_heads, head_dim], "
+                    f"-{LARGEST} to {LARGEST}"
+                )
         return found
 
     def part(self, index: int, pieces: int) -> Calibration:
         """Piece `index` of `pieces` of the KV heads."""
         heads = self.key_means.chunk(pieces, 1)[index]
-        return Calibration(self.kv_format, self.eight_bit_layers, heads)
+        balance = self.balance.part(index, pieces)
+        return Calibration(self.kv_format, self.eight_bit_layers, heads, balance)
 
     def check(self, kv_format: str, shape: Sequence[int]) -> None:
         """Raises ValueError unless it is for this format and layers, KV heads and head size."""

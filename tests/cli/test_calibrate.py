@@ -13,6 +13,7 @@ from cli.config import PROJECT
 from cli.main import main
 from engine.build import build_worker
 from engine.config import EngineConfig
+from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS
@@ -74,7 +75,7 @@ def test_layers_of_eight_bits_are_those_that_the_limit_needs(tmp_path: Path) -> 
     from kernels.kv.presets import layer_formats
 
     layers, heads, dim = means.shape
-    fitted = Calibration("k4v2h", (layers - 1,), means)
+    fitted = Calibration("k4v2h", (layers - 1,), means, Balance.nothing(means.shape))
     forms = layer_formats("k4v2h", layers, heads, 16, dim, None, fitted)
     assert all(isinstance(form, Paged) and form.key_mean is not None for form in forms)
     assert [form.name.startswith("a8") for form in forms] == [False] * (layers - 1) + [True]

@@ -13,6 +13,7 @@ from engine.build import build_worker
 from engine.config import CacheConfig
 from engine.errors import StartupError
 from engine.llm import LLM
+from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.presets import AUTO, HALVES, PRESETS
 from scheduler.request import SamplingParams
@@ -84,14 +85,19 @@ def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> Non
         roots.add(limits.hash_root)
         worker.close()
     assert len(roots) == len(FORMATS) + 1
-    for number in range(2):
-        means = torch.full((3, 2, 16), float(number))
-        (tmp_path / "kv.json").write_text(Calibration("int4h", (number,), means).dump())
+    means, nothing = torch.zeros(3, 2, 16), Balance.nothing((3, 2, 16))
+    for calibration in (
+        Calibration("int4h", (0,), means, nothing),
+        Calibration("int4h", (1,), means, nothing),
+        Calibration("int4h", (1,), means + 1, nothing),
+        Calibration("int4h", (1,), means + 1, Balance(nothing.keys + 1, nothing.values)),
+    ):
+        (tmp_path / "kv.json").write_text(calibration.dump())
         calibrated = {"kv_format": "int4h", "kv_calibration": str(tmp_path / "kv.json")}
         worker, limits = build(tmp_path / "model", **calibrated)
         roots.add(limits.hash_root)
         worker.close()
-    assert len(roots) == len(FORMATS) + 3
+    assert len(roots) == len(FORMATS) + 5
 
 
 def test_windows_are_the_user_s_to_choose(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from engine.build import build_worker
 from engine.config import EngineConfig
 from engine.errors import StartupError
 from engine.process import facts_of
+from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from tests.models.checkpoints import save
 
@@ -100,10 +101,14 @@ def test_a_calibration_of_something_else(tmp_path):
     file.write_text("{}")
     said = refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))
     assert said == "this is no calibration: 'version'."
-    file.write_text(Calibration("int8n", (), torch.zeros(2, 2, 2)).dump())
+    file.write_text(
+        Calibration("int8n", (), torch.zeros(2, 2, 2), Balance.nothing((2, 2, 2))).dump()
+    )
     said = refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))
     assert said == "the calibration is for int8n, not int4h."
-    file.write_text(Calibration("int4h", (), torch.zeros(2, 2, 2)).dump())
+    file.write_text(
+        Calibration("int4h", (), torch.zeros(2, 2, 2), Balance.nothing((2, 2, 2))).dump()
+    )
     assert "(2, 2, 2)" in refusal(DRAFT, kv_format="int4h", kv_calibration=str(file))
 
 

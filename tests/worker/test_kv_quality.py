@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.presets import layer_formats
 from kernels.torch_ops import TorchOps
@@ -56,7 +57,7 @@ def test_means_are_those_of_the_keys_behind_the_first_ones() -> None:
 def test_means_change_no_score_but_what_rounding_does() -> None:
     """Means of ten, far from the keys: eight bits of what is left still tell the keys apart."""
     means = torch.full((SPEC.num_layers, 2, 16), 0.5)
-    fitted = Calibration("int8n", (), means)
+    fitted = Calibration("int8n", (), means, Balance.nothing(means.shape))
     plain = reader().log_probabilities(TOKENS, formats("int8n"))
     moved = reader().log_probabilities(TOKENS, formats("int8n", fitted))
     assert (plain.exp() - moved.exp()).abs().max() < 0.02
@@ -88,6 +89,8 @@ def test_first_and_last_layers_have_eight_bits(kv_format: str, layers: int, ends
 
 def test_a_calibration_survives_its_file() -> None:
     means = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(1)) * 100
-    found = Calibration.parse(Calibration("int4h", (0, 2), means).dump())
+    found = Calibration.parse(
+        Calibration("int4h", (0, 2), means, Balance.nothing(means.shape)).dump()
+    )
     assert (found.kv_format, found.eight_bit_layers) == ("int4h", (0, 2))
     torch.testing.assert_close(found.key_means, means, rtol=1e-5, atol=0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.windows import DensePages
 from models.parallel import Shard
@@ -83,7 +84,7 @@ def test_ranks_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("heads", "size"), [(4, 2), (4, 4), (2, 4), (1, 3)])
 def test_a_rank_gets_the_calibration_of_its_heads(heads: int, size: int) -> None:
     means = torch.randn(3, heads, 8)
-    whole = Calibration("int4h", (1,), means)
+    whole = Calibration("int4h", (1,), means, Balance.nothing(means.shape))
     held: list[set[int]] = []
     for rank in range(size):
         part = whole.part(*Shard(rank, size).kv_piece(heads))
