@@ -106,8 +106,8 @@ class CacheConfig:
     )
     kv_calibration: str | None = option(
         None,
-        "File that `foresight calibrate` wrote for this model and format: key means, and which"
-        " layers get 8 bits.",
+        "File that `foresight calibrate` wrote for this model and format: key means, which layers"
+        " get 8 bits, and powers of two that make channels alike.",
     )
     kv_boundary_layers: int | None = option(
         None,
