@@ -14,6 +14,10 @@ With one stream, text has a bound as well: acceptance by position as it was with
 and the time of a step as it was at each length, give the tokens per second that a length allows.
 (Answers end after a few steps, which such a bound leaves out.)
 
+With --itself the engine of `auto` is also compared with itself, drafts declined by every request,
+on prompts of the same kind: an engine is up to a third faster or slower than its equal for as long
+as a process lives, which this leaves out. It leaves out as well what looking after drafts costs.
+
 With --ahead two more modes: a draft model that always works ahead while its drafts are verified,
 and one that never does; `auto` finds out which of the two is better, and must not be slower than
 the latter. Reported besides are the share of drafting that nobody waited for, and how often what
@@ -36,10 +40,10 @@ from tempfile import gettempdir
 
 from benchmarks.report import Row, json_line, median_interval, rows_table, table
 from engine.build import build_worker
-from engine.llm import LLM
+from engine.llm import LLM, WILLING
 from makers import demo_questions
 from makers.demo_data import Corpus, ask
-from scheduler.request import Load, SamplingParams
+from scheduler.request import Load, SamplingParams, Speculation
 
 Prompts = list[tuple[int, ...]]
 
@@ -47,6 +51,7 @@ LENGTHS = (2, 4, 8)  # fixed draft lengths
 WORK = ("answers", "text", "again")
 NEVER_BELOW = 0.98
 AHEAD, TURNS = "always ahead", "taking turns"
+ITSELF = "itself without drafts"
 
 
 @dataclass(slots=True)
@@ -76,6 +81,8 @@ class Mode:
     llm: LLM
     length: int = 0  # of drafts, where it is fixed
     drafters: tuple[str, ...] = ()
+    speculation: Speculation = WILLING
+    apart: bool = False  # it shares an engine, where prompts of another mode would be cached ones
     runs: list[Run] = field(default_factory=list)
     by_position: list[int] = field(default_factory=list)  # accepted, since they were last cleared
     drafts: int = 0
@@ -86,7 +93,7 @@ class Mode:
     def run(self, prompts: Prompts, params: list[SamplingParams], ends: bool) -> list[object]:
         before = self.llm.load()
         started = time.perf_counter()
-        done = self.llm.generate(prompts, params, ignore_eos=not ends)
+        done = self.llm.generate(prompts, params, ignore_eos=not ends, speculation=self.speculation)
         seconds = time.perf_counter() - started
         after = self.llm.load()
         texts: list[object] = [completion.choices[0].tokens for completion in done]
@@ -182,13 +189,16 @@ def measure(
         order = list(modes[number % len(modes) :]) + list(modes[: number % len(modes)])
         texts = {}
         for mode in order:
-            texts[mode.name] = mode.run(prompts, params, ends)
+            own = source.take(work, requests)[0] if mode.apart else prompts
+            texts[mode.name] = mode.run(own, params, ends)
         if number == 0:  # warms up, and learns
             for mode in modes:
                 mode.clear()
             continue
         for mode in modes:
-            differing += sum(a != b for a, b in zip(texts[mode.name], texts["plain"], strict=True))
+            if not mode.apart:
+                both = zip(texts[mode.name], texts["plain"], strict=True)
+                differing += sum(a != b for a, b in both)
     return differing
 
 
@@ -222,6 +232,7 @@ def parser() -> argparse.ArgumentParser:
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     add("--lengths", type=int, nargs="*", default=list(LENGTHS), help="fixed ones to compare with")
     add("--ahead", action="store_true", help="compare working ahead with taking turns")
+    add("--itself", action="store_true", help="compare auto's engine with itself without drafts")
     add("--rounds", type=int, default=7)
     add("--least", type=int, default=8, help="requests a round; more where there are more streams")
     add("--most-drafts", type=int, default=8)
@@ -283,6 +294,9 @@ def make_modes(args: argparse.Namespace, streams: int, stack: ExitStack) -> list
         Mode("plain", stack.enter_context(make(drafters=()))),
         Mode("auto", stack.enter_context(make(**drafting))),
     ]
+    if args.itself:
+        declined = Speculation(enabled=False)
+        modes.append(Mode(ITSELF, modes[1].llm, speculation=declined, apart=True))
     if args.ahead:
         for name, how in ((AHEAD, "on"), (TURNS, "off")):
             llm = stack.enter_context(make(**drafting, draft_ahead=how))
@@ -340,10 +354,10 @@ def judge(name: str, modes: Sequence[Mode], wrong: int, bound: bool) -> list[Row
         Row(f"{name}: auto / plain", middle, NEVER_BELOW, interval=(low, high)),
     ]
     for mode in others:
-        if mode.name in (AHEAD, TURNS):
+        if mode.name in (AHEAD, TURNS, ITSELF):
             ratios = [a.rate / b.rate for a, b in zip(auto.runs, mode.runs, strict=True)]
             middle, low, high = median_interval(ratios)
-            least = NEVER_BELOW if mode.name == TURNS else None
+            least = None if mode.name == AHEAD else NEVER_BELOW
             rows.append(Row(f"{name}: auto / {mode.name}", middle, least, interval=(low, high)))
     if fixed:
         best = max(fixed, key=lambda mode: median(run.rate for run in mode.runs))

@@ -35,7 +35,10 @@ CODE = {"prompt": "import os\n\ndef "}
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy": (COMPLETIONS, LONG | CODE | {"temperature": 0}),
     "greedy with penalties": (CHAT, LONG | PENALTIES | {"messages": QUESTION, "temperature": 0}),
-    "seeded with penalties": (CHAT, NOISY | PENALTIES | {"messages": QUESTION, "min_tokens": LENGTH - 3}),
+    "seeded with penalties": (
+        CHAT,
+        NOISY | PENALTIES | {"messages": QUESTION, "min_tokens": LENGTH - 3},
+    ),
     "several choices": (COMPLETIONS, NOISY | CODE | {"n": 2, "top_p": 0.9}),
     "choices of which some end early": (
         COMPLETIONS,
