@@ -14,7 +14,7 @@ from scheduler.controller import Controller, Option
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.speculation import DraftPolicy, FixedDrafts
-from scheduler.step_cost import Profile, ProfileError, StepCost
+from scheduler.step_cost import UNLIMITED, Profile, ProfileError, StepCost
 from worker.drafters.registry import COARSE, COMPUTING, MODEL, NAMES
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ def build_scheduler(
     file = history_file(config)
     if policy.window is not None and file is not None:
         restore(policy.window, file)
-    drafts = draft_policy(config.speculation, cost, schedule.mtpot_target, beside)
+    target, tokens = schedule.mtpot_target, limits.max_step_tokens
+    drafts = draft_policy(config.speculation, cost, target, beside, tokens)
     return Scheduler(limits, drafts, policy, cost)
 
 
@@ -62,6 +63,7 @@ def draft_policy(
     cost: StepCost,
     mtpot_target: float | None = None,
     beside: float = 0.0,
+    step_tokens: int = UNLIMITED,
 ) -> DraftPolicy:
     """How many tokens are guessed ahead. Raises `StartupError`."""
     names = drafter_names(config)
@@ -74,7 +76,8 @@ def draft_policy(
     mode = config.draft_ahead if beside else "off"
     expected = beside if mode == "auto" else 1.0  # where nobody chooses, nothing is expected
     options = options_of(names, mode)
-    return Controller(options, names, config.max_draft_tokens, cost, mtpot_target, expected)
+    most = config.max_draft_tokens
+    return Controller(options, names, most, cost, mtpot_target, expected, step_tokens)
 
 
 def options_of(names: Sequence[str], ahead: str = "off") -> list[Option]:

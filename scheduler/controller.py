@@ -36,7 +36,7 @@ from scheduler.gap import gap_target
 from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
-from scheduler.step_cost import StepCost
+from scheduler.step_cost import UNLIMITED, StepCost
 from scheduler.verify_cost import VerifyCost
 
 Floats = NDArray[np.float64]
@@ -54,6 +54,7 @@ PAUSE = 64  # plans without drafts after it was; doubled each time in a row
 LONGEST_PAUSE = 8 * PAUSE
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
+PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
 VERIFY_POINTS = 8  # at which the time to verify is asked for
@@ -107,10 +108,12 @@ class Controller:
         cost: StepCost,
         mtpot_target: float | None = None,
         beside: float = 1.0,
+        step_tokens: int = UNLIMITED,
     ) -> None:
         """`options` must not be empty; `names` are the drafters' by number; `most` is the largest
         number of drafts in a row, `mtpot_target` the server's. `beside`: how many times as long
-        verifying is taken to last while a draft model works ahead, until that was seen."""
+        verifying is taken to last while a draft model works ahead, until that was seen.
+        `step_tokens`: that a step has at most."""
         if not options or most < 1:
             raise ValueError("a controller needs somebody who drafts, at least a token")
         self.options = tuple(options)
@@ -124,6 +127,8 @@ class Controller:
         self._alone = {name: (number,) for number, name in enumerate(names)}
         self._steps = VerifyCost(cost, beside)
         self._mtpot_target = mtpot_target
+        self._step_tokens = step_tokens
+        self._prompts = 0.0  # tokens of prompts in a step, lately
         # In use; at first the one that asks most drafters, for one of them may know.
         self._option = max(
             range(len(options)), key=lambda i: (len(options[i].drafters), not options[i].ahead)
@@ -184,6 +189,8 @@ class Controller:
             if len(row.drafters) > 1:  # it says something of that one alone, too
                 alone = (done.drafter,)
                 self.acceptance.learn(sequence, alone, row.drafts, done.proposed, accepted)
+        if self._computes.get((done.drafter,), False):
+            sequence.read_to = len(sequence.tokens)
         pace = sequence.exact_pace + PACE_RATE * (1 + accepted - sequence.exact_pace)
         sequence.exact_pace = pace
         sequence.pace = max(round(pace * PACES) / PACES, 1.0)
@@ -324,6 +331,8 @@ class Controller:
         worth = np.where(allowed, survival, 0.0).ravel()
         ranked = np.argsort(-worth, kind="stable")
         ranked = ranked[worth[ranked] > 0.0]
+        # More than the step takes would be cut off without asking which are the best.
+        ranked = ranked[: max(self._step_tokens - rows - round(self._prompts), 0)]
         nobody = Allocation(number, plain, plain, 0.0, np.zeros(rows, dtype=np.int64))
         if not len(ranked):
             return nobody
@@ -333,12 +342,14 @@ class Controller:
         gained = np.cumsum(np.where(taken, worth[ranked], 0.0), axis=1)
         tokens = np.cumsum(np.where(taken, proposed[columns], 0.0), axis=1)
         asked = np.cumsum(columns == 0)
+        # Who begins to be drafted for has to be read first.
+        unread = np.cumsum(np.where(columns == 0, self._unread(live)[ranked // most], 0.0))
         served: Floats | float = 1.0
         if option.ahead:
             served = self._foreseen.served(survival.mean(0))[:, None]
         forwards = depths + option.ahead if option.computes else 0
         drafting = self.draft_costs[number].seconds(
-            asked, forwards, tokens if option.computes else 0.0
+            asked, forwards, tokens + unread if option.computes else 0.0
         )
         verifying = np.interp(rows + served * tokens, *verify)
         if option.ahead:
@@ -355,6 +366,12 @@ class Controller:
         chosen = ranked[: last + 1][taken[depth, : last + 1]]
         drafts = np.bincount(chosen // most, minlength=rows)
         return Allocation(number, plain, rate, self._price(number, rate, drafts, verify), drafts)
+
+    def _unread(self, live: list[Sequence]) -> Floats:
+        """[rows]: tokens of each that the draft model has not read, by step of the time for which
+        it may draft."""
+        steps = [max(min((s.limit - len(s.tokens)) / s.exact_pace, PATIENCE), EVERY) for s in live]
+        return np.array([len(s.tokens) - s.read_to for s in live]) / np.array(steps)
 
     def _patience(self, best: Allocation, live: list[Sequence]) -> int:
         """See `StepPlan.patience`: what the drafts of so many rows bring is more than what all
@@ -427,7 +444,9 @@ class Controller:
         if wall < 4 * computed:  # else nobody was there for a while
             self._overhead += 0.05 * (max(wall - computed, 0.0) - self._overhead)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
-        if any(row.chunk for row in plan.rows):
+        prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
+        self._prompts += PROMPTS_RATE * (prompts - self._prompts)
+        if prompts:
             if not asked and any(row.chunk is None for row in plan.rows):
                 self._steps.saw_chunks()
             return

@@ -84,6 +84,7 @@ class Sequence:
     drafts: int = 0
     drafters: tuple[int, ...] = ()
     exact_pace: float = 1.0
+    read_to: int = 0  # tokens of it that the draft model has read, about
     shown: dict[int, Own] = field(default_factory=dict)  # see acceptance.py
     drafted: int = 0  # since it arrived
     accepted: int = 0

@@ -55,6 +55,32 @@ def test_lengths_of_each_request_beat_any_common_one() -> None:
     assert auto >= 1.08 * max(rate(fixed(k), trace, 64, FREE, SECONDS) for k in range(MOST + 1))
 
 
+def test_drafts_fit_into_a_step_and_the_best_are_taken() -> None:
+    """Where a step has room for few, every row gets its first ones, not the first rows all."""
+    cost = StepCost.from_profile(H200_8B)
+    policy = Controller([Option((0,), True)], ["model"], MOST, cost, step_tokens=100)
+    scheduler = Scheduler(SchedulerConfig(num_pages=4000, max_step_tokens=100), policy, cost=cost)
+    for i in range(30):
+        scheduler.add(Request(str(i), (1,) * 40, SamplingParams(max_tokens=4000), 0.0), 0.0)
+    running = [sequence for (sequence,) in scheduler._requests.values()]
+    for sequence in running:
+        sequence.fed, sequence.drafts = len(sequence.tokens), 0
+    now = 0.0
+    for _ in range(200):
+        policy.plan(running)
+        rows = tuple(Row(i + 1, 1, None, True, s.drafts, (0,)) for i, s in enumerate(running))
+        done = [RowResult((1,) * (row.drafts + 1), proposed=row.drafts) for row in rows]
+        for sequence, row, result in zip(running, rows, done, strict=True):
+            result.drafter = 0 if row.drafts else -1
+            policy.learn(sequence, row, result)
+        work = DraftTime(1e-4, 1, 30) if any(row.drafts for row in rows) else DraftTime()
+        now += 5e-3
+        policy.settled(StepPlan(0, (), rows), StepResult(0, tuple(done), 4e-3, work), now)
+    drafts = [sequence.drafts for sequence in running]
+    assert 60 <= sum(drafts) <= 70
+    assert max(drafts) - min(drafts) <= 1
+
+
 WILLING = Speculation()
 
 
