@@ -159,7 +159,8 @@ class Trial:
         self._shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
         self._balance = reader.balance(texts)
         if self._balance.changes:
-            console.print(f"{self._balance.changes:,} channels of keys and values are made alike")
+            count = f"{self._balance.changes:,} channels of keys and values"
+            console.print(f"{count} are made alike, here and where the calibration is used")
         self._dense = [self._read(tokens, "auto") for tokens in texts]
         self._means = reader.key_means(texts)
         self._errors: dict[str, list[LogitError]] = {}

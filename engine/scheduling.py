@@ -89,11 +89,13 @@ def options_of(names: Sequence[str], ahead: str = "off") -> list[Option]:
     options: list[Option] = []
     for order in orders:
         who = [names[i] for i in order]
-        can = MODEL in who and ahead != "off"
+        reads = MODEL in who
+        can = reads and ahead != "off"
         if not (can and ahead == "on"):
-            options.append(Option(order, any(name in COMPUTING for name in who)))
+            computes = any(name in COMPUTING for name in who)
+            options.append(Option(order, computes, reads=reads))
         if can:
-            options.append(Option(order, computes=True, ahead=True))
+            options.append(Option(order, computes=True, ahead=True, reads=True))
     return options
 
 

@@ -69,8 +69,9 @@ class Option:
     """One order in which drafters are asked."""
 
     drafters: tuple[int, ...]
-    computes: bool  # a draft model is among them
+    computes: bool  # a model is among them
     ahead: bool = False  # which works ahead
+    reads: bool = False  # which has to read a text before it drafts for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +343,9 @@ class Controller:
         gained = np.cumsum(np.where(taken, worth[ranked], 0.0), axis=1)
         tokens = np.cumsum(np.where(taken, proposed[columns], 0.0), axis=1)
         asked = np.cumsum(columns == 0)
-        # Who begins to be drafted for has to be read first.
-        unread = np.cumsum(np.where(columns == 0, self._unread(live)[ranked // most], 0.0))
+        unread: Floats | float = 0.0
+        if option.reads:  # who begins to be drafted for has to be read first
+            unread = np.cumsum(np.where(columns == 0, self._unread(live)[ranked // most], 0.0))
         served: Floats | float = 1.0
         if option.ahead:
             served = self._foreseen.served(survival.mean(0))[:, None]
@@ -422,7 +424,8 @@ class Controller:
                 continue  # the other says the same
             forwards, tokens = 0, 0.0
             if option.computes:
-                forwards, tokens = drafts, drafts + len(sequence.tokens) / PROBE_STEPS
+                unread = len(sequence.tokens) - sequence.read_to if option.reads else 0
+                forwards, tokens = drafts, drafts + unread / PROBE_STEPS
             price = PROBE_STEPS * (cost.total(1, forwards, tokens) + max(more, 0.0))
             if price <= self._credit:
                 self._credit -= price

@@ -81,6 +81,36 @@ def test_drafts_fit_into_a_step_and_the_best_are_taken() -> None:
     assert max(drafts) - min(drafts) <= 1
 
 
+@pytest.mark.parametrize(
+    ("reads", "prompt", "drafted"), [(True, 40, True), (True, 8000, False), (False, 8000, True)]
+)
+def test_a_text_has_to_be_worth_reading(reads: bool, prompt: int, drafted: bool) -> None:
+    """Twenty tokens are left to write, and each that is read costs a twentieth of a step."""
+    cost = StepCost.from_profile(H200_8B)
+    policy = Controller([Option((0,), True, reads=reads)], ["model"], MOST, cost)
+    scheduler = Scheduler(SchedulerConfig(num_pages=4000), policy, cost=cost)
+    for name, size, most in (("a", 40, 4000), ("b", prompt, 20)):
+        scheduler.add(Request(name, (1,) * size, SamplingParams(max_tokens=most), 0.0), 0.0)
+    first, second = (sequence for (sequence,) in scheduler._requests.values())
+    first.fed, second.fed = len(first.tokens), len(second.tokens)
+    now = 0.0
+    for _ in range(100):  # the first one is drafted for
+        policy.plan([first])
+        row = Row(1, 1, None, True, first.drafts, (0,))
+        done = RowResult((1,) * (first.drafts + 1), proposed=first.drafts)
+        done.drafter = 0 if first.drafts else -1
+        policy.learn(first, row, done)
+        read = first.drafts + first.drafts % 3
+        work = DraftTime(1e-4 * first.drafts + 2e-4 * read, first.drafts, read)
+        now += 5e-3
+        plan = StepPlan(0, (), (row,), shape=StepShape(1, 1 + first.drafts, 40, 0))
+        policy.settled(plan, StepResult(0, (done,), 4e-3, work), now)
+    assert first.drafts
+    assert first.read_to == len(first.tokens)
+    policy._decide([second])
+    assert bool(second.drafts) == drafted
+
+
 WILLING = Speculation()
 
 
