@@ -38,7 +38,7 @@ def first_divergence(
 
     The prefix they share is read again, without drafts. `params` may hold a temperature and a seed;
     of what else changes scores nothing is known here. A token that is none of the `MOST_CHOICES`
-    likeliest is taken to be as likely as the last of them, so the margin is one at least.
+    likeliest is taken to be as likely as the last of them.
     """
     pairs = zip(one, other, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)

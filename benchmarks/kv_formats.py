@@ -51,6 +51,7 @@ from makers.demo_recall import lookup, needles
 from models.decoder import Decoder, DecoderLayer
 from models.loader import load_decoder
 from scheduler.request import SamplingParams
+from worker.kv_moments import balance
 from worker.kv_quality import PAGE, Distance, Reader, one_row
 from worker.window_pages import dense_page_count
 
@@ -331,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inject_outliers(decoder)
     changed = reader.log_probabilities(texts[0], formats_of(reader, AUTO)).exp() - exact.exp()
     outliers = quality(reader, args.formats, texts, "outliers", args.boundary, windows)
-    reader.balance(training_texts(corpus, tokenizer))
+    balance(reader, training_texts(corpus, tokenizer))
     balanced = quality(reader, args.formats, texts, "balanced", args.boundary, windows)
     lines = [*plain[0], *outliers[0], *balanced[0], *lines]
     rows += [*plain[1], *outliers[1], *balanced[1]]

@@ -154,15 +154,17 @@ class Trial:
     """Dense pages and others on the same texts."""
 
     def __init__(self, reader: Reader, texts: Sequence[Sequence[int]], console: Console) -> None:
+        from worker.kv_moments import balance, key_means
+
         self._reader, self._texts, self._console = reader, texts, console
         spec = reader.model.spec
         self._shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
-        self._balance = reader.balance(texts)
+        self._balance = balance(reader, texts)
         if self._balance.changes:
             count = f"{self._balance.changes:,} channels of keys and values"
             console.print(f"{count} are made alike, here and where the calibration is used")
         self._dense = [self._read(tokens, "auto") for tokens in texts]
-        self._means = reader.key_means(texts)
+        self._means = key_means(reader, texts)
         self._errors: dict[str, list[LogitError]] = {}
 
     def compare(self) -> Points:

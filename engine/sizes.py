@@ -94,7 +94,8 @@ def formats_of(
 def use_formats(
     model: LanguageModel, formats: Sequence[KVFormat], calibration: Calibration | None
 ) -> None:
-    """Of a freshly loaded model."""
+    """Tells a freshly loaded model how its pages hold keys and values, and balances their channels
+    as the calibration says. Raises `StartupError`."""
     if calibration is not None:
         try:
             apply_balance(model, calibration.balance)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.kv.format import DENSE, KVFormat
+from kernels.kv.format import KVFormat
 from kernels.ops import AttentionBatch, AttentionLayer
-from kernels.torch_ops import TorchOps
-from worker.kv_quality import PAGE, Reader
+from worker.kv_quality import PAGE, Reader, read_dense
 
 EVERY = 4  # of so many positions one is asked for its queries
 
@@ -65,46 +64,30 @@ def logit_errors(
 ) -> dict[str, list[LogitError]]:
     """Of each format, layer by layer. `formats`: of the layers' pages, as in `Reader`."""
     layers = reader.model.spec.num_layers
-    watching = _Watching(formats, layers)
-    listener = Reader(reader.model, watching, reader.dtype, reader.device)
-    for tokens in texts:
-        listener.log_probabilities(tokens, [DENSE] * layers)
-    return watching.found
+    found = {name: [LogitError() for _ in range(layers)] for name in formats}
 
-
-class _Watching(TorchOps):
-    """Attention over one sequence's dense pages, and what other formats would make of its logits.
-
-    A step attends once in every layer, in their order.
-    """
-
-    def __init__(self, formats: Mapping[str, Sequence[KVFormat]], layers: int) -> None:
-        super().__init__()
-        self._formats = formats
-        self._layers, self._layer = layers, 0
-        self.found = {name: [LogitError() for _ in range(layers)] for name in formats}
-
-    def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
-        index, length = self._layer, batch.max_kv
+    def notice(
+        index: int, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: AttentionBatch
+    ) -> None:
+        length = len(k)
         pages = -(-length // PAGE)
-        gathered = layer.kv.gather(kv, batch.page_table[:, :pages].long())
-        k, v = (part[0, :, :length].transpose(0, 1).contiguous() for part in gathered)
         slots = torch.arange(length, device=q.device)
         asking, at = q[::EVERY], batch.positions[::EVERY, None]
         hidden = slots > at
         if layer.window is not None:
             hidden |= slots <= at - layer.window
         right = _logits(asking, k.transpose(0, 1), layer)
-        for name, forms in self._formats.items():
+        for name, forms in formats.items():
             form = forms[index]
             shape = (pages, *form.page_shape(layer.num_kv_heads, PAGE, layer.head_dim))
-            pool = torch.zeros(shape, dtype=form.pool_dtype(kv.dtype), device=q.device)
-            form.append(k, v, pool, slots)
+            pool = torch.zeros(shape, dtype=form.pool_dtype(k.dtype), device=q.device)
+            form.append(k.contiguous(), v.contiguous(), pool, slots)
             keys, _ = form.gather(pool, torch.arange(pages, device=q.device)[None])
-            found = _logits(form.turn(asking.float()), keys[0, :, :length], layer)
-            self.found[name][index].add(right, found, hidden)
-        self._layer = (index + 1) % self._layers
-        return super().attend(q, kv, layer, batch)
+            other = _logits(form.turn(asking.float()), keys[0, :, :length], layer)
+            found[name][index].add(right, other, hidden)
+
+    read_dense(reader, texts, notice)
+    return found
 
 
 def _logits(q: Tensor, keys: Tensor, layer: AttentionLayer) -> Tensor:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.cpu.packed import native_format
-from kernels.kv.balance import Balance, exponents, paired
 from kernels.kv.format import DENSE, KVFormat
 from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch, AttentionLayer, Ops
 from kernels.torch_ops import TorchOps
-from models.balance import apply_balance, attentions, can_be_balanced
-from models.decoder import Decoder
-from models.layers import Attention
 from models.model import LanguageModel
 from worker.kv_pool import allocate_pool
 from worker.runner import EagerRunner
 
 PAGE, CHUNK = 16, 256  # positions, and tokens read at a time
-SINKS = 64  # first positions, whose keys are unlike others and count in no mean
 
 
 @dataclass(slots=True)
@@ -65,92 +60,37 @@ class Reader:
             return TorchOps()
         return self.ops
 
-    def moments(self, texts: Sequence[Sequence[int]]) -> list[Moments]:
-        """Of each layer, over all positions but each text's first `SINKS`."""
-        watching = _Watching(self.model.spec.num_layers)
-        reader = Reader(self.model, watching, self.dtype, self.device)
-        for tokens in texts:
-            reader.log_probabilities(tokens, [DENSE] * len(watching.found))
-        return watching.found
 
-    def key_means(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """[layers, kv_heads, head_dim] fp32 on the CPU, of the keys as they would be stored."""
-        return torch.stack([found.key_mean for found in self.moments(texts)])
-
-    def balance(self, texts: Sequence[Sequence[int]]) -> Balance:
-        """Makes channels of keys and values alike, in the model, and says how; where its weights
-        do not allow it, nothing changes."""
-        spec, model = self.model.spec, self.model
-        found = Balance.nothing((spec.num_layers, spec.num_kv_heads, spec.head_dim))
-        if can_be_balanced(model):
-            assert isinstance(model, Decoder)
-            each = zip(self.moments(texts), attentions(model), strict=True)
-            keys, values = zip(*(_exponents(*layer) for layer in each), strict=True)
-            found = Balance(torch.stack(keys), torch.stack(values))
-            apply_balance(model, found)
-        return found
+Notice = Callable[[int, Tensor, Tensor, Tensor, AttentionLayer, AttentionBatch], None]
 
 
-@dataclass(slots=True)
-class Moments:
-    """Of one layer's keys, values and queries: sums over positions, fp64 on the CPU."""
-
-    count: int
-    keys: Tensor  # [kv_heads, head_dim]
-    key_squares: Tensor  # the same
-    value_squares: Tensor  # the same
-    query_squares: Tensor  # the same, over all query heads of a KV head
-
-    @staticmethod
-    def none(kv_heads: int, head_dim: int) -> Moments:
-        return Moments(0, *torch.zeros(4, kv_heads, head_dim, dtype=torch.float64))
-
-    def add(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]."""
-        self.count += k.shape[0]
-        self.keys += k.double().sum(0).cpu()
-        self.key_squares += k.double().square().sum(0).cpu()
-        self.value_squares += v.double().square().sum(0).cpu()
-        grouped = q.double().unflatten(1, (k.shape[1], -1))
-        self.query_squares += grouped.square().sum((0, 2)).cpu()
-
-    @property
-    def key_mean(self) -> Tensor:
-        """[kv_heads, head_dim] fp32."""
-        return (self.keys / max(self.count, 1)).float()
-
-
-class _Watching(TorchOps):
-    """Attention over one sequence's dense pages that takes note of what is stored and asked.
+class WatchedOps(TorchOps):
+    """Attention over one sequence's dense pages, which tells at every layer who asks and what is
+    there: the layer's number; q, [tokens, heads, head_dim]; k and v of all positions so far, each
+    [positions, kv_heads, head_dim]; and what else attention is given.
 
     A step attends once in every layer, in their order.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, notice: Notice) -> None:
         super().__init__()
-        self._layers, self._layer = layers, 0
-        self.found = [Moments.none(0, 0) for _ in range(layers)]
+        self._layers, self._layer, self._notice = layers, 0, notice
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         index, self._layer = self._layer, (self._layer + 1) % self._layers
-        if not self.found[index].count:
-            self.found[index] = Moments.none(layer.num_kv_heads, layer.head_dim)
         pages = -(-batch.max_kv // PAGE)
-        k, v = layer.kv.gather(kv, batch.page_table[:, :pages].long())
-        counted = batch.positions[batch.positions >= SINKS]
-        asking = q[batch.positions >= SINKS]
-        self.found[index].add(asking, *(part[0][:, counted].transpose(0, 1) for part in (k, v)))
+        gathered = layer.kv.gather(kv, batch.page_table[:, :pages].long())
+        k, v = (part[0, :, : batch.max_kv].transpose(0, 1) for part in gathered)
+        self._notice(index, q, k, v, layer, batch)
         return super().attend(q, kv, layer, batch)
 
 
-def _exponents(moments: Moments, attention: Attention) -> tuple[Tensor, Tensor]:
-    """Of the keys and values of one layer: see `Balance`."""
-    asked, stored = paired(moments.query_squares), paired(moments.key_squares)
-    if attention.k_norm is not None:  # all heads have the same
-        asked, stored = (x.sum(0, keepdim=True).expand_as(x) for x in (asked, stored))
-    columns = attention.output.weight.double().square().sum(0).cpu()
-    taken = columns.view(moments.keys.shape[0], -1, moments.keys.shape[1]).sum(1)
-    return exponents(stored, asked), exponents(moments.value_squares, taken)
+def read_dense(reader: Reader, texts: Sequence[Sequence[int]], notice: Notice) -> None:
+    """Reads texts from dense pages, in plain torch operations, and tells of every layer."""
+    layers = reader.model.spec.num_layers
+    watched = Reader(reader.model, WatchedOps(layers, notice), reader.dtype, reader.device)
+    for tokens in texts:
+        watched.log_probabilities(tokens, [DENSE] * layers)
 
 
 def one_row(

@@ -17,6 +17,7 @@ from models.decoder import Decoder
 from models.loader import load_decoder, load_model
 from tests.models.checkpoints import Paged, save
 from tests.models.ranks import on_ranks
+from worker.kv_moments import balance
 from worker.kv_quality import PAGE, Distance, Reader
 
 CPU = torch.device("cpu")
@@ -50,9 +51,9 @@ def steps(decoder: Decoder) -> list[Tensor]:
 def test_logits_stay_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save(tmp_path, family, **FAMILIES[family])
     plain, changed = (load_decoder(tmp_path, dtype=dtype) for _ in range(2))
-    balance = random_balance(changed, same=family == "qwen3")
-    assert balance.changes
-    apply_balance(changed, balance)
+    chosen = random_balance(changed, same=family == "qwen3")
+    assert chosen.changes
+    apply_balance(changed, chosen)
     weight = changed.layers[0].attention.qkv.weight
     assert not torch.equal(weight, plain.layers[0].attention.qkv.weight)
     for a, b in zip(steps(changed), steps(plain), strict=True):
@@ -62,12 +63,12 @@ def test_logits_stay_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path
 def test_ranks_have_their_heads_part(tmp_path: Path) -> None:
     save(tmp_path, "llama", num_key_value_heads=2)
     plain = load_decoder(tmp_path, dtype=torch.float32)
-    balance = random_balance(plain, same=False)
+    chosen = random_balance(plain, same=False)
 
     def balanced(collective) -> list[Tensor]:
         decoder = load_decoder(tmp_path, dtype=torch.float32, collective=collective)
         whole = plain.spec.num_kv_heads
-        apply_balance(decoder, balance.part(*collective.shard.kv_piece(whole)))
+        apply_balance(decoder, chosen.part(*collective.shard.kv_piece(whole)))
         return steps(decoder)
 
     for a, b in zip(on_ranks(2, balanced)[0], steps(plain), strict=True):
@@ -136,7 +137,7 @@ def test_outliers_are_taken_back() -> None:
     worse = divergence()
     assert worse > 2.5 * plain
     dense = reader.log_probabilities(tokens, layer_formats("auto", 6, 2, PAGE, 128))
-    assert reader.balance([tokens]).changes
+    assert balance(reader, [tokens]).changes
     assert torch.equal(
         reader.log_probabilities(tokens, layer_formats("auto", 6, 2, PAGE, 128)), dense
     )

@@ -10,8 +10,9 @@ from kernels.kv.calibration import Calibration
 from kernels.kv.presets import layer_formats
 from kernels.torch_ops import TorchOps
 from tests.e2e.test_exactness import CPU, SPEC, VOCAB, decoder
+from worker.kv_moments import SINKS, key_means
 from worker.kv_pool import allocate_pool
-from worker.kv_quality import PAGE, SINKS, Distance, Reader, one_row
+from worker.kv_quality import PAGE, Distance, Reader, one_row
 
 TOKENS = [int(t) for t in torch.randint(VOCAB, (230,), generator=torch.Generator().manual_seed(4))]
 
@@ -41,7 +42,7 @@ def test_more_bits_are_nearer_to_dense_pages() -> None:
 
 def test_means_are_those_of_the_keys_behind_the_first_ones() -> None:
     texts = [TOKENS, TOKENS[:100], TOKENS[:30]]  # the last one has no key that counts
-    found = reader().key_means(texts)
+    found = key_means(reader(), texts)
     keys: list[list[torch.Tensor]] = [[] for _ in range(SPEC.num_layers)]
     for tokens in texts:
         pages = -(-len(tokens) // PAGE)
