@@ -25,7 +25,8 @@ import numpy as np
 from benchmarks.report import Row, json_line, rows_table, table
 from benchmarks.scheduling_policies import H200_8B
 from scheduler.acceptance import Acceptance, Curves
-from scheduler.controller import Controller, Option
+from scheduler.allocation import Option
+from scheduler.controller import Controller
 from scheduler.outcome import Targets
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler

@@ -10,7 +10,8 @@ from engine.config import EngineConfig, SpeculationConfig
 from engine.errors import StartupError
 from engine.history import history_file, keep, restore
 from scheduler.admission import make_policy
-from scheduler.controller import Controller, Option
+from scheduler.allocation import Option
+from scheduler.controller import Controller
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.speculation import DraftPolicy, FixedDrafts

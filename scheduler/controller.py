@@ -1,19 +1,10 @@
 """`Controller`: as many drafts for each sequence as pay, and none where none do.
 
-A step that verifies n tokens takes t(n) seconds (`step_cost.py`), drafting takes its own; what they
-bring is one token a row and the drafts that turn out right. Draft j of a row counts only if all
-before it are right, so what it is expected to bring is the survival a(j) = c(1)·…·c(j). The best
-set of drafts for a given number of them is that with the largest survivals, in all rows together,
-and as a(j) falls with j it holds a row's first drafts before its later ones. So
-
-    rate(S) = (rows + sum of the S largest a) / (t(rows + S) + drafting)
-
-is looked at for every S, and the best one taken: the rule of TETRIS (arXiv 2502.15197), of
-AdaServe's throughput stage (2501.12162) and of DSpark. S = 0 is among them. Where a draft model
-drafts, the number of its forwards in a row counts beside, so every depth is looked at as well.
-
-How much is right is learnt in `acceptance.py`, what drafting takes in `draft_cost.py`, and when a
-drafter should stop early in `calibration.py`.
+How many are best if one option drafts for all is in `allocation.py`; here one of the options is
+chosen, and what its answers rest on is kept up to date: how much is right (`acceptance.py`), what
+verifying and drafting take (`verify_cost.py`, `draft_cost.py`), and when a drafter should stop
+early (`calibration.py`). Where all that is wrong and drafts lose, `safety_net.py` ends them for a
+while.
 
 A draft model may also work ahead while the target verifies (`Row.ahead`). That is an option like
 any other: verifying takes longer beside it, and drafting keeps the target waiting for less.
@@ -23,17 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.acceptance import Acceptance
+from scheduler.allocation import Allocation, Batch, Option, Promise, Verifying, allocate
 from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
 from scheduler.foreseen import Foreseen
 from scheduler.gap import gap_target
 from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
+from scheduler.safety_net import PATIENCE, SafetyNet
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import UNLIMITED, StepCost
@@ -48,54 +40,15 @@ ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
 MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
 PROBE_STEPS = 4  # that a probe lasts
 PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good drafts would be
-PATIENCE = 64  # steps over which drafting must not be slower than plain decoding is predicted to be
-TOLERATED = 0.98  # of what plain decoding would have brought: such counts are noisy
-PAUSE = 64  # plans without drafts after it was; doubled each time in a row
-LONGEST_PAUSE = 8 * PAUSE
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
 VERIFY_POINTS = 8  # at which the time to verify is asked for
-MOST_CERTAIN = 0.95  # a draft is worth its time if it is right with this probability, whatever else
 TWIN_AFTER = 1024  # plans after which a draft model works ahead, or does not, for a try; doubled
 LONGEST_TWIN = 16 * TWIN_AFTER  # each time that changes nothing
 TWIN_STEPS = 12  # that a try lasts
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One order in which drafters are asked."""
-
-    drafters: tuple[int, ...]
-    computes: bool  # a model is among them
-    ahead: bool = False  # which works ahead
-    reads: bool = False  # which has to read a text before it drafts for it
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """Numbers of drafts by one option, and what they are predicted to bring."""
-
-    option: int
-    plain: float  # tokens per second without drafts
-    rate: float  # with these
-    least: float  # a further draft pays only if it is right with this probability
-    drafts: NDArray[np.int64]
-
-    def nobody(self) -> Allocation:
-        """No drafts instead."""
-        return replace(self, rate=self.plain, least=0.0, drafts=np.zeros_like(self.drafts))
-
-
-@dataclass(slots=True)
-class _Net:
-    """Tokens of steps with drafts, and what plain decoding would have brought in their time."""
-
-    steps: int = 0
-    tokens: float = 0.0
-    plain: float = 0.0
 
 
 class Controller:
@@ -142,9 +95,8 @@ class Controller:
         self._news = False  # from texts that were written without drafts
         self._turn = 0  # whose turn it is to be probed
         self._decided_for = self._plans = self._decisions = 0
-        self._net = _Net()
+        self._net = SafetyNet()
         self._resting = 0  # plans without drafts to come
-        self._pause = PAUSE
         self._credit = 0.0  # seconds that may go into probes
         self._probing = False
         self._settled_at: float | None = None
@@ -238,35 +190,40 @@ class Controller:
         if self._foreseen.news and order is not None:
             survival = self.acceptance.curves(live, order).survival.mean(0)
             self._foreseen.learn(survival, min(max(math.ceil(self._usual), 1), self.most))
-        verify = {
-            ahead: self._verify(live, ahead)
+        batch = self._batch(live)
+        verifying = {
+            ahead: self._verifying(live, ahead)
             for ahead in {self.options[number].ahead for number in (self._option, *numbers)}
         }
-        seconds = self._steps.plain(len(live), sum(len(s.tokens) for s in live))
-        plain = len(live) / (seconds + self._overhead)
         found = {
-            number: self._allocate(live, number, plain, verify[self.options[number].ahead])
+            number: allocate(
+                batch,
+                self.options[number],
+                self._promise(live, number),
+                self.draft_costs[number],
+                verifying[self.options[number].ahead],
+            )
             for number in numbers
         }
-        present = found[self._option]
-        best = max(found.values(), key=lambda allocation: allocation.rate)
-        if best.rate < present.rate * MARGIN:
-            best = present
-        if best.rate < plain * (1.0 if self._usual else MARGIN):
-            best = best.nobody()
-        if best.option != self._option:
+        chosen = max(found, key=lambda number: found[number].rate)
+        if found[chosen].rate < found[self._option].rate * MARGIN:
+            chosen = self._option
+        best = found[chosen]
+        if best.rate < batch.plain * (1.0 if self._usual else MARGIN):
+            best = batch.nobody
+        if chosen != self._option:
             self._twin_in = self._twin_after = TWIN_AFTER
-        self._option = best.option
+        self._option = chosen
         # Those near their end say nothing of others.
         far = [s.limit - len(s.tokens) - 2 >= self.most for s in live]
         if any(far):
             self._usual = float(best.drafts[far].mean())
         least = tuple(c.threshold(best.least) for c in self._calibration)
-        ahead = self.options[best.option].ahead
+        ahead = self.options[chosen].ahead
         self._rules = Rules(least, self._heard(live, best), ahead, self._patience(best, live))
         for sequence, drafts in zip(live, best.drafts.tolist(), strict=True):
             sequence.drafts = drafts
-            sequence.drafters = self._drafters(sequence, best.option)
+            sequence.drafters = self._drafters(sequence, chosen)
             if not drafts:
                 sequence.exact_pace = sequence.pace = 1.0
         self._probing = False
@@ -274,13 +231,13 @@ class Controller:
     def _heard(self, live: list[Sequence], best: Allocation) -> tuple[float, ...]:
         """How much a drafter must promise to be heard before those that would be asked after it:
         what they usually bring, less the tokens that their time would bring."""
-        drafters = self.options[best.option].drafters
+        drafters = self.options[self._option].drafters
         heard = [0.0] * len(self._calibration)
         asked = int(np.count_nonzero(best.drafts))
         if not asked:
             return ()
         length = round(float(best.drafts.sum()) / asked)
-        price = best.rate * self.draft_costs[best.option].of_a_draft(asked) * length
+        price = best.rate * self.draft_costs[self._option].of_a_draft(asked) * length
         for place, number in enumerate(drafters[:-1]):
             behind = drafters[place + 1 :]
             rest = self.acceptance.number(behind)
@@ -305,18 +262,29 @@ class Controller:
             self._twin_in = self._twin_after
         return rules._replace(ahead=not option.ahead)
 
-    def _verify(self, live: list[Sequence], ahead: bool) -> tuple[Floats, Floats]:
-        """Numbers of tokens, and the seconds a step takes to verify so many."""
-        rows, context = len(live), sum(len(s.tokens) for s in live)
-        sizes = np.unique(np.geomspace(rows, rows * (1 + self.most), VERIFY_POINTS).round())
-        seconds = [self._steps.drafted(rows, int(n), context, ahead) for n in sizes]
-        return sizes, np.array(seconds)
+    def _batch(self, live: list[Sequence]) -> Batch:
+        rows = len(live)
+        seconds = self._steps.plain(rows, sum(len(s.tokens) for s in live)) + self._overhead
+        # What was never tried is approached in steps: of later drafts little is known by then.
+        cap = min(2 * math.ceil(self._usual) + 2, self.most)
+        return Batch(
+            plain=rows / seconds,
+            room=np.array([min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]),
+            drafts=self._step_tokens - rows - round(self._prompts),
+            overhead=self._overhead,
+            longest=self._longest(live),
+        )
 
-    def _allocate(
-        self, live: list[Sequence], number: int, plain: float, verify: tuple[Floats, Floats]
-    ) -> Allocation:
-        """The best numbers of drafts if this option is used for all."""
-        option, most, rows = self.options[number], self.most, len(live)
+    def _verifying(self, live: list[Sequence], ahead: bool) -> Verifying:
+        """Of rows with up to the most drafts each."""
+        rows, context = len(live), sum(len(s.tokens) for s in live)
+        tokens = np.unique(np.geomspace(rows, rows * (1 + self.most), VERIFY_POINTS).round())
+        seconds = [self._steps.drafted(rows, int(n), context, ahead) for n in tokens]
+        return Verifying(tokens, np.array(seconds))
+
+    def _promise(self, live: list[Sequence], number: int) -> Promise:
+        """Of an option, or of the drafter that a request asks for."""
+        option = self.options[number]
         order = self.acceptance.number(option.drafters)
         assert order is not None
         survival, proposed = self.acceptance.curves(live, order)
@@ -325,49 +293,12 @@ class Controller:
                 own = self.acceptance.number(self._drafters(sequence, number))
                 if own is not None:
                     survival[i] = self.acceptance.curves([sequence], own).survival[0]
-        # What was never tried is approached in steps: of later drafts little is known by then.
-        cap = min(2 * math.ceil(self._usual) + 2, most)
-        room = [min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]
-        allowed = np.arange(most) < np.array(room)[:, None]
-        worth = np.where(allowed, survival, 0.0).ravel()
-        ranked = np.argsort(-worth, kind="stable")
-        ranked = ranked[worth[ranked] > 0.0]
-        # More than the step takes would be cut off without asking which are the best.
-        ranked = ranked[: max(self._step_tokens - rows - round(self._prompts), 0)]
-        nobody = Allocation(number, plain, plain, 0.0, np.zeros(rows, dtype=np.int64))
-        if not len(ranked):
-            return nobody
-        columns = ranked % most
-        depths = np.arange(1, most + 1)[:, None] if option.computes else np.array([[most]])
-        taken = columns < depths  # [depths, drafts]
-        gained = np.cumsum(np.where(taken, worth[ranked], 0.0), axis=1)
-        tokens = np.cumsum(np.where(taken, proposed[columns], 0.0), axis=1)
-        asked = np.cumsum(columns == 0)
-        unread: Floats | float = 0.0
-        if option.reads:  # who begins to be drafted for has to be read first
-            unread = np.cumsum(np.where(columns == 0, self._unread(live)[ranked // most], 0.0))
-        served: Floats | float = 1.0
-        if option.ahead:
-            served = self._foreseen.served(survival.mean(0))[:, None]
-        forwards = depths + option.ahead if option.computes else 0
-        drafting = self.draft_costs[number].seconds(
-            asked, forwards, tokens + unread if option.computes else 0.0
+        return Promise(
+            survival,
+            proposed,
+            self._foreseen.served(survival.mean(0))[:, None] if option.ahead else 1.0,
+            self._unread(live) if option.reads else 0.0,
         )
-        verifying = np.interp(rows + served * tokens, *verify)
-        if option.ahead:
-            seconds = np.maximum(verifying, drafting) + self._overhead
-        else:
-            seconds = verifying + drafting + self._overhead
-        rates = (rows + served * gained) / seconds
-        rates[seconds > self._longest(live)] = 0.0
-        at = int(np.argmax(rates))
-        depth, last = divmod(at, len(ranked))
-        rate = float(rates.flat[at])
-        if rate <= plain:
-            return nobody
-        chosen = ranked[: last + 1][taken[depth, : last + 1]]
-        drafts = np.bincount(chosen // most, minlength=rows)
-        return Allocation(number, plain, rate, self._price(number, rate, drafts, verify), drafts)
 
     def _unread(self, live: list[Sequence]) -> Floats:
         """[rows]: tokens of each that the draft model has not read, by step of the time for which
@@ -378,7 +309,7 @@ class Controller:
     def _patience(self, best: Allocation, live: list[Sequence]) -> int:
         """See `StepPlan.patience`: what the drafts of so many rows bring is more than what all
         would bring in the time that these take."""
-        drafters = self.options[best.option].drafters
+        drafters = self.options[self._option].drafters
         waiting = self._number.get((drafters, False))
         order = self.acceptance.number(drafters)
         asked = int(np.count_nonzero(best.drafts))
@@ -391,15 +322,6 @@ class Controller:
             if rows * gain > best.rate * cost.total(rows, length, rows * length):
                 return rows
         return asked + 1
-
-    def _price(
-        self, number: int, rate: float, drafts: NDArray[np.int64], verify: tuple[Floats, Floats]
-    ) -> float:
-        """How probable one more draft must be right for the tokens that its time would bring."""
-        asked = int(np.count_nonzero(drafts))
-        size = len(drafts) + float(drafts.sum())
-        more = float(np.interp(size + 1, *verify) - np.interp(size, *verify))
-        return min(rate * (self.draft_costs[number].of_a_draft(asked) + more), MOST_CERTAIN)
 
     def _longest(self, live: list[Sequence]) -> float:
         """Seconds from one step to the next, by the strictest gap target."""
@@ -459,14 +381,7 @@ class Controller:
         if not asked or self._probing:
             return
         plain = self._steps.plain(rows, context) + self._overhead
-        net = self._net
-        net.steps += 1
-        net.tokens += sum(len(done.tokens) for done in result.rows)
-        net.plain += rows * (computed + self._overhead) / plain
-        if net.steps >= PATIENCE:
-            if net.tokens < TOLERATED * net.plain:
-                self._resting, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-                self._usual = 0.0
-            else:
-                self._pause = PAUSE
-            self._net = _Net()
+        tokens = sum(len(done.tokens) for done in result.rows)
+        pause = self._net.saw(tokens, rows * (computed + self._overhead) / plain)
+        if pause:
+            self._resting, self._usual = pause, 0.0

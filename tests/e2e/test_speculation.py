@@ -16,7 +16,8 @@ from kernels.linear.prepare import prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
 from scheduler.admission import make_policy
-from scheduler.controller import Controller, Option
+from scheduler.allocation import Option
+from scheduler.controller import Controller
 from scheduler.request import FinishReason, SchedulerConfig, Speculation
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import Sequence

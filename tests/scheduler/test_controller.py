@@ -16,7 +16,8 @@ from benchmarks.speculation_simulated import (
     fixed,
     rate,
 )
-from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, Controller, Option
+from scheduler.allocation import Option
+from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, Controller
 from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
