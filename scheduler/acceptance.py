@@ -48,15 +48,16 @@ class Own:
 
 
 class _Shared:
-    """The same of all sequences, by position. What is older weighs less: the weight of a row grows
-    from row to row, which is the same and leaves the others alone."""
+    """The same of all sequences: of how many rows each number of drafts was allowed, reached, right
+    and drafted. What is older weighs less: the weight of a row grows from row to row, which is the
+    same and leaves the others alone."""
 
     def __init__(self, most: int) -> None:
         self.weight = 1.0
-        self.reached = [0.0] * most  # rows that had all before it right
-        self.right = [0.0] * most
-        self.allowed = [0.0] * most
-        self.drafted = [0.0] * most
+        self.reached = [0.0] * (most + 1)  # one more than were right, if so many were allowed
+        self.right = [0.0] * (most + 1)
+        self.allowed = [0.0] * (most + 1)
+        self.drafted = [0.0] * (most + 1)
 
     def grow(self, keep: float = _KEEP_SHARED) -> None:
         self.weight /= keep
@@ -69,11 +70,16 @@ class _Shared:
         """By position: how many of those that reached it were right, and how many of those allowed
         were drafted. What is not known is guessed."""
         guessed = _GUESSED * self.weight
-        guess = np.full(len(self.right), _FIRST_GUESS[1])
+        guess = np.full(len(self.right) - 1, _FIRST_GUESS[1])
         guess[0] = _FIRST_GUESS[0]
-        right = (guessed * guess + self.right) / (guessed + np.array(self.reached))
-        drafted = (guessed + np.array(self.drafted)) / (guessed + np.array(self.allowed))
+        right = (guessed * guess + _beyond(self.right)) / (guessed + _beyond(self.reached))
+        drafted = (guessed + _beyond(self.drafted)) / (guessed + _beyond(self.allowed))
         return right, drafted
+
+
+def _beyond(rows: list[float]) -> Floats:
+    """Rows by number of drafts -> by position, those with a draft there."""
+    return np.cumsum(rows[:0:-1])[::-1]
 
 
 class Acceptance:
@@ -125,18 +131,13 @@ class Acceptance:
             at += accepted + 1
 
     def _count(self, number: int, allowed: int, proposed: int, accepted: int) -> None:
-        # It got to the position after the last right one, if that was allowed.
-        reached = min(accepted + 1, allowed)
         shared = self._shared[number]
         weight = shared.weight
-        for position in range(allowed):
-            shared.allowed[position] += weight
-            if position < reached:
-                shared.reached[position] += weight
-            if position < accepted:
-                shared.right[position] += weight
-            if position < proposed:
-                shared.drafted[position] += weight
+        shared.allowed[allowed] += weight
+        # It got to the position after the last right one, if that was allowed.
+        shared.reached[min(accepted + 1, allowed)] += weight
+        shared.right[accepted] += weight
+        shared.drafted[min(proposed, allowed)] += weight
         shared.grow()
 
     def curves(self, sequences: Items[Sequence], number: int) -> Curves:

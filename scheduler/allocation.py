@@ -48,6 +48,9 @@ class Verifying:
     def of(self, tokens: Floats | float) -> Floats:
         return np.asarray(np.interp(tokens, self.tokens, self.seconds))
 
+    def slower(self, times: float) -> Verifying:
+        return Verifying(self.tokens, self.seconds * times)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -191,17 +191,14 @@ class Controller:
             survival = self.acceptance.curves(live, order).survival.mean(0)
             self._foreseen.learn(survival, min(max(math.ceil(self._usual), 1), self.most))
         batch = self._batch(live)
-        verifying = {
-            ahead: self._verifying(live, ahead)
-            for ahead in {self.options[number].ahead for number in (self._option, *numbers)}
-        }
+        verifying = self._verifying(live)
         found = {
             number: allocate(
                 batch,
                 self.options[number],
                 self._promise(live, number),
                 self.draft_costs[number],
-                verifying[self.options[number].ahead],
+                verifying.slower(self._steps.beside) if self.options[number].ahead else verifying,
             )
             for number in numbers
         }
@@ -275,12 +272,13 @@ class Controller:
             longest=self._longest(live),
         )
 
-    def _verifying(self, live: list[Sequence], ahead: bool) -> Verifying:
+    def _verifying(self, live: list[Sequence]) -> Verifying:
         """Of rows with up to the most drafts each."""
         rows, context = len(live), sum(len(s.tokens) for s in live)
-        tokens = np.unique(np.geomspace(rows, rows * (1 + self.most), VERIFY_POINTS).round())
-        seconds = [self._steps.drafted(rows, int(n), context, ahead) for n in tokens]
-        return Verifying(tokens, np.array(seconds))
+        ends = range(VERIFY_POINTS)
+        tokens = sorted({round(rows * (1 + self.most) ** (i / ends[-1])) for i in ends})
+        seconds = [self._steps.drafted(rows, n, context) for n in tokens]
+        return Verifying(np.array(tokens, dtype=np.float64), np.array(seconds))
 
     def _promise(self, live: list[Sequence], number: int) -> Promise:
         """Of an option, or of the drafter that a request asks for."""
@@ -337,7 +335,7 @@ class Controller:
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
         drafts = min(2, sequence.most_drafts, self.most)
         context = sum(len(s.tokens) for s in live)
-        more = self._steps.drafted(len(live), len(live) + drafts, context, ahead=False)
+        more = self._steps.drafted(len(live), len(live) + drafts, context)
         more -= self._steps.plain(len(live), context)
         for turn in range(self._turn, self._turn + len(self.options)):
             number = turn % len(self.options)

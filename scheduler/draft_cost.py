@@ -29,6 +29,7 @@ class DraftCost:
     def __init__(self) -> None:
         self._normal = np.zeros((3, 3))
         self._right = np.zeros(3)
+        self._recent: list[tuple[float, ...]] = []  # rows, forwards, tokens, seconds
         self._coefficients = (0.0, 0.0, 0.0)
         self._steps = 0
 
@@ -38,14 +39,19 @@ class DraftCost:
             return
         predicted = self.total(rows, work.depth, work.tokens)
         seconds = min(work.seconds, _CLIP * predicted) if self._steps > _REFIT else work.seconds
-        features = np.array([rows, work.depth, work.tokens], dtype=np.float64)
-        self._normal = _KEEP * self._normal + np.outer(features, features)
-        self._right = _KEEP * self._right + features * seconds
+        self._recent.append((rows, work.depth, work.tokens, seconds))
         self._steps += 1
         if self._steps % _REFIT == 0 or self._steps & (self._steps - 1) == 0:
             self._fit()
 
     def _fit(self) -> None:
+        recent = np.array(self._recent, dtype=np.float64)
+        self._recent.clear()
+        seen, seconds = recent[:, :3], recent[:, 3]
+        kept = _KEEP ** np.arange(len(recent), 0, -1.0)
+        weighted = seen * (kept / _KEEP)[:, None]
+        self._normal = kept[0] * self._normal + weighted.T @ seen
+        self._right = kept[0] * self._right + weighted.T @ seconds
         # The active-set solver takes a matrix: a root of the normal equations does for it.
         normal = self._normal.copy()
         # Alone, a sequence has as many tokens computed as forwards made; these take the time then.

@@ -44,10 +44,14 @@ class VerifyCost:
         """Of a step without drafts; `context` are the positions that its rows attend."""
         return self._of(rows, rows, context) * self._plain
 
-    def drafted(self, rows: int, tokens: int, context: int, ahead: bool) -> float:
-        """Of a step that verifies so many tokens, those of the rows included; `ahead`: while a
-        draft model works for the next."""
-        return self._of(rows, tokens, context) * self._plain * self._drafted[ahead]
+    def drafted(self, rows: int, tokens: int, context: int) -> float:
+        """Of a step that verifies so many tokens, those of the rows included."""
+        return self._of(rows, tokens, context) * self._plain * self._drafted[False]
+
+    @property
+    def beside(self) -> float:
+        """How many times as long it takes while a draft model works for the next."""
+        return self._drafted[True] / self._drafted[False]
 
     def saw_chunks(self) -> None:
         """A step without drafts, which had chunks: what `StepCost` learns from it serves here."""
