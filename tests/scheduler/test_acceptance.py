@@ -13,7 +13,7 @@ MOST = 6
 
 
 def fresh() -> Sequence:
-    request = Request("a", (1, 2, 3), SamplingParams(), 0.0)
+    request = Request("a", (1, 2, 3), SamplingParams(max_tokens=9), 0.0)
     (sequence,) = choices_of(request, SchedulerConfig(num_pages=10), 100, 0)
     return sequence
 
