@@ -42,6 +42,10 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, default=8192, help="positions of one sequence")
     group.add_argument("--max-queued-requests", type=int, default=2048)
     group.add_argument("--watermark", type=float, default=0.05, help="of the aggressive policy")
+    group.add_argument(
+        "--refuse-late", action="store_true",
+        help="the server knows the TTFT target, too: it refuses whom it predicts to miss it",
+    )  # fmt: skip
 
 
 def read_trace(given: argparse.Namespace) -> list[TraceRequest]:
@@ -81,7 +85,8 @@ def targets_of(given: argparse.Namespace) -> Targets:
 
 
 def scheduler_config(given: argparse.Namespace, **limits: Any) -> SchedulerConfig:
-    """Limits of one replica; its server knows the MTPOT target. Raises `CommandError`."""
+    """Limits of one replica; its server knows the MTPOT target, and with --refuse-late that of the
+    first token. Raises `CommandError`."""
     if given.page_size < 1 or given.kv_tokens < given.page_size:
         raise CommandError("--kv-tokens must hold at least one page of --page-size.")
     try:
@@ -90,6 +95,7 @@ def scheduler_config(given: argparse.Namespace, **limits: Any) -> SchedulerConfi
             page_size=given.page_size,
             max_model_len=given.max_model_len,
             max_queued_requests=given.max_queued_requests,
+            ttft_target=given.ttft if given.refuse_late else None,
             mtpot_target=given.mtpot,
             **limits,
         )

@@ -22,8 +22,8 @@ from scheduler.sequence import Sequence
 
 Floats = NDArray[np.float64]
 
-_PRIOR = 6.0  # rows of its own that weigh as much as what all have shown
-_KEEP = 0.94  # of what a sequence has shown, per row
+_PRIOR = 4.0  # rows of its own that weigh as much as what all have shown
+_KEEP = 0.92  # of what a sequence has shown, per row
 _KEEP_SHARED = 0.99
 _KEEP_PER_TEXT = 0.7  # whoever writes without drafts should notice soon that they would be right
 _LARGEST = 1e9  # weights are scaled down beyond that
@@ -80,6 +80,10 @@ class _Shared:
 def _beyond(rows: list[float]) -> Floats:
     """Rows by number of drafts -> by position, those with a draft there."""
     return np.cumsum(rows[:0:-1])[::-1]
+
+
+def _odds(share: Floats) -> Floats:
+    return share / (1.0 - share)
 
 
 class Acceptance:
@@ -147,9 +151,13 @@ class Acceptance:
         owns = [sequence.shown.get(number) or _NOTHING for sequence in sequences]
         own = np.array([(o.rows, o.right, o.later, o.later_right) for o in owns])
         rows, first, later, later_right = own.T
-        conditional = (_PRIOR * right + later_right[:, None]) / (_PRIOR + later[:, None])
+        conditional = np.empty((len(owns), len(right)))
         conditional[:, 0] = (_PRIOR * right[0] + first) / (_PRIOR + rows)
-        return Curves(np.cumprod(conditional, axis=1), proposed)
+        # Whose first drafts are right less often than others' will have fewer right later, too.
+        odds = _odds(conditional[:, :1]) / _odds(right[0]) * _odds(right[1:])
+        expected = odds / (1.0 + odds)
+        conditional[:, 1:] = (_PRIOR * expected + later_right[:, None]) / (_PRIOR + later[:, None])
+        return Curves(np.asarray(np.cumprod(conditional, axis=1)), proposed)
 
 
 _NOTHING = Own()

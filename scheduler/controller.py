@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ from scheduler.draft_cost import DraftCost
 from scheduler.foreseen import Foreseen
 from scheduler.gap import gap_target
 from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
+from scheduler.profile import StepShape
+from scheduler.rows import shape_as_run
 from scheduler.safety_net import PATIENCE, SafetyNet
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
@@ -38,7 +41,7 @@ CHANGE = 4  # by more than one row of so many
 SELDOM = 32  # steps from one probe to the next while there are none; they are what may change that
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
 MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
-PROBE_STEPS = 4  # that a probe lasts
+PROBE_STEPS = 1  # that a probe lasts, unless it is answered
 PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good drafts would be
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
@@ -261,7 +264,7 @@ class Controller:
 
     def _batch(self, live: list[Sequence]) -> Batch:
         rows = len(live)
-        seconds = self._steps.plain(rows, sum(len(s.tokens) for s in live)) + self._overhead
+        seconds = self._steps.plain(_shape(live)) + self._overhead
         # What was never tried is approached in steps: of later drafts little is known by then.
         cap = min(2 * math.ceil(self._usual) + 2, self.most)
         return Batch(
@@ -274,10 +277,9 @@ class Controller:
 
     def _verifying(self, live: list[Sequence]) -> Verifying:
         """Of rows with up to the most drafts each."""
-        rows, context = len(live), sum(len(s.tokens) for s in live)
-        ends = range(VERIFY_POINTS)
+        rows, shape, ends = len(live), _shape(live), range(VERIFY_POINTS)
         tokens = sorted({round(rows * (1 + self.most) ** (i / ends[-1])) for i in ends})
-        seconds = [self._steps.drafted(rows, n, context) for n in tokens]
+        seconds = [self._steps.drafted(replace(shape, tokens=n)) for n in tokens]
         return Verifying(np.array(tokens, dtype=np.float64), np.array(seconds))
 
     def _promise(self, live: list[Sequence], number: int) -> Promise:
@@ -334,9 +336,9 @@ class Controller:
             return
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
         drafts = min(2, sequence.most_drafts, self.most)
-        context = sum(len(s.tokens) for s in live)
-        more = self._steps.drafted(len(live), len(live) + drafts, context)
-        more -= self._steps.plain(len(live), context)
+        plain = _shape(live)
+        more = self._steps.drafted(replace(plain, tokens=plain.tokens + drafts))
+        more -= self._steps.plain(plain)
         for turn in range(self._turn, self._turn + len(self.options)):
             number = turn % len(self.options)
             option, cost = self.options[number], self.draft_costs[number]
@@ -369,17 +371,30 @@ class Controller:
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
         prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
         self._prompts += PROMPTS_RATE * (prompts - self._prompts)
-        if prompts:
-            if not asked and any(row.chunk is None for row in plan.rows):
-                self._steps.saw_chunks()
+        live = sum(row.chunk is None for row in plan.rows)
+        if not live or plan.copies:
             return
-        rows, context = len(plan.rows), plan.shape.decode_context
-        tokens = rows + sum(done.proposed for done in result.rows)
-        self._steps.observe(rows, tokens, context, result.seconds, result.drafting.ahead > 0)
+        shape = shape_as_run(plan, result)
+        drafts = shape.tokens > live + prompts
+        self._steps.observe(shape, drafts, result.seconds, result.drafting.ahead > 0)
         if not asked or self._probing:
             return
-        plain = self._steps.plain(rows, context) + self._overhead
-        tokens = sum(len(done.tokens) for done in result.rows)
-        pause = self._net.saw(tokens, rows * (computed + self._overhead) / plain)
+        # Prompts take the same time in all, whatever they stand beside.
+        alone = StepShape(live, live, shape.decode_context)
+        without = replace(shape, tokens=live + prompts)
+        plain = self._steps.plain(alone)
+        chunks = self._steps.plain(without) - plain
+        tokens = sum(
+            len(done.tokens)
+            for row, done in zip(plan.rows, result.rows, strict=True)
+            if row.chunk is None
+        )
+        seconds = max(computed - chunks, 0.0) + self._overhead
+        pause = self._net.saw(tokens, live * seconds / (plain + self._overhead))
         if pause:
             self._resting, self._usual = pause, 0.0
+
+
+def _shape(live: list[Sequence]) -> StepShape:
+    """Of their step without drafts."""
+    return StepShape(len(live), len(live), sum(len(s.tokens) for s in live))

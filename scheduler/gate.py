@@ -128,8 +128,8 @@ class Gate:
 
     def _check_targets(self, request: Request, forecast: WaitForecast, now: float) -> None:
         target = request.ttft_target or self._config.ttft_target
-        admission = forecast.admission_s + self.waits.margin
-        first = forecast.first_token_s + self.waits.margin
+        margin = forecast.admission_s * self.waits.margin
+        admission, first = forecast.admission_s + margin, forecast.first_token_s + margin
         late: list[tuple[float, Refusal, str]] = []
         if target is not None:
             late.append((first - target, Refusal.TTFT, "the first token was wanted in"))

@@ -17,7 +17,7 @@ _CLIP = 2.0  # of a factor: steps that were so much slower or faster were distur
 
 
 class VerifyCost:
-    """Of live rows alone; steps with chunks of prompts are left to `StepCost`."""
+    """Of steps with live rows, whatever chunks of prompts they have beside."""
 
     def __init__(self, cost: StepCost, beside: float = 1.0) -> None:
         """`beside`: see `Controller`."""
@@ -28,7 +28,6 @@ class VerifyCost:
         self._ahead_steps = 0
         self._plain_steps = 0
         self._since_plain = 0
-        self._steps = 0
 
     @property
     def ready(self) -> bool:
@@ -40,34 +39,27 @@ class VerifyCost:
         """Whether they were seen too long ago."""
         return self._since_plain >= STALE
 
-    def plain(self, rows: int, context: int) -> float:
-        """Of a step without drafts; `context` are the positions that its rows attend."""
-        return self._of(rows, rows, context) * self._plain
+    def plain(self, shape: StepShape) -> float:
+        """Of a step without drafts."""
+        return self._cost.uncorrected(shape) * self._plain
 
-    def drafted(self, rows: int, tokens: int, context: int) -> float:
-        """Of a step that verifies so many tokens, those of the rows included."""
-        return self._of(rows, tokens, context) * self._plain * self._drafted[False]
+    def drafted(self, shape: StepShape) -> float:
+        """Of a step with drafts."""
+        return self.plain(shape) * self._drafted[False]
 
     @property
     def beside(self) -> float:
-        """How many times as long it takes while a draft model works for the next."""
+        """How many times as long that is while a draft model works for the next step."""
         return self._drafted[True] / self._drafted[False]
 
-    def saw_chunks(self) -> None:
-        """A step without drafts, which had chunks: what `StepCost` learns from it serves here."""
-        self._plain_steps, self._since_plain = self._plain_steps + 1, 0
-
-    def observe(
-        self, rows: int, tokens: int, context: int, seconds: float, ahead: bool = False
-    ) -> None:
-        """A step has taken so long."""
-        predicted = self._of(rows, tokens, context) * self._plain
+    def observe(self, shape: StepShape, drafts: bool, seconds: float, ahead: bool = False) -> None:
+        """A step has taken so long; `ahead`: while a draft model worked for the next."""
+        predicted = self.plain(shape)
         if predicted <= 0.0 or seconds <= 0.0:
             return
-        if tokens == rows:
+        if not drafts:
             self._plain_steps, self._since_plain = self._plain_steps + 1, 0
-            self._steps += 1
-            rate = max(_RATE, 1.0 / self._steps)
+            rate = max(_RATE, 1.0 / self._plain_steps)
             self._plain *= 1.0 + rate * (_clipped(seconds / predicted) - 1.0)
         else:
             self._since_plain += 1
@@ -77,9 +69,6 @@ class VerifyCost:
                 self._ahead_steps += 1
                 rate = max(_RATE, 1.0 / self._ahead_steps)
             self._drafted[ahead] = known + rate * (ratio - known)
-
-    def _of(self, rows: int, tokens: int, context: int) -> float:
-        return self._cost.uncorrected(StepShape(rows, tokens, context, 0))
 
 
 def _clipped(ratio: float) -> float:

@@ -27,6 +27,10 @@ from scheduler.sequence import WaitForecast
 from scheduler.step_cost import StepCost
 
 _RATE = 0.05  # smoothing of past waits, per admission that was predicted to wait
+_IN_TIME = 0.9  # of those let in for a target
+_FIRST_ERROR = 0.3  # of a predicted wait, before any has ended
+_LARGEST_ERROR = 3.0  # that counts in full
+_STEP = 0.2  # by which the margin moves, as a share of the usual error or of itself
 _BOUND = 4.0  # of the correction, either way
 _PACE = 0.05  # smoothing of step times, per settled step
 KNOWN_STEPS = 8  # before so many nothing is predicted
@@ -80,8 +84,10 @@ class Waits:
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
-        # Of past waits, smoothed: seconds, the model's seconds, and the error of the prediction.
-        self._waited = self._modelled = self._error = 0.0
+        # Of past waits, smoothed: seconds, the model's seconds, and the relative error.
+        self._waited = self._modelled = 0.0
+        self._error = _FIRST_ERROR
+        self._margin = 0.0
         self._wall = 0.0  # seconds from one settled step to the next, smoothed
         self._model = 0.0  # the same as the cost model has it
         self._steps = 0
@@ -98,13 +104,15 @@ class Waits:
 
     @property
     def margin(self) -> float:
-        """Seconds by which predictions were wrong lately, on average.
+        """The share of a predicted wait by which nine in ten of those let in wait no longer.
 
         Under lasting overload every request that is let in is predicted to be just in time, and
-        with a prediction that is right on average half of them would be late. So time is kept for
-        its errors, as with TCP's retransmission timeouts (Jacobson 1988).
+        with a prediction that is right on average half of them would be late, after having taken
+        what others would have used. More than half, since it is let in when the prediction errs
+        that way. So this is a quantile of the errors, followed by steps of stochastic approximation
+        (Robbins and Monro 1951) down the slope of its loss (Koenker and Bassett 1978).
         """
-        return self._error
+        return self._margin
 
     @property
     def stretch(self) -> float:
@@ -138,7 +146,11 @@ class Waits:
             return  # it was wrong, but nobody knows by how much
         self._waited += _RATE * (waited - self._waited)
         self._modelled += _RATE * (forecast.model_s - self._modelled)
-        self._error += _RATE * (abs(waited - forecast.admission_s) - self._error)
+        error = waited / forecast.admission_s - 1.0
+        self._error += _RATE * (min(abs(error), _LARGEST_ERROR) - self._error)
+        step = _STEP * max(self._error, self._margin)
+        self._margin += step * (_IN_TIME if error > self._margin else _IN_TIME - 1.0)
+        self._margin = max(self._margin, 0.0)
 
     def forecast(self, batch: Batch, ahead: Work, own: Work) -> WaitForecast:
         """For a request whose `own` work comes after the work `ahead`."""

@@ -87,6 +87,21 @@ def test_plan(capsys, profile, trace):
     assert "need 1 replica: machine, 32 sequences" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_who_would_be_late_is_refused(capsys, profile):
+    """More than the machine takes: either nearly all come late, or many are refused."""
+    arguments = ["simulate", "--workload", "chat", "--requests", "400", "--scale", "0.2"]
+    arguments += ["--rate", "120", "--profile", profile, "--kv-tokens", "2000", "--ttft", "3"]
+
+    def summary(*more: str) -> dict[str, float]:
+        assert main([*arguments, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["policies"]["past-future"]
+
+    patient, strict = summary(), summary("--refuse-late")
+    assert patient["refused"] == 0 < strict["refused"]
+    assert strict["ttft_p50"] < 3 < patient["ttft_p50"]
+    assert strict["goodput_requests"] > 1.5 * patient["goodput_requests"]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
