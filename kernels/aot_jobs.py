@@ -77,10 +77,10 @@ def jobs() -> Iterator[Job]:
             for what in ("decode", "prefill"):
                 yield _attend(f"attend {preset} {head_dim} {what}", paged, QUERIES[what])
     yield _attend("attend int4h 128 window", _paged("int4h", 128), 1, window=True)
-    near = _paged("k4v2h", 128, Windows(sink=64, block=128))
-    yield _append("append k4v2h 128 dense windows", near)
+    near = Windows(sink=64, block=128)
+    yield _append("append int8n 128 windows", _paged("int8n", 128, near))
     for what in ("decode", "prefill"):
-        yield _attend(f"attend k4v2h 128 dense windows {what}", near, QUERIES[what])
+        yield _attend(f"attend k4v2h 128 {what} windows", _paged("k4v2h", 128, near), QUERIES[what])
     yield _attend("attend int8n 128 coarse", _paged("int8n", 128).coarse(), 1)
     for what in ("decode", "prefill"):
         name = f"attend int8n 128 {what} fp32"

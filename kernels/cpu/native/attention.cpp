@@ -109,10 +109,10 @@ INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lane
 }
 #endif
 
-// Positions that a unit reads from dense copies, in packed pages.
+// Which positions of packed pages a unit reads from dense copies: the same for all of its queries.
 struct Near {
     const int32_t* pages = nullptr;
-    int64_t before = 0, from = INT64_MAX;  // those outside of [before, from)
+    int64_t before = 0, from = INT64_MAX;  // all but those of [before, from)
 
     Near(const Pool& pool, const Batch& batch, const Unit& unit) {
         if (!pool.copies) return;

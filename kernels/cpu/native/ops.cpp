@@ -55,9 +55,8 @@ void native_rope_append(int type, const void* qkv, void* q, const NativeFormat* 
                         void* pool, void* copies, int64_t kv_heads, int64_t page_size,
                         int64_t head_dim, const int64_t* positions, const int64_t* slots,
                         const int64_t* copy_slots, int64_t tokens, int64_t heads,
-                        const float* cos_sin,
-                        int64_t half, const void* q_norm, const void* k_norm, float eps,
-                        int threads) {
+                        const float* cos_sin, int64_t half, const void* q_norm,
+                        const void* k_norm, float eps, int threads) {
     const Pool kv{pool, kv_heads, page_size, head_dim, format, copies};
     const Rotary rotary{cos_sin, half, q_norm, k_norm, eps};
     with_type(type, [&](auto tag) {
@@ -90,8 +89,8 @@ void native_attend(int type, const void* q, void* out, const NativeFormat* forma
                    const int32_t* copies_table, int64_t copies_stride, int64_t heads, float scale,
                    int64_t window, int threads) {
     const Pool kv{pool, kv_heads, page_size, head_dim, format, copies};
-    const Batch batch{positions,    query_starts,  page_table, rows, table_stride,
-                      copies_table, copies_stride};
+    const Batch batch{positions, query_starts, page_table, rows, table_stride, copies_table,
+                      copies_stride};
     const AttentionShape shape{heads, scale, window};
     const int64_t window_block = format ? format->window_block : 0;
     AttentionPlan plan(batch, heads, kv_heads, head_dim, window, window_block, threads);
