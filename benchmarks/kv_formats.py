@@ -17,7 +17,7 @@ are as the server sets them.
 
 Capacity is counted in bytes of pages for Qwen3-8B and a sequence of 8,192 tokens. Attention is
 timed on native kernels in bf16: one sequence, in turns, medians. `--sink` and `--window` give all
-formats dense windows, which count in quality and capacity; native kernels do not read them.
+formats dense windows, which count in quality and capacity, not in attention's time.
 """
 
 from __future__ import annotations

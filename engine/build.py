@@ -211,7 +211,12 @@ def _build(
     if buckets is not None:
         forward = activations_of(config, spec, dtype, device, buckets.tokens[-1])
         models = [spec] if small is None else [spec, small.spec]
-        graphs = sum(graph_bytes(buckets, forward, m.hidden_size, dtype.itemsize) for m in models)
+        graphs = sum(
+            graph_bytes(
+                buckets, forward, m.hidden_size, dtype.itemsize, windows=windows is not None
+            )
+            for m in models
+        )
     dense = window_bytes(spec, copies, page_size, dtype, formats)
     budget = budget_of(config, device, page, dense, max_model_len, before, activations, graphs)
     if ranks is not None:
@@ -230,7 +235,7 @@ def _build(
     record = as_it_is
     if buckets is not None:
         record = partial(recorded, buckets=buckets, page_size=page_size)
-        graphed = recorded(runner, kv, spec, dtype, buckets, page_size)
+        graphed = recorded(runner, kv, spec, dtype, buckets, page_size, dense_pages=copies)
         record_decoding(graphed, buckets, num_slots - 1, device, graphs)
         runner = graphed
         progress("CUDA graphs")

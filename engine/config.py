@@ -118,12 +118,11 @@ class CacheConfig:
         0,
         "Latest tokens whose keys and values are dense beside a format of fewer bits: those since"
         " the last multiple of so many, a multiple of page_size. Cached prefixes end at such"
-        " multiples. 0: none. Read by plain torch alone, so much slower on a CPU. See docs/kv.md.",
+        " multiples. 0: none. See docs/kv.md.",
     )
     kv_sink: int = option(
         0,
-        "First tokens whose keys and values are dense beside a format of fewer bits. 0: none. As"
-        " slow as kv_window.",
+        "First tokens whose keys and values are dense beside a format of fewer bits. 0: none.",
     )
     memory_fraction: float = option(
         0.9,

@@ -112,9 +112,11 @@ def recorded(
     buckets: Buckets,
     page_size: int,
     capture: Capture | None = None,
+    dense_pages: int = 0,
 ) -> GraphRunner:
-    """The runner, its steps recorded when they first occur. capture: None for CUDA graphs."""
-    step = StaticStep(buckets, page_size, spec.hidden_size, dtype, kv[0].device)
+    """The runner, its steps recorded when they first occur. capture: None for CUDA graphs;
+    dense_pages: of the pool, where steps say which they are."""
+    step = StaticStep(buckets, page_size, spec.hidden_size, dtype, kv[0].device, dense_pages)
     return GraphRunner(runner, kv, buckets, step, capture or CudaCapture())
 
 

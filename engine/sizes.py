@@ -70,7 +70,7 @@ def formats_of(
             f"{' or '.join(HALVES)}."
         )
     try:
-        formats = layer_formats(
+        return layer_formats(
             cache.kv_format,
             spec.num_layers,
             shard.spec(spec).num_kv_heads,
@@ -83,12 +83,6 @@ def formats_of(
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
-    if COARSE in drafter_names(config.speculation) and windows_of(formats) is not None:
-        raise StartupError(
-            f"the drafter `{COARSE}` does not read dense windows: serve without --kv-window and "
-            "--kv-sink."
-        )
-    return formats
 
 
 def use_formats(

@@ -17,6 +17,7 @@ from kernels.kv import append_triton, rotation_triton
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS
 from kernels.kv.triton_launch import Launch
+from kernels.kv.windows import Windows
 from kernels.linear import quantized_triton
 from kernels.linear.formats import Fp8Format, IntFormat, WeightFormat
 from kernels.ops import AttentionLayer
@@ -76,6 +77,10 @@ def jobs() -> Iterator[Job]:
             for what in ("decode", "prefill"):
                 yield _attend(f"attend {preset} {head_dim} {what}", paged, QUERIES[what])
     yield _attend("attend int4h 128 window", _paged("int4h", 128), 1, window=True)
+    near = Windows(sink=64, block=128)
+    yield _append("append int8n 128 windows", _paged("int8n", 128, near))
+    for what in ("decode", "prefill"):
+        yield _attend(f"attend k4v2h 128 {what} windows", _paged("k4v2h", 128, near), QUERIES[what])
     yield _attend("attend int8n 128 coarse", _paged("int8n", 128).coarse(), 1)
     for what in ("decode", "prefill"):
         name = f"attend int8n 128 {what} fp32"
@@ -163,10 +168,10 @@ def _attend_types(queries: int, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _paged(preset: str, head_dim: int) -> Paged:
+def _paged(preset: str, head_dim: int, windows: Windows | None = None) -> Paged:
     found = PRESETS[preset]
-    keys, values = found.keys(), found.values()
-    return Paged(KV_HEADS, PAGE_SIZE, head_dim, keys, values, rotated=found.rotated)
+    shape = (KV_HEADS, PAGE_SIZE, head_dim)
+    return Paged(*shape, found.keys(), found.values(), rotated=found.rotated, windows=windows)
 
 
 def _append(name: str, paged: Paged) -> Job:
@@ -178,6 +183,9 @@ def _append(name: str, paged: Paged) -> Job:
         "kv_slots": "*i64",
         "key_mean": "*fp32",
         "signs": "*fp32",
+        # Without windows these are the pool and its slots.
+        "copies": "*u8" if paged.windows is None else "*bf16",
+        "copy_slots": "*i64",
         "tokens": "i32",
         "k_stride": "i32",
         "v_stride": "i32",
@@ -195,7 +203,14 @@ def _attend(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Job:
     launch = packed_triton.attend_launch(paged, GROUP, queries, window, dtype)
-    return _job(name, packed_triton._attend, _attend_types(queries, dtype), launch, ODD)
+    types = {
+        **_attend_types(queries, dtype),
+        # Without windows these are the pool and its table.
+        "copies": "*u8" if paged.windows is None else NAMES[dtype],
+        "copies_table": "*i32",
+        "copies_stride": "i32",
+    }
+    return _job(name, packed_triton._attend, types, launch, ODD | {"copies_stride"})
 
 
 def _merge(head_dim: int) -> Job:

@@ -113,7 +113,7 @@ class PackedPages:
     def append(
         self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
     ) -> None:
-        append_triton.append(self._paged, k, v, kv, batch.kv_slots)
+        append_triton.append(self._paged, k, v, kv, batch.kv_slots, batch.copies)
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         rotation = self._paged.rotation
@@ -182,7 +182,7 @@ class TritonOps:
         # Formats derived from these may do anything else, so they are torch's.
         if type(layer.kv) is Dense and dense_triton.takes(layer):
             return self._dense
-        if type(layer.kv) is Paged and layer.kv.windows is None:
+        if type(layer.kv) is Paged:
             try:
                 return PackedPages(layer.kv)
             except ValueError:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.chain import NativeChain
+from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch
 from worker.runner import Runner
 
@@ -136,7 +137,9 @@ class StaticStep:
         hidden: int,
         dtype: torch.dtype,
         device: torch.device,
+        dense_pages: int = 0,
     ) -> None:
+        """`dense_pages`: of the pool, where its layers have windows."""
         most = buckets.tokens[-1]
 
         def zeros(size: int, kind: torch.dtype) -> Tensor:
@@ -150,21 +153,28 @@ class StaticStep:
         self.query_starts = zeros(most + 1, torch.int32)
         self.kv_lengths = zeros(most, torch.int32)
         self.page_table = zeros(most * buckets.pages[-1], torch.int32)  # of any bucket's shape
+        self.copy_slots = zeros(most if dense_pages else 0, torch.int64)
+        self.copy_table = zeros(self.page_table.shape[0] if dense_pages else 0, torch.int32)
         self.hidden = torch.zeros(most, hidden, dtype=dtype, device=device)
+        self._dense_pages = dense_pages
         self._count = torch.arange(most + 1, dtype=torch.int32, device=device)
 
     def batch(self, bucket: Bucket) -> AttentionBatch:
         """The buffers as a step of that size."""
-        n = bucket.tokens
+        n, copies = bucket.tokens, None
+        if self._dense_pages:
+            table = self._table(self.copy_table, bucket)
+            copies = DensePages(table, self.copy_slots[:n], self._dense_pages)
         return AttentionBatch(
             positions=self.positions[:n],
             token_rows=self.token_rows[:n],
             query_starts=self.query_starts[: n + 1],
             kv_lengths=self.kv_lengths[:n],
-            page_table=self._table(bucket),
+            page_table=self._table(self.page_table, bucket),
             kv_slots=self.kv_slots[:n],
             max_query=bucket.query,
             max_kv=bucket.pages * self.page_size,
+            copies=copies,
         )
 
     def fill(self, ids: Tensor, batch: AttentionBatch, bucket: Bucket) -> None:
@@ -176,11 +186,10 @@ class StaticStep:
         self.kv_slots[:tokens] = batch.kv_slots
         self.query_starts[: rows + 1] = batch.query_starts
         self.kv_lengths[:rows] = batch.kv_lengths
-        table = self._table(bucket)
-        # What former steps have left there may be anybody's: padding is the null page alone.
-        table.zero_()
-        width = min(batch.page_table.shape[1], bucket.pages)
-        table[:rows, :width] = batch.page_table[:, :width]
+        self._fill_table(self.page_table, batch.page_table, bucket)
+        if batch.copies is not None:
+            self.copy_slots[:tokens] = batch.copies.slots
+            self._fill_table(self.copy_table, batch.copies.table, bucket)
         self.pad(tokens, rows, bucket)
 
     def pad(self, tokens: int, rows: int, bucket: Bucket) -> None:
@@ -190,6 +199,7 @@ class StaticStep:
             self.ids[tokens:n] = 0
             self.positions[tokens:n] = 0
             self.kv_slots[tokens:n] = 0
+            self.copy_slots[tokens:n] = 0
             # As there are no more rows than tokens, there are padding rows for all padding tokens.
             self.token_rows[tokens:n] = self._count[rows : rows + n - tokens]
         if rows < n:
@@ -198,8 +208,20 @@ class StaticStep:
             ends = self._count[1 : n - rows + 1] + tokens
             self.query_starts[rows + 1 : n + 1] = ends.clamp_(max=n)
 
-    def _table(self, bucket: Bucket) -> Tensor:
-        return self.page_table[: bucket.tokens * bucket.pages].view(bucket.tokens, bucket.pages)
+    def clear(self) -> None:
+        """Every place of a table is the null page."""
+        self.page_table.zero_()
+        self.copy_table.zero_()
+
+    def _fill_table(self, buffer: Tensor, pages: Tensor, bucket: Bucket) -> None:
+        table = self._table(buffer, bucket)
+        # What former steps have left there may be anybody's: padding is the null page alone.
+        table.zero_()
+        width = min(pages.shape[1], bucket.pages)
+        table[: pages.shape[0], :width] = pages[:, :width]
+
+    def _table(self, buffer: Tensor, bucket: Bucket) -> Tensor:
+        return buffer[: bucket.tokens * bucket.pages].view(bucket.tokens, bucket.pages)
 
 
 class GraphRunner:
@@ -249,7 +271,7 @@ class GraphRunner:
         """Records these now rather than at their first use; tells how many are done."""
         with torch.inference_mode():
             for done, bucket in enumerate(buckets, 1):
-                self._step.page_table.zero_()
+                self._step.clear()
                 self._step.pad(0, 0, bucket)
                 self._graph(bucket)
                 tell(done)
@@ -270,9 +292,13 @@ class GraphRunner:
         return graph
 
 
-def graph_bytes(buckets: Buckets, activations: int, hidden: int, dtype_bytes: int) -> int:
+def graph_bytes(
+    buckets: Buckets, activations: int, hidden: int, dtype_bytes: int, *, windows: bool = False
+) -> int:
     """Device memory that the graphs of all buckets will take, estimated: what one step of the most
     tokens needs (`activations`; the graphs share it), the buffers, and what the driver keeps."""
     most = buckets.tokens[-1]
-    buffers = most * (hidden * dtype_bytes + 4 * 8 + 3 * 4 + buckets.pages[-1] * 4)
+    table = buckets.pages[-1] * 4
+    copies = 8 + table if windows else 0
+    buffers = most * (hidden * dtype_bytes + 4 * 8 + 3 * 4 + table + copies)
     return activations + buffers + buckets.count * GRAPH_BYTES

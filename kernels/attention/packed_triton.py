@@ -7,6 +7,9 @@ zeros are applied to the scores and to the weights, once a position:
     q . key = scale * (q . codes) + zero * sum(q)
     sum p * value = sum (p * scale) * codes + sum p * zero
 
+Where there are windows, a program walks over its split twice: over what any of its rows reads
+packed, then over what any reads dense, and each row sees of both what is its own.
+
 See `kernels.attention.split` for how the work is cut.
 
 Not run on hardware yet: it compiles for sm_90 and is tested under Triton's interpreter.
@@ -28,6 +31,7 @@ from kernels.attention.split import (
     positions_of,
     query_block,
     query_rows,
+    recent,
     see,
     soften,
     store_lse,
@@ -54,19 +58,29 @@ def attend(
     group = layer.num_heads // layer.num_kv_heads
     windowed = layer.window is not None
     launch = attend_launch(paged, group, batch.max_query, windowed, q.dtype)
-    return launch_splits(_attend, launch, q, kv, layer, batch, split)
+    # Pointers that are not followed where there are no windows.
+    more = {"copies": kv, "copies_table": batch.page_table, "copies_stride": 0}
+    if paged.windows is not None:
+        assert batch.copies is not None
+        table = batch.copies.table
+        pages = paged.dense(kv, batch.copies.count, q.dtype)
+        more = {"copies": pages, "copies_table": table, "copies_stride": table.stride(0)}
+    return launch_splits(_attend, launch, q, kv, layer, batch, split, more)
 
 
 def attend_launch(
     paged: Paged, group: int, max_query: int, windowed: bool, dtype: torch.dtype
 ) -> Launch:
     """`group`: query heads of a KV head; `dtype`: of queries."""
+    windows = paged.windows
     constants = {
         **layout_constants(paged),
         **query_rows(max_query, group, (FEW, MANY)),
         "coarse": paged.reads_coarsely,
         "tile": TILE,
         "windowed": windowed,
+        "sink": 0 if windows is None else windows.sink,
+        "latest": 0 if windows is None else windows.block,
     }
     block = constants["block"]
     # Warps share few rows by dimensions of a run, and have the less to do for each position the
@@ -76,7 +90,7 @@ def attend_launch(
     return Launch(constants, warps * (2 if dtype == torch.float32 else 1), STAGES)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "table_stride", "window"])
+@triton.jit(do_not_specialize=["rows", "tokens", "table_stride", "window", "copies_stride"])
 def _attend(
     q: tl.tensor,  # [tokens, heads, head_dim]
     kv: tl.tensor,  # [pages, bytes] uint8
@@ -94,6 +108,9 @@ def _attend(
     split: tl.tensor,
     window: tl.tensor,
     scale: tl.tensor,  # of scores, for powers of two
+    copies: tl.tensor,  # [dense pages, 2, kv_heads, page_size, head_dim], where there are windows
+    copies_table: tl.tensor,  # [rows, pages] int32
+    copies_stride: tl.tensor,
     kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     page_size: tl.constexpr,
@@ -111,6 +128,8 @@ def _attend(
     tile: tl.constexpr,  # positions
     whole_rows: tl.constexpr,  # a program has all tokens of a row
     windowed: tl.constexpr,
+    sink: tl.constexpr,  # first positions that are read dense
+    latest: tl.constexpr,  # positions of a block of text, whose own is read dense; 0: none is
 ) -> None:
     key_runs: tl.constexpr = 4 if key_bits == 2 else 2
     key_run: tl.constexpr = head_dim // key_runs
@@ -130,6 +149,13 @@ def _attend(
     position, start, stop = positions_of(
         token, valid, row, part, positions, kv_lengths, split, window, tile, windowed
     )
+
+    # All that this split looks at, and what of it is packed for any row.
+    whole_start, whole_stop = start, stop
+    if sink + latest > 0:
+        near = recent(position, latest)  # from here on a row reads dense
+        start = tl.maximum(start, sink // tile * tile)
+        stop = tl.minimum(stop, tl.max(near, 0))
 
     q_at = q + token.to(tl.int64)[:, None] * q_stride + head[:, None] * head_dim
     run_at = q_at + tl.arange(0, key_run)[None, :]
@@ -191,6 +217,9 @@ def _attend(
             scores *= scale
 
         scores = see(scores, at, known, position, window, windowed)
+        if sink + latest > 0:
+            packed = (at >= sink)[None, :] & (at[None, :] < near[:, None])
+            scores = tl.where(packed, scores, -float("inf"))
         weights, decay, best, norm = soften(scores, best, norm)
 
         value_at = (page + place * value_run)[:, None] + tl.arange(0, value_run)[None, :]
@@ -227,6 +256,46 @@ def _attend(
                 zeros = tl.sum(weights * z[None, :], 1)
             a3 = a3 * decay[:, None] + zeros[:, None]
             a3 = _dot(scaled, _codes(high, low, 3, value_bits, coarse), a3)
+
+    if sink + latest > 0:
+        # The tiles of sinks, then those of the rows' blocks that are not among them.
+        first_near = tl.min(tl.where(valid, near, whole_stop), 0)
+        sinks = tl.maximum(tl.cdiv(tl.minimum(whole_stop, sink) - whole_start, tile), 0)
+        blocks_start = tl.maximum(whole_start + sinks * tile, first_near // tile * tile)
+        tiles = sinks
+        if latest > 0:
+            tiles += tl.maximum(tl.cdiv(whole_stop - blocks_start, tile), 0)
+        table = copies_table + row.to(tl.int64) * copies_stride
+        for i in range(0, tiles):
+            begin = tl.where(i < sinks, whole_start + i * tile, blocks_start + (i - sinks) * tile)
+            at = begin + tl.arange(0, tile)
+            # What no row reads dense may have no copy: the null page holds anything.
+            known = (at < whole_stop) & ((at < sink) | (at >= first_near))
+            page = tl.load(table + at // page_size, mask=known, other=0).to(tl.int64)
+            place = (page * (2 * kv_heads) + kv_head) * page_size + at % page_size
+            key_at = copies + (place * head_dim)[None, :] + tl.arange(0, key_run)[:, None]
+            scores = _dot(q0, tl.load(key_at), None)
+            scores = _dot(q1, tl.load(key_at + key_run), scores)
+            if key_runs == 4:
+                scores = _dot(q2, tl.load(key_at + 2 * key_run), scores)
+                scores = _dot(q3, tl.load(key_at + 3 * key_run), scores)
+            scores = see(scores * scale, at, known, position, window, windowed)
+            dense = (at < sink)[None, :] | (at[None, :] >= near[:, None])
+            scores = tl.where(dense, scores, -float("inf"))
+            weights, decay, best, norm = soften(scores, best, norm)
+
+            place = (place + kv_heads * page_size) * head_dim
+            value_at = copies + place[:, None] + tl.arange(0, value_run)[None, :]
+            read, weights = known[:, None], weights.to(q0.dtype)
+            values = tl.load(value_at, mask=read, other=0.0)
+            a0 = _dot(weights, values, a0 * decay[:, None])
+            values = tl.load(value_at + value_run, mask=read, other=0.0)
+            a1 = _dot(weights, values, a1 * decay[:, None])
+            if value_runs == 4:
+                values = tl.load(value_at + 2 * value_run, mask=read, other=0.0)
+                a2 = _dot(weights, values, a2 * decay[:, None])
+                values = tl.load(value_at + 3 * value_run, mask=read, other=0.0)
+                a3 = _dot(weights, values, a3 * decay[:, None])
 
     out_row = (part * tokens + token).to(tl.int64) * (group * kv_heads) + head
     found, norm = store_lse(lse + out_row, best, norm, valid)
@@ -283,9 +352,10 @@ def _codes(
 
 
 @triton.jit
-def _dot(a: tl.tensor, codes: tl.tensor, sums: tl.tensor) -> tl.tensor:
-    """a: [m, k] floats of a type in which codes are exact; sums: [m, n] fp32 or None.
+def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor) -> tl.tensor:
+    """a: [m, k] floats; b: [k, n] codes, exact in a's type, or floats of that type; sums: [m, n]
+    fp32 or None.
 
-    fp32 is multiplied in three parts of tf32, which loses next to nothing, for codes have one.
+    fp32 is multiplied in three parts of tf32, which loses next to nothing: codes have one.
     """
-    return tl.dot(a, codes.to(a.dtype), acc=sums, input_precision="tf32x3")
+    return tl.dot(a, b.to(a.dtype), acc=sums, input_precision="tf32x3")

@@ -17,6 +17,7 @@ Not run on hardware yet: it compiles for sm_90 and is tested under Triton's inte
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +78,14 @@ def launch_splits(
     layer: AttentionLayer,
     batch: AttentionBatch,
     split: int | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Partials:
     """Runs `kernel`, which takes what is passed below, over a step.
 
     q: [tokens, heads, head_dim]; kv: the layer's pool. split: positions, a multiple of TILE; by
-    default what `split_length` says. Does not synchronise with the host. Rows of tokens that belong
-    to no row of the batch are not written. Raises ValueError for other splits.
+    default what `split_length` says. more: further arguments of the kernel, by name. Does not
+    synchronise with the host. Rows of tokens that belong to no row of the batch are not written.
+    Raises ValueError for other splits.
     """
     tokens, heads, head_dim = q.shape
     rows = batch.page_table.shape[0]
@@ -114,6 +117,7 @@ def launch_splits(
             split,
             layer.window or 0,
             layer.scale * math.log2(math.e),
+            **(more or {}),
             **launch.constants,
             num_warps=launch.warps,
             num_stages=launch.stages,
@@ -209,6 +213,12 @@ def see(
     if windowed:
         seen &= at[None, :] > position[:, None] - window
     return tl.where(seen, scores, -float("inf"))
+
+
+@triton.jit
+def recent(position: tl.tensor, latest: tl.constexpr) -> tl.tensor:
+    """As `Windows.recent`, for blocks of `latest`."""
+    return position - position % latest if latest > 0 else position + 1
 
 
 @triton.jit

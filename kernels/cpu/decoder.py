@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels.cpu.library import Library, check_batch, type_of
 from kernels.cpu.linear import NativeLinear
-from kernels.cpu.packed import native_format
+from kernels.cpu.packed import copies_address, native_format
+from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch, AttentionLayer
 
 
@@ -76,6 +77,7 @@ class NativeDecoder:
             type=type_of(embedding, norm),
         )
         self._kv: Sequence[Tensor] = ()
+        self._dense_pages = 0
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def coarse(self) -> NativeDecoder:
@@ -118,8 +120,11 @@ class NativeDecoder:
         check_batch(batch)
         if read is not None and (read.dtype != torch.int64 or read.shape[0] > ids.shape[0]):
             raise ValueError("read must be int64 token rows, each at most once")
-        if kv is not self._kv:
-            self._attach(kv)
+        copies = batch.copies
+        dense_pages = 0 if copies is None else copies.count
+        if kv is not self._kv or dense_pages != self._dense_pages:
+            self._attach(kv, copies)
+            self._dense_pages = dense_pages
         tokens = ids.shape[0]
         size = self._size(byref(self.structure), max(tokens, least))
         if self._workspace.shape[0] < size:
@@ -139,11 +144,15 @@ class NativeDecoder:
             out.data_ptr(),
             None if read is None else read.data_ptr(),
             -1 if read is None else wanted,
+            None if copies is None else copies.slots.data_ptr(),
+            None if copies is None else copies.table.data_ptr(),
+            0 if copies is None else copies.table.stride(0),
         )
         return step, out
 
-    def _attach(self, kv: Sequence[Tensor]) -> None:
-        """Takes the layers' pools, which are the same ones in every step."""
+    def _attach(self, kv: Sequence[Tensor], copies: DensePages | None) -> None:
+        """Takes the layers' pools, which are the same ones in every step, as are their dense
+        pages."""
         model = self.structure
         page_size = self._pages[0].page_size(kv[0])
         for layer, pages, pool in zip(self._layers, self._pages, kv, strict=True):
@@ -152,6 +161,7 @@ class NativeDecoder:
             if pool.shape[1:] != shape or pool.dtype != dtype or not pool.is_contiguous():
                 raise ValueError(f"KV pool of shape {tuple(pool.shape)} and {pool.dtype}")
             layer.pool = pool.data_ptr()
+            layer.copies = copies_address(pages, pool, copies, self._dtype)
         model.page_size = page_size
         self._kv = kv
 
@@ -184,6 +194,7 @@ class _Layer(Structure):
         ("scale", c_float),
         ("qk_eps", c_float),
         ("pool", c_void_p),
+        ("copies", c_void_p),
         ("format", c_void_p),
     ]
 
@@ -220,6 +231,9 @@ class Step(Structure):
         ("out", c_void_p),
         ("read", c_void_p),
         ("reads", c_int64),
+        ("copy_slots", c_void_p),
+        ("copies", c_void_p),
+        ("copies_stride", c_int64),
     ]
 
 

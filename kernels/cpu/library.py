@@ -29,9 +29,9 @@ class Library:
         self.rms_norm = self._bind("native_rms_norm", "i ppp ss f i")
         self.add_rms_norm = self._bind("native_add_rms_norm", "i pppp ss f i")
         self.silu_mul = self._bind("native_silu_mul", "i pp ss i")
-        self.rope_append = self._bind("native_rope_append", "i pppp sss pp ss ps pp f i")
-        self.append = self._bind("native_append", "i pp ss pp sss p s i")
-        self.attend = self._bind("native_attend", "i pppp sss ppp sss f s i")
+        self.rope_append = self._bind("native_rope_append", "i ppppp sss ppp ss ps pp f i")
+        self.append = self._bind("native_append", "i pp ss ppp sss pp s i")
+        self.attend = self._bind("native_attend", "i ppppp sss ppp ss ps s f s i")
         self.has_tiles = self._bind("native_has_tiles", "", "i")
         self.packed_bytes = self._bind("native_packed_bytes", "i ss", "s")
         self.pack = self._bind("native_pack", "i pp ss i")
@@ -73,3 +73,10 @@ def check_batch(batch: AttentionBatch) -> None:
         or table.stride(1) != 1
     ):
         raise ValueError("positions and slots are int64, query starts and page tables int32")
+    copies = batch.copies
+    if copies is not None and (
+        copies.slots.dtype != torch.int64
+        or copies.table.dtype != torch.int32
+        or copies.table.stride(1) != 1
+    ):
+        raise ValueError("slots of dense copies are int64, their tables int32")

@@ -12,7 +12,7 @@ from kernels.cpu.chain import NativeChain
 from kernels.cpu.decoder import DecoderLayer, NativeDecoder
 from kernels.cpu.library import Library, check_batch, type_of
 from kernels.cpu.linear import NativeLinear
-from kernels.cpu.packed import NativeFormat, native_format
+from kernels.cpu.packed import NativeFormat, copies_address, native_format
 from kernels.kv.format import KVFormat
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.sampling.native import NativeSampling
@@ -123,9 +123,10 @@ class NativeOps:
             type_of(qkv, *norms),
             qkv.data_ptr(),
             q.data_ptr(),
-            *self._pool(kv, layer, qkv.dtype),
+            *self._pool(kv, layer, qkv.dtype, batch),
             batch.positions.data_ptr(),
             batch.kv_slots.data_ptr(),
+            None if batch.copies is None else batch.copies.slots.data_ptr(),
             tokens,
             layer.num_heads,
             None if cos_sin is None else cos_sin.data_ptr(),
@@ -150,8 +151,9 @@ class NativeOps:
             v.data_ptr(),
             k.stride(0),
             v.stride(0),
-            *self._pool(kv, layer, k.dtype),
+            *self._pool(kv, layer, k.dtype, batch),
             batch.kv_slots.data_ptr(),
+            None if batch.copies is None else batch.copies.slots.data_ptr(),
             tokens,
             torch.get_num_threads(),
         )
@@ -167,12 +169,14 @@ class NativeOps:
             type_of(q),
             q.data_ptr(),
             out.data_ptr(),
-            *self._pool(kv, layer, q.dtype),
+            *self._pool(kv, layer, q.dtype, batch),
             batch.positions.data_ptr(),
             batch.query_starts.data_ptr(),
             batch.page_table.data_ptr(),
             batch.query_starts.shape[0] - 1,
             batch.page_table.stride(0),
+            None if batch.copies is None else batch.copies.table.data_ptr(),
+            0 if batch.copies is None else batch.copies.table.stride(0),
             layer.num_heads,
             layer.scale,
             layer.window or 0,
@@ -181,9 +185,10 @@ class NativeOps:
         return out
 
     def _pool(
-        self, kv: Tensor, layer: AttentionLayer, dtype: torch.dtype
-    ) -> tuple[int | None, int, int, int, int]:
-        """Format, address, KV heads, page size and head size of a layer's pool."""
+        self, kv: Tensor, layer: AttentionLayer, dtype: torch.dtype, batch: AttentionBatch
+    ) -> tuple[int | None, int, int | None, int, int, int]:
+        """Format, address, that of dense copies, KV heads, page size and head size of a layer's
+        pool."""
         heads, dim = layer.num_kv_heads, layer.head_dim
         page_size = layer.kv.page_size(kv)
         shape, expected = layer.kv.page_shape(heads, page_size, dim), layer.kv.pool_dtype(dtype)
@@ -195,4 +200,6 @@ class NativeOps:
         if layer.kv not in self._formats:
             self._formats[layer.kv] = native_format(layer.kv)
         packed = self._formats[layer.kv]
-        return None if packed is None else addressof(packed), kv.data_ptr(), heads, page_size, dim
+        address = None if packed is None else addressof(packed)
+        copies = copies_address(layer.kv, kv, batch.copies, dtype)
+        return address, kv.data_ptr(), copies, heads, page_size, dim

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.kv.codec import Affine, Codec
 from kernels.kv.format import Dense, KVFormat
 from kernels.kv.paged import Paged
+from kernels.kv.windows import DensePages
 
 _MOST_GROUPS = 64
 _RUN = 16  # dimensions that are read at a time, and so have one scale
@@ -29,6 +30,8 @@ class NativeFormat(Structure):
         ("signs", c_void_p),
         ("mean", c_void_p),
         ("coarse", c_int32),
+        ("sink", c_int64),
+        ("window_block", c_int64),
     ]
 
 
@@ -39,10 +42,8 @@ def native_format(kv: KVFormat) -> NativeFormat | None:
         return None
     if not isinstance(kv, Paged):
         raise ValueError(f"native kernels do not read pages of format {kv.name}")
-    if kv.windows is not None:
-        raise ValueError("native kernels do not read dense windows")
     keys, values = (_affine(codec, kv.head_dim) for codec in (kv.keys, kv.values))
-    rotation = kv.rotation
+    rotation, windows = kv.rotation, kv.windows
     return NativeFormat(
         page_bytes=kv.layout.bytes,
         starts=(c_int64 * 5)(*kv.layout.starts[:5]),
@@ -53,7 +54,21 @@ def native_format(kv: KVFormat) -> NativeFormat | None:
         signs=None if rotation is None else rotation.signs.data_ptr(),
         mean=_floats(kv.key_mean),
         coarse=kv.reads_coarsely,
+        sink=0 if windows is None else windows.sink,
+        window_block=0 if windows is None else windows.block,
     )
+
+
+def copies_address(
+    kv: KVFormat, pool: Tensor, copies: DensePages | None, dtype: torch.dtype
+) -> int | None:
+    """Of the pool's dense pages of packed positions, for a model that computes in `dtype`; None
+    where there are no windows. Raises ValueError where a step does not say which these are."""
+    if kv.windows is None:
+        return None
+    if copies is None:
+        raise ValueError(f"a step over {kv.name} pages says where its dense copies lie")
+    return kv.dense(pool, copies.count, dtype).data_ptr()
 
 
 def _affine(codec: Codec, head_dim: int) -> Affine:

@@ -17,11 +17,19 @@ from kernels.kv.codec import LARGEST, MOST_GROWTH
 from kernels.kv.paged import Paged
 from kernels.kv.rotation_triton import hadamard, hadamard_constants, signs_on
 from kernels.kv.triton_launch import Launch, affine, dense_heads, layout_constants
+from kernels.kv.windows import DensePages
 
 APPEND_ROWS = 16  # keys, and values, that one program encodes
 
 
-def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> None:
+def append(
+    paged: Paged,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    kv_slots: Tensor,
+    copies: DensePages | None = None,
+) -> None:
     """As `Paged.append`: k, v: [tokens, kv_heads, head_dim]; kv: [pages, bytes] uint8, written in
     place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
     copying of the signs and of the mean. Raises ValueError for codecs and heads that the kernels do
@@ -30,6 +38,10 @@ def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> 
     if tokens == 0:
         return
     launch = append_launch(paged)
+    pages, copy_slots = kv, kv_slots  # not followed where there are no windows
+    if paged.windows is not None:
+        assert copies is not None
+        pages, copy_slots = paged.dense(kv, copies.count, k.dtype), copies.slots
     k, v = dense_heads(k), dense_heads(v)
     _append[(triton.cdiv(tokens * kv_heads, APPEND_ROWS),)](
         k,
@@ -38,6 +50,8 @@ def append(paged: Paged, k: Tensor, v: Tensor, kv: Tensor, kv_slots: Tensor) -> 
         kv_slots,
         kv if paged.key_mean is None else paged.mean_on(k.device),
         kv if paged.rotation is None else signs_on(head_dim, k.device),
+        pages,
+        copy_slots,
         tokens,
         k.stride(0),
         v.stride(0),
@@ -57,6 +71,7 @@ def append_launch(paged: Paged) -> Launch:
         **hadamard_constants(head_dim),
         "rotated": paged.rotation is not None,
         "with_mean": paged.key_mean is not None,
+        "with_copies": paged.windows is not None,
         "key_clip": keys.clip,
         "value_clip": values.clip,
         "key_halvings": (head_dim // keys.groups(head_dim)).bit_length() - 1,
@@ -76,6 +91,8 @@ def _append(
     kv_slots: tl.tensor,  # [tokens] int64
     key_mean: tl.tensor,  # [kv_heads, head_dim]
     signs: tl.tensor,  # [head_dim] fp32
+    copies: tl.tensor,  # [dense pages, 2, kv_heads, page_size, head_dim], written
+    copy_slots: tl.tensor,  # [tokens] int64
     tokens: tl.tensor,
     k_stride: tl.tensor,
     v_stride: tl.tensor,
@@ -93,6 +110,7 @@ def _append(
     value_low_start: tl.constexpr,
     rotated: tl.constexpr,
     with_mean: tl.constexpr,
+    with_copies: tl.constexpr,
     stages: tl.constexpr,
     norm: tl.constexpr,
     key_clip: tl.constexpr,
@@ -111,6 +129,10 @@ def _append(
     place = head * page_size + slot % page_size  # in the planes of its page
     page = kv + slot // page_size * page_stride
     numbers = 4 * (key_groups + value_groups)  # bytes of a position
+    if with_copies:
+        to = tl.load(copy_slots + token, mask=valid, other=0)
+        copy = (to // page_size * (2 * kv_heads) + head) * page_size + to % page_size
+        copy_at = copies + (copy * head_dim)[:, None] + dim[None, :]
 
     at = head[:, None] * head_dim + dim[None, :]
     x = tl.load(k + (token * k_stride)[:, None] + at, mask=valid[:, None], other=0.0)
@@ -119,6 +141,8 @@ def _append(
         x -= tl.load(key_mean + at).to(tl.float32)
     if rotated:
         x = hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+    if with_copies:
+        tl.store(copy_at, x.to(copies.dtype.element_ty), mask=valid[:, None])
     _write(
         x,
         page,
@@ -140,6 +164,9 @@ def _append(
     x = x.to(tl.float32)
     if rotated:
         x = hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
+    if with_copies:
+        copy_at += kv_heads * page_size * head_dim
+        tl.store(copy_at, x.to(copies.dtype.element_ty), mask=valid[:, None])
     _write(
         x,
         page,

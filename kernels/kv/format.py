@@ -71,7 +71,8 @@ class KVFormat(Protocol):
         ...
 
     def coarse(self) -> KVFormat:
-        """The same pages, read with fewer bits where that is possible."""
+        """The same pages, read with fewer bits where that is possible. Writes no dense copies, and
+        reads none, so a step need not say where they lie."""
         ...
 
 

@@ -159,9 +159,9 @@ class Paged:
         return kv[kv.shape[0] - rows :].view(-1)[:size].view(dtype).view(shape)
 
     def coarse(self) -> Paged:
-        """Eight bits are read by their upper halves alone, fewer as they are."""
+        """Eight bits are read by their upper halves alone, fewer as they are; no windows."""
         other = copy(self)
-        other.reads_coarsely = True
+        other.reads_coarsely, other.windows = True, None
         return other
 
     def turn(self, q: Tensor) -> Tensor:

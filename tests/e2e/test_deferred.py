@@ -47,17 +47,16 @@ from worker.worker import BegunStep, Worker, WorkerFacts
 def late_worker(
     config: SchedulerConfig, drafts: int = 0, kv_format: str = "auto"
 ) -> tuple[Worker, LateTransfer, Again]:
-    """Recorded decode and verification steps, a transfer that is late; a drafter if it drafts.
-    Steps with dense windows are not recorded."""
+    """Recorded decode and verification steps, a transfer that is late; a drafter if it drafts."""
     size, slots, formats = config.page_size, slot_table(config, kv_format), layers(kv_format)
     copies = 0 if slots.windows is None else slots.windows.count
     kv = allocate_pool(SPEC, config.num_pages, size, torch.float32, CPU, formats, copies)
     eager = EagerRunner(decoder(kv_format), TorchOps())
     buckets = Buckets.of(config.max_num_seqs, drafts, CONTEXT, config.page_size)
     capture, transfer = Again(), LateTransfer()
-    step = StaticStep(buckets, config.page_size, SPEC.hidden_size, torch.float32, CPU)
+    step = StaticStep(buckets, config.page_size, SPEC.hidden_size, torch.float32, CPU, copies)
     worker = Worker(
-        eager if copies else GraphRunner(eager, kv, buckets, step, capture),
+        GraphRunner(eager, kv, buckets, step, capture),
         kv,
         slots,
         Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens),
@@ -107,10 +106,11 @@ def test_dense_windows_wait_for_exact_lengths(kv_format: str, pages: int, drafte
     config = windowed(replace(CONFIG, num_pages=pages, max_step_tokens=64), kv_format)
     crowded = make_policy("aggressive", watermark=0.0)
     scheduler = Scheduler(config, FixedDrafts(3), crowded)
-    worker, _, _ = late_worker(config, 3 if drafter else 0, kv_format)
+    worker, _, capture = late_worker(config, 3 if drafter else 0, kv_format)
     found = drive(scheduler, worker, requests("temperature"), depth=2, arrivals_per_step=2)
     worker.close()
     same(found, "temperature", kv_format)
+    assert (capture.replayed > 20) == drafter  # else buckets are of single tokens
     load = scheduler.load()
     assert load.draft_tokens > 0
     assert (load.preemptions > 0) == (pages == 34)

@@ -26,7 +26,7 @@ from scheduler.speculation import FixedDrafts
 from tests.e2e.driving import Result, drive
 from worker.executor import ThreadExecutor
 from worker.kv_pool import allocate_host_pool, allocate_pool
-from worker.runner import EagerRunner
+from worker.runner import EagerRunner, Runner
 from worker.sampler import Sampler
 from worker.sampling_state import SlotSampling
 from worker.slots import SlotTable
@@ -80,7 +80,13 @@ CELLS = [
 
 
 # Of the texts here, which are short: first tokens, and blocks of the latest.
-WINDOWS = {"k4v2h": (12, 32), "int2h": (40, 16), "turbo2": (0, 24), "turbo3": (20, 0)}
+WINDOWS = {
+    "k8v4": (5, 16),
+    "k4v2h": (12, 32),
+    "int2h": (40, 16),
+    "turbo2": (0, 24),
+    "turbo3": (20, 0),
+}
 
 
 def layers(kv_format: str, heads: int = SPEC.num_kv_heads) -> list[KVFormat]:
@@ -121,12 +127,15 @@ def slot_table(config: SchedulerConfig, kv_format: str = "auto") -> SlotTable:
     return SlotTable(num_slots, CONTEXT, size, CPU, windows)
 
 
-def worker(config: SchedulerConfig, kv_format: str = "auto") -> Worker:
+def worker(
+    config: SchedulerConfig, kv_format: str = "auto", runner: Runner | None = None
+) -> Worker:
+    """By torch unless another runner is given."""
     size, slots = config.page_size, slot_table(config, kv_format)
     copies = 0 if slots.windows is None else slots.windows.count
     kv = allocate_pool(SPEC, config.num_pages, size, torch.float32, CPU, layers(kv_format), copies)
     return Worker(
-        EagerRunner(decoder(kv_format), TorchOps()),
+        runner or EagerRunner(decoder(kv_format), TorchOps()),
         kv,
         slots,
         Sampler(SlotSampling(config.max_num_seqs + 1, VOCAB, CPU), slots.tokens),
@@ -165,9 +174,11 @@ def run(
     arrivals_per_step: int = 1000,
     policy: Policy | None = None,
     kv_format: str = "auto",
+    runner: Runner | None = None,
 ) -> tuple[dict[tuple[str, int], Result], Scheduler]:
     config = windowed(config, kv_format)
-    scheduler, device = Scheduler(config, FixedDrafts(drafts), policy), worker(config, kv_format)
+    scheduler = Scheduler(config, FixedDrafts(drafts), policy)
+    device = worker(config, kv_format, runner)
     try:
         found = drive(scheduler, device, batch, depth=depth, arrivals_per_step=arrivals_per_step)
     finally:
@@ -177,12 +188,14 @@ def run(
 
 
 @cache
-def alone(sampler: str, kv_format: str = "auto") -> dict[tuple[str, int], Result]:
+def alone(
+    sampler: str, kv_format: str = "auto", runner: Runner | None = None
+) -> dict[tuple[str, int], Result]:
     """Each choice by itself: one row, whole prompt, no prefix cache, no pipelining."""
     plain = replace(CONFIG, enable_prefix_cache=False, max_num_seqs=1)
     found: dict[tuple[str, int], Result] = {}
     for request in requests(sampler):
-        found |= run(plain, (request,), depth=0, kv_format=kv_format)[0]
+        found |= run(plain, (request,), depth=0, kv_format=kv_format, runner=runner)[0]
     return found
 
 
@@ -191,8 +204,9 @@ def same(
     sampler: str,
     kv_format: str = "auto",
     within: float = 1e-4,  # of a log-probability
+    runner: Runner | None = None,
 ) -> None:
-    expected = alone(sampler, kv_format)
+    expected = alone(sampler, kv_format, runner)
     assert found.keys() == expected.keys()
     for key, result in found.items():
         assert result.tokens == expected[key].tokens, key

@@ -7,11 +7,14 @@ say by how much keys and values do.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 
+from kernels.cpu.build import start_build
 from kernels.kv.format import dense_rows
 from kernels.kv.presets import HALVES, PRESETS
 from kernels.kv.windows import DensePages
@@ -22,55 +25,89 @@ from scheduler.scheduler import Scheduler
 from scheduler.sequence import Sequence
 from scheduler.speculation import FixedDrafts
 from tests.e2e.driving import drive
-from tests.e2e.test_exactness import CONFIG, alone, decoder, layers, requests, run, same, worker
+from tests.e2e.serving import REPOSITORY
+from tests.e2e.test_exactness import (
+    CONFIG,
+    alone,
+    decoder,
+    filled,
+    layers,
+    requests,
+    run,
+    same,
+    windowed,
+    worker,
+)
 from worker.drafters.model import ModelDrafter
 from worker.drafting import Drafting
 from worker.kv_pool import page_bytes
+from worker.native import native_runner
 from worker.runner import EagerRunner
 
 SAMPLER = "temperature"
 # A head of 16 has no groups of 64; elsewhere they are tested as any other.
 FORMATS = [name for name in PRESETS if name != "int4h64"]
 # Tables of two and three bits are `turbo4` with other numbers: `make exhaustive` has them.
-every_format = pytest.mark.parametrize(
-    "kv_format",
-    [
-        pytest.param(name, marks=pytest.mark.exhaustive) if name in ("turbo2", "turbo3") else name
-        for name in FORMATS
-    ],
-)
+CELLS = [
+    pytest.param(name, marks=pytest.mark.exhaustive) if name in ("turbo2", "turbo3") else name
+    for name in FORMATS
+]
+every_format = pytest.mark.parametrize("kv_format", CELLS)
+# Native code has a path of its own for dense windows.
+NATIVE = ("k4v2h native", "int2h native")
+every_reading = pytest.mark.parametrize("how", [*CELLS, *NATIVE])
 
 
-@every_format
-def test_neighbours_and_prefix_hits(kv_format: str) -> None:
+@cache
+def read_by(how: str) -> dict[str, Any]:
+    """What `run` and `same` take."""
+    kv_format = how.removesuffix(" native")
+    if kv_format == how:
+        return {"kv_format": kv_format}
+    model = filled()
+    model.use_formats(layers(kv_format))
+    native = start_build(REPOSITORY / ".pytest_cache" / "foresight").result()
+    return {"kv_format": kv_format, "runner": native_runner(model, native)}
+
+
+@every_reading
+def test_neighbours_and_prefix_hits(how: str) -> None:
     batch = requests(SAMPLER)
-    found, scheduler = run(CONFIG, batch, arrivals_per_step=1, kv_format=kv_format)
+    found, scheduler = run(CONFIG, batch, arrivals_per_step=1, **read_by(how))
     assert scheduler.load().prefix_hits > 100
-    same(found, SAMPLER, kv_format)
+    same(found, SAMPLER, **read_by(how))
 
 
-@every_format
-def test_small_chunks_and_drafts(kv_format: str) -> None:
+@every_reading
+def test_small_chunks_and_drafts(how: str) -> None:
     config = replace(CONFIG, max_step_tokens=14, enable_prefix_cache=False)
-    same(run(config, requests(SAMPLER), drafts=2, kv_format=kv_format)[0], SAMPLER, kv_format)
+    same(run(config, requests(SAMPLER), drafts=2, **read_by(how))[0], SAMPLER, **read_by(how))
 
 
-@every_format
-def test_preemption_and_drafts(kv_format: str) -> None:
+@every_reading
+def test_preemption_and_drafts(how: str) -> None:
     config = replace(CONFIG, num_pages=34, max_step_tokens=64)
     crowded = make_policy("aggressive", watermark=0.0)
-    found, scheduler = run(config, requests(SAMPLER), drafts=3, policy=crowded, kv_format=kv_format)
+    found, scheduler = run(config, requests(SAMPLER), drafts=3, policy=crowded, **read_by(how))
     assert scheduler.load().preemptions > 0
-    same(found, SAMPLER, kv_format)
+    same(found, SAMPLER, **read_by(how))
 
 
-@every_format
-def test_swapping(kv_format: str) -> None:
+@every_reading
+def test_swapping(how: str) -> None:
     config = replace(CONFIG, num_pages=34, enable_prefix_cache=False, host_pages=60)
     crowded = make_policy("aggressive", watermark=0.0)
-    found, scheduler = run(config, requests(SAMPLER), policy=crowded, kv_format=kv_format)
+    found, scheduler = run(config, requests(SAMPLER), policy=crowded, **read_by(how))
     assert scheduler.load().pages_swapped_in > 0
-    same(found, SAMPLER, kv_format)
+    same(found, SAMPLER, **read_by(how))
+
+
+@pytest.mark.parametrize("how", NATIVE)
+def test_native_code_says_the_same_with_windows(how: str) -> None:
+    """At first: a rounding to another cell may change a text of a random model in the end."""
+    texts = alone(SAMPLER, **read_by(how)), alone(SAMPLER, how.removesuffix(" native"))
+    for key, result in texts[0].items():
+        assert result.tokens[:3] == texts[1][key].tokens[:3]
 
 
 class Watched(FixedDrafts):
@@ -89,8 +126,9 @@ class Watched(FixedDrafts):
 def test_drafts_by_half_of_the_bits_change_nothing(
     kv_format: str, sampler: str, pages: int
 ) -> None:
-    """The mode that stays exact: the target drafts for itself on the upper halves of its pages."""
-    config = replace(CONFIG, num_pages=pages)
+    """The mode that stays exact: the target drafts for itself on the upper halves of its pages.
+    Of the two formats one has dense windows, which drafts do not read."""
+    config = windowed(replace(CONFIG, num_pages=pages), kv_format)
     device, drafts = worker(config, kv_format), Watched(4, (0,), ("coarse",))
     slots, sampling = device._slots, device._sampler
     runner = EagerRunner(decoder(kv_format), TorchOps()).coarse()

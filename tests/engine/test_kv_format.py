@@ -13,6 +13,7 @@ from engine.build import build_worker
 from engine.config import CacheConfig
 from engine.errors import StartupError
 from engine.llm import LLM
+from kernels.cpu.ops import NativeOps
 from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.presets import AUTO, HALVES, PRESETS
@@ -115,7 +116,6 @@ def test_windows_are_the_user_s_to_choose(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_no_format_has_windows_unasked(tmp_path: Path, kv_format: str) -> None:
-    """Native code does not read them, so they would make a format slower than it need be."""
     save(tmp_path, "llama")
     worker, limits = build(tmp_path, kv_format=kv_format)
     assert worker._slots.windows is None
@@ -124,14 +124,16 @@ def test_no_format_has_windows_unasked(tmp_path: Path, kv_format: str) -> None:
 
 
 @pytest.mark.parametrize("kv_format", ["k4v2h", "int2h"])
-def test_windows_serve_by_torch_and_say_so(
+def test_windows_serve_in_native_code(
     tmp_path: Path, kv_format: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, "llama")
     windows = {"kv_window": 128, "kv_sink": 64}
-    options = {"kv_format": kv_format, "compile": True, "cache_dir": CACHE}
+    # `deterministic` waits for the native kernels.
+    options = {"kv_format": kv_format, "compile": True, "deterministic": True, "cache_dir": CACHE}
     worker, limits = build(tmp_path, **options, **windows)
-    assert "native kernels do not read dense windows" in caplog.text
+    assert worker._runner.name == NativeOps.name
+    assert "plain torch" not in caplog.text
     assert len(greedy(worker, limits)) == 12
     worker.close()
 
@@ -142,10 +144,6 @@ def test_windows_serve_by_torch_and_say_so(
         ({"kv_window": 64}, "windows are kept dense beside packed pages, and these are dense"),
         ({"kv_format": "int4h", "kv_window": 40}, "a window of 40 tokens is no multiple of a page"),
         ({"kv_format": "int4h", "kv_sink": -1}, "are less than none"),
-        (
-            {"kv_format": "int8n", "kv_window": 64, "drafters": ("coarse",)},
-            "the drafter `coarse` does not read dense windows",
-        ),
     ],
 )
 def test_windows_that_cannot_be_are_refused(tmp_path: Path, options: dict, sentence: str) -> None:
@@ -154,10 +152,12 @@ def test_windows_that_cannot_be_are_refused(tmp_path: Path, options: dict, sente
         build(tmp_path, **options)
 
 
+@pytest.mark.parametrize("windows", [{}, {"kv_window": 32, "kv_sink": 8}], ids=["", "windows"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_drafts_by_half_of_the_bits_through_the_whole_engine(compiled: bool) -> None:
+def test_drafts_by_half_of_the_bits_through_the_whole_engine(compiled: bool, windows: dict) -> None:
     """In torch and in native code."""
     options = {"kv_format": "int8n", "compile": compiled, "cache_dir": CACHE, "num_pages": 200}
+    options |= windows
     texts = {}
     for drafters in ((), ("coarse",)):
         with LLM(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -70,3 +70,13 @@ class Rows:
         pages = table[token_rows, positions // size].long()
         slots = pages * size + positions % size
         return DensePages(table[:, : -(-max_kv // size)].contiguous(), slots, self.num_pages)
+
+
+def moved(batch: AttentionBatch, device: str) -> AttentionBatch:
+    """All its tensors there."""
+    values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+    tensors = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
+    copies = batch.copies
+    if copies is not None:
+        copies = DensePages(copies.table.to(device), copies.slots.to(device), copies.count)
+    return replace(batch, **tensors, copies=copies)

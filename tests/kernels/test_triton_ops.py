@@ -20,7 +20,7 @@ from kernels.norm import rms_norm_reference
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.torch_ops import TorchOps
 from models.loader import load_model
-from tests.kernels.batches import Rows
+from tests.kernels.batches import Rows, moved
 from tests.models.checkpoints import save
 from worker.kv_pool import allocate_pool
 from worker.runner import EagerRunner
@@ -41,9 +41,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def on_device(batch: AttentionBatch) -> AttentionBatch:
-    fields = ((f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch))
-    moved = {name: value.to(DEVICE) for name, value in fields if isinstance(value, Tensor)}
-    return dataclasses.replace(batch, **moved)
+    return moved(batch, DEVICE)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -225,11 +223,12 @@ def test_who_takes_which_pages() -> None:
     packed = dataclasses.replace(dense, kv=layer_formats("int8n", 1, 1, 16, 64)[0])
     assert isinstance(ops.pages(packed), PackedPages)
     narrow = dataclasses.replace(dense, kv=layer_formats("int8n", 1, 1, 16, 16)[0])
-    for each in (dense, packed):
+    windows = layer_formats("k4v2h", 1, 1, 16, 64, sink=8, window=32)[0]
+    near = dataclasses.replace(dense, kv=windows)
+    assert isinstance(ops.pages(near), PackedPages)
+    for each in (dense, packed, near):
         assert ops.captures(each)
     for other in (
-        dataclasses.replace(dense, kv=layer_formats("k4v2h", 1, 1, 16, 64, sink=8)[0]),
-        dataclasses.replace(dense, kv=layer_formats("k4v2h", 1, 1, 16, 64, window=32)[0]),
         dataclasses.replace(dense, kv=layer_formats("turbo3", 1, 1, 16, 64)[0]),
         dataclasses.replace(dense, kv=layer_formats("fp8", 1, 1, 16, 64)[0]),
         dataclasses.replace(narrow, head_dim=16),
@@ -275,22 +274,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_type", "kv_format"),
+    ("model_type", "kv_format", "windows"),
     [
-        ("llama", "auto"),
-        ("qwen3", "auto"),
-        ("qwen3", "int8n"),
-        ("llama", "int4h"),
-        ("qwen3", "turbo4"),
+        ("llama", "auto", {}),
+        ("qwen3", "auto", {}),
+        ("qwen3", "int8n", {}),
+        ("llama", "int4h", {}),
+        ("qwen3", "int4h", {"sink": 3, "window": 16}),
+        ("qwen3", "turbo4", {}),
     ],
 )
-def test_a_whole_model(model_type: str, kv_format: str, checkpoints: dict[str, Path]) -> None:
+def test_a_whole_model(
+    model_type: str, kv_format: str, windows: dict[str, int], checkpoints: dict[str, Path]
+) -> None:
     """The logits and choices of `TorchOps`, over steps of chunks, decoding rows and drafts."""
     page_size = 8
     model = load_model(checkpoints[model_type], dtype=torch.float32, device=DEVICE)
     spec = model.spec
     shape = (spec.num_layers, spec.num_kv_heads, page_size, spec.head_dim)
-    formats = layer_formats(kv_format, *shape)
+    formats = layer_formats(kv_format, *shape, **windows)
     model.use_formats(formats)
     draw = Draws(1)
     lengths = [29, 12, 18]
@@ -306,7 +308,7 @@ def test_a_whole_model(model_type: str, kv_format: str, checkpoints: dict[str, P
     for ops in (TorchOps(), TritonOps()):
         runners[ops.name] = EagerRunner(model, ops)
         pools[ops.name] = allocate_pool(
-            spec, rows.num_pages, page_size, torch.float32, DEVICE, formats
+            spec, rows.num_pages, page_size, torch.float32, DEVICE, formats, rows.num_pages
         )
     with torch.inference_mode():
         for spans in steps:

@@ -1,4 +1,5 @@
-"""Attention over packed pages with dense windows, against all packed and all dense values held."""
+"""Attention over packed pages with dense windows, against all packed and all dense values held: in
+torch and in native code."""
 
 from __future__ import annotations
 
@@ -14,12 +15,17 @@ from kernels.kv.codec import Affine
 from kernels.kv.format import dense_rows
 from kernels.kv.paged import Paged
 from kernels.kv.windows import Windows
-from kernels.ops import AttentionLayer
+from kernels.ops import AttentionLayer, Ops
 from kernels.torch_ops import TorchOps
 from tests.kernels.batches import Rows
 from tests.kernels.test_attention import TOLERANCE, layer, ragged_steps
 
 DIM = 16
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return TorchOps() if request.param == "torch" else request.getfixturevalue("native")
 
 
 def windowed(
@@ -78,14 +84,16 @@ def brute_force(q, k, v, shape: AttentionLayer, start: int, windows: Windows) ->
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
-def test_matches_brute_force(spans, page_size, heads, sink, blocks, window, dtype, seed) -> None:
+def test_matches_brute_force(
+    ops, spans, page_size, heads, sink, blocks, window, dtype, seed
+) -> None:
     g = torch.Generator().manual_seed(seed)
     windows = Windows(sink, blocks * page_size)
     shape = windowed(heads, page_size, sink, windows.block, window)
     rows = Rows.shuffled([start + query for start, query in spans], page_size, g)
     ends = [(i, start, start + n) for i, (start, n) in enumerate(spans)]
     texts = [torch.randn(2, end, heads[1], DIM, generator=g).to(dtype) for _, _, end in ends]
-    kv, ops = pool(rows, shape, dtype), TorchOps()
+    kv = pool(rows, shape, dtype)
     whole = rows.step([(i, 0, end) for i, _, end in ends])
     ops.append(*torch.cat(texts, dim=1), shape, kv, whole)
     batch = rows.step(ends)
@@ -104,7 +112,7 @@ def test_matches_brute_force(spans, page_size, heads, sink, blocks, window, dtyp
 
 
 @pytest.mark.parametrize(("sink", "block"), [(0, 128), (64, 128), (5, 48), (40, 0)])
-def test_a_token_does_not_depend_on_its_step(sink: int, block: int) -> None:
+def test_a_token_does_not_depend_on_its_step(ops: Ops, sink: int, block: int) -> None:
     """fp32: bitwise the same alone, in a chunk of any size, and beside any neighbours."""
     g = torch.Generator().manual_seed(7)
     shape, length = windowed((4, 2), 16, sink, block), 400
@@ -112,9 +120,9 @@ def test_a_token_does_not_depend_on_its_step(sink: int, block: int) -> None:
     kv = pool(rows, shape, torch.float32)
     for i, end in ((0, length), (1, 500), (2, 40)):
         k, v = torch.randn(2, end, 2, DIM, generator=g)
-        TorchOps().append(k, v, shape, kv, rows.step([(i, 0, end)]))
+        ops.append(k, v, shape, kv, rows.step([(i, 0, end)]))
     q = torch.randn(length, 4, DIM, generator=g)
-    whole = TorchOps().attend(q, kv, shape, rows.step([(0, 0, length)]))
+    whole = ops.attend(q, kv, shape, rows.step([(0, 0, length)]))
     assert whole.isfinite().all()
     for size in (1, 3, 17, 100):
         for start in (0, 127, 128, length - size):
@@ -125,11 +133,11 @@ def test_a_token_does_not_depend_on_its_step(sink: int, block: int) -> None:
                 m = sum(b - a for _, a, b in after)
                 others = torch.randn(n + m, *q.shape[1:], generator=g)
                 mixed = torch.cat([others[:n], q[start:stop], others[n:]])
-                found = TorchOps().attend(mixed, kv, shape, batch)[n : n + stop - start]
+                found = ops.attend(mixed, kv, shape, batch)[n : n + stop - start]
                 assert torch.equal(found, whole[start:stop]), (size, start, before)
 
 
-def test_packed_pages_do_not_change_with_windows() -> None:
+def test_packed_pages_do_not_change_with_windows(ops: Ops) -> None:
     """What is shared and kept is the same, whatever is dense beside it."""
     g = torch.Generator().manual_seed(1)
     rows = Rows.shuffled([100], 16, g)
@@ -138,7 +146,7 @@ def test_packed_pages_do_not_change_with_windows() -> None:
     assert isinstance(shape.kv, Paged)
     kv, plain = pool(rows, shape, torch.float32), pool(rows, shape, torch.float32)
     batch = rows.step([(0, 0, 100)])
-    TorchOps().append(k, v, shape, kv, batch)
+    ops.append(k, v, shape, kv, batch)
     bare = windowed((4, 2), 16, 0, 0).kv
     assert isinstance(bare, Paged)
     bare.windows = None

@@ -174,4 +174,6 @@ def test_buckets_cover_every_step_and_waste_a_quarter_at_most() -> None:
 
 def test_memory_is_estimated_by_parts() -> None:
     buckets = Buckets(tokens=(1, 8), queries=(1,), pages=(16,))
-    assert graph_bytes(buckets, 1000, 32, 2) == 1000 + 8 * (64 + 32 + 12 + 64) + 2 * (4 << 20)
+    plain = 1000 + 8 * (64 + 32 + 12 + 64) + 2 * (4 << 20)
+    assert graph_bytes(buckets, 1000, 32, 2) == plain
+    assert graph_bytes(buckets, 1000, 32, 2, windows=True) == plain + 8 * (8 + 64)

@@ -109,6 +109,22 @@ INLINE void value_lanes(const bf16* const* keys, int64_t column, int count, Lane
 }
 #endif
 
+// Which positions of packed pages a unit reads from dense copies: the same for all of its queries.
+struct Near {
+    const int32_t* pages = nullptr;
+    int64_t before = 0, from = INT64_MAX;  // all but those of [before, from)
+
+    Near(const Pool& pool, const Batch& batch, const Unit& unit) {
+        if (!pool.copies) return;
+        pages = batch.copies + unit.row * batch.copies_stride;
+        before = pool.format->sink;
+        const int64_t position = batch.positions[unit.begin], block = pool.format->window_block;
+        if (block) from = position - position % block;
+    }
+
+    bool has(int64_t position) const { return position < before || position >= from; }
+};
+
 // Where the keys and values of one tile lie: kTile vectors each, scattered over pages, or in
 // `unpacked`, [2, kTile, head_dim], where those of packed pages are put.
 template <class T>
@@ -117,12 +133,15 @@ struct Tile {
     const T* values[kTile];
     int count = 0;  // of visible positions; what is past them repeats the last
 
-    Tile(const Pool& pool, int64_t head, const int32_t* pages, int64_t start, int64_t last,
-         T* unpacked) {
+    Tile(const Pool& pool, int64_t head, const int32_t* pages, const Near& near, int64_t start,
+         int64_t last, T* unpacked) {
         count = int(last + 1 - start < kTile ? last + 1 - start : kTile);
         int64_t page = start / pool.page_size, offset = start % pool.page_size;
         for (int i = 0; i < count; i++) {
-            if (pool.format) {
+            if (near.has(start + i)) {
+                keys[i] = pool.dense().at<T>(near.pages[page], 0, head, offset);
+                values[i] = pool.dense().at<T>(near.pages[page], 1, head, offset);
+            } else if (pool.format) {
                 T *key = unpacked + i * pool.head_dim, *value = key + kTile * pool.head_dim;
                 const PackedSlot slot = pool.packed(pages[page], head, offset);
                 decode(slot, 0, key), decode(slot, 1, value);
@@ -287,10 +306,11 @@ void finish_block(const Partial& total, const AttentionPlan& plan, const Unit& u
 // `last`.
 struct Reach {
     const int32_t* pages;
+    Near near;
     int64_t oldest, begin, last;
 
-    Reach(const Batch& batch, const AttentionShape& shape, const Unit& unit)
-        : pages(batch.page_table + unit.row * batch.table_stride) {
+    Reach(const Pool& pool, const Batch& batch, const AttentionShape& shape, const Unit& unit)
+        : pages(batch.page_table + unit.row * batch.table_stride), near(pool, batch, unit) {
         oldest = shape.window ? batch.positions[unit.begin] - shape.window + 1 : 0;
         begin = std::max(unit.first_split * kSplit, std::max(oldest, int64_t(0)) / kTile * kTile);
         last = std::min((unit.last_split + 1) * kSplit - 1, batch.positions[unit.end - 1]);
@@ -298,7 +318,7 @@ struct Reach {
 
     template <class T>
     Tile<T> tile(const Pool& pool, int64_t head, int64_t start, T* unpacked = nullptr) const {
-        return Tile<T>(pool, head, pages, start, last, unpacked);
+        return Tile<T>(pool, head, pages, near, start, last, unpacked);
     }
 };
 
@@ -325,7 +345,7 @@ void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, Atten
         }
         for (int64_t g = 0; g < plan.group; g++) work.positions[row + g] = batch.positions[token];
     }
-    const Reach reach(batch, shape, unit);
+    const Reach reach(pool, batch, shape, unit);
     const Partial& split = work.split;
     const Partial total =
         unit.partial < 0 ? work.total : plan.partial(unit.partial, pool.kv_heads, head);
@@ -363,7 +383,7 @@ void attend(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionP
         }
         // Most likely this thread's next piece of work.
         const int64_t j = std::min(next.load(std::memory_order_relaxed), total - 1);
-        const Reach reach(batch, shape, plan.units[j / heads]);
+        const Reach reach(pool, batch, shape, plan.units[j / heads]);
         const Tile<T> upcoming = reach.tile<T>(pool, j % heads, reach.begin);
         attend_unit(q, out, pool, batch, plan, shape, unit, i % heads, &upcoming);
     }

@@ -4,6 +4,7 @@
 // read once for all query heads of the group and all tokens of the block.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -24,6 +25,8 @@ struct Batch {
     const int32_t* query_starts;  // [rows + 1]
     const int32_t* page_table;    // [rows, table_stride]
     int64_t rows, table_stride;
+    const int32_t* copies;  // [rows, copies_stride], where windows are dense; null: there are none
+    int64_t copies_stride;
 };
 
 // Query tokens [begin, end) of a row against key splits [first_split, last_split].
@@ -56,7 +59,7 @@ struct Partial {
     }
 };
 
-// The division of one batch into units; the same for all layers of equal shape.
+// The division of one batch into units; the same for all layers of equal shape and windows.
 struct AttentionPlan {
     std::vector<Unit> units;
     std::vector<Unit> blocks;  // query blocks whose partial results are to be merged
@@ -65,14 +68,16 @@ struct AttentionPlan {
     Buffer buffer;
 
     AttentionPlan(const Batch& batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                  int64_t window, int threads)
+                  int64_t window, int64_t window_block, int threads)
         : group(heads / kv_heads), head_dim(head_dim), width((head_dim + kPanel - 1) / kPanel * kPanel) {
         const int64_t block = group < kQueryRows ? kQueryRows / group : 1;
         block_rows = block * group;
         for (int64_t row = 0; row < batch.rows; row++)
-            for (int64_t t = batch.query_starts[row]; t < batch.query_starts[row + 1]; t += block) {
+            for (int64_t t = batch.query_starts[row], end; t < batch.query_starts[row + 1]; t = end) {
                 const int64_t stop = batch.query_starts[row + 1];
-                const int64_t end = t + block < stop ? t + block : stop;
+                end = t + block < stop ? t + block : stop;
+                if (window_block)  // what one query of a unit reads dense, all do
+                    end = std::min(end, t + window_block - batch.positions[t] % window_block);
                 const int64_t oldest = window ? batch.positions[t] - window + 1 : 0;
                 const int64_t first = (oldest > 0 ? oldest : 0) / kSplit;
                 const int64_t last = batch.positions[end - 1] / kSplit;

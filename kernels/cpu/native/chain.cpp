@@ -118,7 +118,7 @@ class Chain {
         starts_[rows] = (int32_t)rows;
         const NativeStep step{ids_.data(), positions_.data(), slots_.data(), starts_.data(),
                               table_.data(), rows, rows, stride, first.workspace, hidden_.data(),
-                              nullptr, -1};
+                              nullptr, -1, nullptr, nullptr, 0};
         native_decoder_step(&model_, &step, threads_);
     }
 

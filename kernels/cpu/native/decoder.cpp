@@ -48,27 +48,37 @@ struct Intermediates {
     }
 };
 
-// One attention plan for each window length among the layers.
+// One attention plan for each kind of windows among the layers.
 class Plans {
   public:
     Plans(const NativeModel& model, const Batch& batch, int threads) {
         for (int64_t i = 0; i < model.num_layers; i++) {
-            const int64_t window = model.layers[i].window;
-            if (find(window)) continue;
-            plans_.emplace_back(window, std::make_unique<AttentionPlan>(
-                batch, model.heads, model.kv_heads, model.head_dim, window, threads));
+            const NativeLayer& layer = model.layers[i];
+            if (find(layer)) continue;
+            plans_.emplace_back(Key(layer), std::make_unique<AttentionPlan>(
+                batch, model.heads, model.kv_heads, model.head_dim, layer.window,
+                Key(layer).window_block, threads));
             plans_.back().second->reserve(model.kv_heads);
         }
     }
 
-    AttentionPlan* find(int64_t window) {
-        for (auto& [length, plan] : plans_)
-            if (length == window) return plan.get();
+    AttentionPlan* find(const NativeLayer& layer) {
+        for (auto& [key, plan] : plans_)
+            if (key == Key(layer)) return plan.get();
         return nullptr;
     }
 
   private:
-    std::vector<std::pair<int64_t, std::unique_ptr<AttentionPlan>>> plans_;
+    struct Key {
+        int64_t window, window_block;
+
+        explicit Key(const NativeLayer& layer)
+            : window(layer.window), window_block(layer.format ? layer.format->window_block : 0) {}
+        bool operator==(const Key& other) const {
+            return window == other.window && window_block == other.window_block;
+        }
+    };
+    std::vector<std::pair<Key, std::unique_ptr<AttentionPlan>>> plans_;
 };
 
 // The threads take pieces of the product as they come free, so that one whose core another process
@@ -88,7 +98,8 @@ template <class T>
 void run(const NativeModel& model, const NativeStep& step, int threads) {
     const Intermediates<T> at(model, step.tokens, step.workspace);
     const Batch batch{step.positions, step.query_starts, step.page_table, step.rows,
-                      step.table_stride};
+                      step.table_stride, step.copies, step.copies_stride};
+    const Slots slots{step.slots, step.copy_slots};
     Plans plans(model, batch, threads);
     // What is next to be taken of each shared-out piece of work.
     struct Next {
@@ -113,13 +124,13 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
             const NativeLayer& layer = model.layers[i];
             const bool last = i + 1 == model.num_layers;
             const Pool pool{layer.pool, model.kv_heads, model.page_size, model.head_dim,
-                            layer.format};
-            AttentionPlan& plan = *plans.find(layer.window);
+                            layer.format, layer.copies};
+            AttentionPlan& plan = *plans.find(layer);
             Next& next = nexts[i];
 
             project(layer.qkv, normed, at.qkv, tokens, share, next.qkv);
             meet();
-            rope_append(at.qkv, at.q, pool, step.positions, step.slots, tokens, heads,
+            rope_append(at.qkv, at.q, pool, step.positions, slots, tokens, heads,
                         Rotary{layer.cos_sin, layer.rotary_half, layer.q_norm, layer.k_norm,
                                layer.qk_eps},
                         share);

@@ -31,6 +31,7 @@ struct NativeLayer {
     float scale;
     float qk_eps;
     void* pool;
+    void* copies;                // its dense pages of packed positions; null: no windows
     const NativeFormat* format;  // of the pool's pages; null: dense
 };
 
@@ -56,6 +57,10 @@ struct NativeStep {
     void* out;            // [tokens, hidden], or [reads, hidden]
     const int64_t* read;  // [reads] tokens whose hidden states are wanted
     int64_t reads;        // -1: all
+    // Where windows are dense, as `slots` and `page_table`; null: no layer has any.
+    const int64_t* copy_slots;
+    const int32_t* copies;
+    int64_t copies_stride;
 };
 
 int64_t native_workspace_bytes(const NativeModel* model, int64_t tokens);

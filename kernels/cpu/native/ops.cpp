@@ -52,41 +52,48 @@ void native_silu_mul(int type, const void* gate_up, void* out, int64_t rows, int
 }
 
 void native_rope_append(int type, const void* qkv, void* q, const NativeFormat* format,
-                        void* pool, int64_t kv_heads, int64_t page_size, int64_t head_dim,
-                        const int64_t* positions,
-                        const int64_t* slots, int64_t tokens, int64_t heads, const float* cos_sin,
-                        int64_t half, const void* q_norm, const void* k_norm, float eps,
-                        int threads) {
-    const Pool kv{pool, kv_heads, page_size, head_dim, format};
+                        void* pool, void* copies, int64_t kv_heads, int64_t page_size,
+                        int64_t head_dim, const int64_t* positions, const int64_t* slots,
+                        const int64_t* copy_slots, int64_t tokens, int64_t heads,
+                        const float* cos_sin, int64_t half, const void* q_norm,
+                        const void* k_norm, float eps, int threads) {
+    const Pool kv{pool, kv_heads, page_size, head_dim, format, copies};
     const Rotary rotary{cos_sin, half, q_norm, k_norm, eps};
     with_type(type, [&](auto tag) {
         using T = decltype(tag);
         parallel(threads, 2 * tokens * (heads + 2 * kv_heads) * head_dim, [&](Share share) {
-            rope_append((const T*)qkv, (T*)q, kv, positions, slots, tokens, heads, rotary, share);
+            rope_append((const T*)qkv, (T*)q, kv, positions, Slots{slots, copy_slots}, tokens,
+                        heads, rotary, share);
         });
     });
 }
 
 void native_append(int type, const void* k, const void* v, int64_t k_stride, int64_t v_stride,
-                   const NativeFormat* format, void* pool, int64_t kv_heads, int64_t page_size,
-                   int64_t head_dim, const int64_t* slots, int64_t tokens, int threads) {
-    const Pool kv{pool, kv_heads, page_size, head_dim, format};
+                   const NativeFormat* format, void* pool, void* copies, int64_t kv_heads,
+                   int64_t page_size, int64_t head_dim, const int64_t* slots,
+                   const int64_t* copy_slots, int64_t tokens, int threads) {
+    const Pool kv{pool, kv_heads, page_size, head_dim, format, copies};
     with_type(type, [&](auto tag) {
         using T = decltype(tag);
         parallel(threads, tokens * kv_heads * head_dim, [&](Share share) {
-            append((const T*)k, (const T*)v, k_stride, v_stride, kv, slots, tokens, share);
+            append((const T*)k, (const T*)v, k_stride, v_stride, kv, Slots{slots, copy_slots},
+                   tokens, share);
         });
     });
 }
 
 void native_attend(int type, const void* q, void* out, const NativeFormat* format, void* pool,
-                   int64_t kv_heads, int64_t page_size, int64_t head_dim, const int64_t* positions,
-                   const int32_t* query_starts, const int32_t* page_table, int64_t rows,
-                   int64_t table_stride, int64_t heads, float scale, int64_t window, int threads) {
-    const Pool kv{pool, kv_heads, page_size, head_dim, format};
-    const Batch batch{positions, query_starts, page_table, rows, table_stride};
+                   void* copies, int64_t kv_heads, int64_t page_size, int64_t head_dim,
+                   const int64_t* positions, const int32_t* query_starts,
+                   const int32_t* page_table, int64_t rows, int64_t table_stride,
+                   const int32_t* copies_table, int64_t copies_stride, int64_t heads, float scale,
+                   int64_t window, int threads) {
+    const Pool kv{pool, kv_heads, page_size, head_dim, format, copies};
+    const Batch batch{positions, query_starts, page_table, rows, table_stride, copies_table,
+                      copies_stride};
     const AttentionShape shape{heads, scale, window};
-    AttentionPlan plan(batch, heads, kv_heads, head_dim, window, threads);
+    const int64_t window_block = format ? format->window_block : 0;
+    AttentionPlan plan(batch, heads, kv_heads, head_dim, window, window_block, threads);
     plan.reserve(kv_heads);
     std::atomic<int64_t> next{0};
     with_type(type, [&](auto tag) {

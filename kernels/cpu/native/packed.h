@@ -20,6 +20,9 @@ struct NativeFormat {
     const float* signs;  // [head_dim]
     const float* mean;   // [kv_heads, head_dim], subtracted from keys; null: nothing
     int32_t coarse;      // read by the high planes alone
+    // What is read dense although it is packed: the first positions, and those of the reader's own
+    // block of text; 0: none. See `kernels/kv/windows.py`.
+    int64_t sink, window_block;
 };
 }
 

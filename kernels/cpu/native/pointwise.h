@@ -72,6 +72,7 @@ struct Pool {
     void* data;
     int64_t kv_heads, page_size, head_dim;
     const NativeFormat* format;  // null: dense
+    void* copies;                // dense pages of packed positions; null: there are no windows
 
     // The vector of one slot and head; half 0: keys, 1: values.
     template <class T>
@@ -90,9 +91,22 @@ struct Pool {
                 head * page_size + offset, kv_heads * page_size, head_dim};
     }
 
-    // A key or value of one slot and head, as floats that may be changed.
-    INLINE void encode_slot(int64_t slot, int half, int64_t head, float* x) const {
-        encode(packed(slot / page_size, head, slot % page_size), half, head, x);
+    // The dense pages of packed positions, which hold what is packed: it is turned.
+    INLINE Pool dense() const { return {copies, kv_heads, page_size, head_dim, nullptr, nullptr}; }
+};
+
+// Where tokens are written, page * page_size + offset each.
+struct Slots {
+    const int64_t* pages;
+    const int64_t* copies;  // null: there are no windows
+
+    // A key or value of one token and head, as floats that are changed, to packed pages.
+    template <class T>
+    INLINE void encode_to(const Pool& pool, int64_t token, int half, int64_t head, float* x) const {
+        const int64_t slot = pages[token], size = pool.page_size;
+        encode(pool.packed(slot / size, head, slot % size), half, head, x);
+        if (pool.copies)
+            copy_as(x, pool.dense().slot<T>(copies[token], half, head), pool.head_dim);
     }
 };
 
@@ -129,7 +143,7 @@ INLINE void rotate(const T* from, To* to, int64_t dim, const T* norm, const floa
 
 // qkv: [tokens, (heads + 2 * kv_heads) * head_dim] -> q [tokens, heads, head_dim] and the pool.
 template <class T>
-void rope_append(const T* qkv, T* q, Pool pool, const int64_t* positions, const int64_t* slots,
+void rope_append(const T* qkv, T* q, Pool pool, const int64_t* positions, Slots slots,
                  int64_t tokens, int64_t heads, Rotary rotary, Share share) {
     const int64_t dim = pool.head_dim, width = heads + 2 * pool.kv_heads;
     const Range range = part(tokens * width, share);
@@ -149,13 +163,13 @@ void rope_append(const T* qkv, T* q, Pool pool, const int64_t* positions, const 
                        rotary.eps);
             else
                 copy_as(from, x, dim);
-            pool.encode_slot(slots[token], key ? 0 : 1,
-                             head - heads - (key ? 0 : pool.kv_heads), x);
+            slots.encode_to<T>(pool, token, key ? 0 : 1,
+                               head - heads - (key ? 0 : pool.kv_heads), x);
         } else if (head < heads + pool.kv_heads) {
-            T* to = pool.slot<T>(slots[token], 0, head - heads);
+            T* to = pool.slot<T>(slots.pages[token], 0, head - heads);
             rotate(from, to, dim, static_cast<const T*>(rotary.k_norm), cos_sin, half, rotary.eps);
         } else {
-            T* to = pool.slot<T>(slots[token], 1, head - heads - pool.kv_heads);
+            T* to = pool.slot<T>(slots.pages[token], 1, head - heads - pool.kv_heads);
             std::memcpy(to, from, dim * sizeof(T));
         }
     }
@@ -164,7 +178,7 @@ void rope_append(const T* qkv, T* q, Pool pool, const int64_t* positions, const 
 // k, v: [tokens, kv_heads, head_dim], tokens `stride` elements apart.
 template <class T>
 void append(const T* k, const T* v, int64_t k_stride, int64_t v_stride, Pool pool,
-            const int64_t* slots, int64_t tokens, Share share) {
+            Slots slots, int64_t tokens, Share share) {
     const int64_t dim = pool.head_dim;
     const Range range = part(tokens * pool.kv_heads, share);
     for (int64_t item = range.begin; item < range.end; item++) {
@@ -172,14 +186,14 @@ void append(const T* k, const T* v, int64_t k_stride, int64_t v_stride, Pool poo
         if (pool.format) {
             float x[kMostDim];
             copy_as(k + token * k_stride + head * dim, x, dim);
-            pool.encode_slot(slots[token], 0, head, x);
+            slots.encode_to<T>(pool, token, 0, head, x);
             copy_as(v + token * v_stride + head * dim, x, dim);
-            pool.encode_slot(slots[token], 1, head, x);
+            slots.encode_to<T>(pool, token, 1, head, x);
             continue;
         }
-        std::memcpy(pool.slot<T>(slots[token], 0, head), k + token * k_stride + head * dim,
+        std::memcpy(pool.slot<T>(slots.pages[token], 0, head), k + token * k_stride + head * dim,
                     dim * sizeof(T));
-        std::memcpy(pool.slot<T>(slots[token], 1, head), v + token * v_stride + head * dim,
+        std::memcpy(pool.slot<T>(slots.pages[token], 1, head), v + token * v_stride + head * dim,
                     dim * sizeof(T));
     }
 }

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from kernels.cpu.decoder import DecoderLayer, NativeDecoder
 from kernels.cpu.ops import NativeOps
+from kernels.kv.format import dense_rows
+from kernels.kv.presets import layer_formats
+from kernels.kv.windows import Windows
 from kernels.ops import AttentionBatch
+from tests.kernels.batches import Rows
 
 from .batches import Shape, make_batch
 
@@ -91,6 +95,49 @@ def test_a_step_equals_its_operators(
             for read in (batch.query_starts[1:].long() - 1, torch.arange(0)):
                 some = decoder.forward(ids, batch, found_kv, read)
                 assert torch.equal(some, expected[read])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_layers_with_and_without_dense_windows(
+    native: NativeOps, dtype: torch.dtype, threads: None
+) -> None:
+    """Of different blocks, too, so that queries are divided differently from layer to layer."""
+    g = torch.Generator().manual_seed(4)
+    shape = Shape(heads=4, kv_heads=2, head_dim=32)
+    model = Model(native, dtype, shape, bias=False)
+    formats = [
+        layer_formats("k4v2h", 1, 2, 16, 32, 0, sink=sink, window=block)[0]
+        for sink, block in ((20, 32), (0, 16), (0, 0))
+    ]
+    assert formats[0].windows == Windows(20, 32)
+    model.layers = [
+        replace(layer, attention=replace(layer.attention, kv=form))
+        for layer, form in zip(model.layers, formats, strict=True)
+    ]
+    decoder = model.decoder()
+    rows = Rows.shuffled([130, 700], 16, g)
+    pools = []
+    for form in formats:
+        behind = dense_rows(form, rows.num_pages, 2, 16, 32, dtype)
+        size = (rows.num_pages + behind, *form.page_shape(2, 16, 32))
+        pools.append([torch.zeros(size, dtype=torch.uint8) for _ in range(2)])
+    found_kv, expected_kv = ([pair[i] for pair in pools] for i in range(2))
+    for spans in (
+        [(0, 0, 37), (1, 0, 650)],
+        [(1, 650, 651), (0, 37, 120)],
+        [(0, 120, 130), (1, 651, 660)],  # over the ends of blocks
+    ):
+        batch = rows.step(spans)
+        ids = torch.randint(0, VOCABULARY, (len(batch.positions),), generator=g)
+        expected = model.one_by_one(ids, batch, expected_kv)
+        assert expected.isfinite().all()
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(decoder.forward(ids, batch, found_kv), expected)
+            for found, other in zip(found_kv, expected_kv, strict=True):
+                assert torch.equal(found, other)
+    with pytest.raises(ValueError, match="where its dense copies lie"):
+        decoder.forward(ids, replace(batch, copies=None), found_kv)
 
 
 def test_wrong_parts_are_refused(native: NativeOps) -> None:

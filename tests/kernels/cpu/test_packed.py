@@ -15,10 +15,13 @@ from kernels.cpu.build import BuildError, build, find_toolchain, load
 from kernels.cpu.ops import NativeOps
 from kernels.cpu.packed import native_format
 from kernels.kv.codec import Affine
+from kernels.kv.format import dense_rows
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS, layer_formats
+from kernels.kv.windows import Windows
 from kernels.ops import AttentionLayer
 from kernels.torch_ops import TorchOps
+from tests.kernels.batches import Rows
 
 from .batches import Shape, make_batch, only
 
@@ -109,6 +112,37 @@ def test_the_same_bytes_and_the_same_attention(ops: NativeOps, name: str, mean: 
         torch.testing.assert_close(
             TorchOps().attend(q, kv, layer, batch), found, rtol=2e-5, atol=2e-5
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["int8n", "int4h64", "k4v2h"])
+def test_dense_windows(ops: NativeOps, name: str, dtype: torch.dtype) -> None:
+    """The same bytes behind the pages, too; rows that begin and end in different blocks."""
+    layer = layer_of(Shape(4, 2, 128, 16), name, True, 64 if name == "int4h64" else 0)
+    assert isinstance(layer.kv, Paged)
+    layer.kv.windows = Windows(sink=40, block=64)
+    g = torch.Generator().manual_seed(2)
+    spans = [(0, 0, 33), (1, 126, 130), (2, 600, 601), (3, 55, 150)]
+    rows = Rows.shuffled([end for _, _, end in spans], 16, g)
+    written = rows.step([(row, 0, end) for row, _, end in spans])
+    k, v = torch.randn(2, len(written.positions), 2, 128, generator=g).to(dtype)
+    behind = dense_rows(layer.kv, rows.num_pages, 2, 16, 128, dtype)
+    kv = torch.zeros(rows.num_pages + behind, layer.kv.layout.bytes, dtype=torch.uint8)
+    expected = kv.clone()
+    ops.append(k + 2.0, v, layer, kv, written)
+    TorchOps().append(k + 2.0, v, layer, expected, written)
+    assert torch.equal(kv, expected)
+    batch = rows.step(spans)
+    q = torch.randn(len(batch.positions), 4, 128, generator=g).to(dtype)
+    within = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        ops.attend(q, kv, layer, batch).float(),
+        attend_reference(q, kv, layer, batch).float(),
+        rtol=within,
+        atol=within,
+    )
+    with pytest.raises(ValueError, match="where its dense copies lie"):
+        ops.attend(q, kv, layer, replace(batch, copies=None))
 
 
 @pytest.mark.parametrize("name", ["int8n", "int4h", "k4v2h"])

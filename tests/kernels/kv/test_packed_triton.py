@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kernels.attention.paged import attend_reference
 from kernels.kv.codec import Affine
+from kernels.kv.format import dense_rows
 from kernels.kv.pack import unpack
 from kernels.kv.paged import Paged
+from kernels.kv.windows import Windows
 from kernels.ops import AttentionBatch, AttentionLayer
-from tests.kernels.batches import Rows
+from tests.kernels.batches import Rows, moved
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
@@ -60,15 +62,17 @@ class Case:
         head_dim: int = 64,
         page_size: int = 16,
         window: int | None = None,
+        dense: Windows | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> "Case":
         generator = torch.Generator().manual_seed(seed)
         keys, values = CODECS[codecs]
-        paged = Paged(kv_heads, page_size, head_dim, keys, values, rotated=True)
+        paged = Paged(kv_heads, page_size, head_dim, keys, values, rotated=True, windows=dense)
         rows = Rows.shuffled(lengths, page_size, generator)
+        behind = dense_rows(paged, rows.num_pages, kv_heads, page_size, head_dim, dtype)
         # Whatever was there before: numbers that are NaN among it.
-        shape = (rows.num_pages, paged.layout.bytes)
+        shape = (rows.num_pages + behind, paged.layout.bytes)
         kv = torch.full(shape, 255, dtype=torch.uint8, device=DEVICE)
         heads = kv_heads * group
         layer = AttentionLayer(
@@ -77,7 +81,7 @@ class Case:
         case = cls(layer, rows, kv, generator, dtype)
         batch = case.step([(row, 0, length) for row, length in enumerate(lengths)])
         k, v = case.keys_and_values(sum(lengths))
-        paged.append(k, v, kv, batch.kv_slots)
+        paged.append(k, v, kv, batch.kv_slots, batch.copies)
         return case
 
     def random(self, *shape: int) -> Tensor:
@@ -92,23 +96,26 @@ class Case:
         return self.random(tokens, self.layer.num_heads, self.layer.head_dim)
 
     def step(self, spans: list[tuple[int, int, int]]) -> AttentionBatch:
-        batch = self.rows.step(spans)
-        tensors = {
-            field.name: getattr(batch, field.name).to(DEVICE)
-            for field in dataclasses.fields(batch)
-            if isinstance(getattr(batch, field.name), Tensor)
-        }
-        return dataclasses.replace(batch, **tensors)
+        return moved(self.rows.step(spans), DEVICE)
 
     def attend(self, q: Tensor, batch: AttentionBatch, length: int | None = None) -> Tensor:
         paged = self.layer.kv
         parts = packed_triton.attend(paged.turn(q), self.kv, self.layer, batch, length)
         return paged.turn_back(split.merge(parts, q.dtype))
 
+    def clean(self, batch: AttentionBatch) -> Tensor:
+        """The pool with numbers on the null page of dense ones, which the reference multiplies."""
+        paged, kv = self.layer.kv, self.kv.clone()
+        if paged.windows is not None:
+            paged.dense(kv, batch.copies.count, self.dtype)[0] = 0.0
+        return kv
+
     def check(self, spans: list[tuple[int, int, int]], length: int | None = None) -> None:
-        batch = self.step(spans)
+        self.check_batch(self.step(spans), length)
+
+    def check_batch(self, batch: AttentionBatch, length: int | None) -> None:
         q = self.queries(batch)
-        expected = attend_reference(q, self.kv, self.layer, batch).float()
+        expected = attend_reference(q, self.clean(batch), self.layer, batch).float()
         within = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}[self.dtype]
         found = self.attend(q, batch, length).float()
         torch.testing.assert_close(found, expected, atol=within, rtol=within)
@@ -156,6 +163,50 @@ def test_random_steps(seed: int):
         spans.append((row, max(length - count, 0), length))
     rng.shuffle(spans)
     case.check(spans, rng.choice([64, 128, None]))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_windows(seed: int):
+    """Sinks, blocks and sliding windows of all sorts, rows over the ends of blocks. Where no row
+    may read dense, the table names a page that holds no numbers."""
+    rng = random.Random(seed)
+    page_size = rng.choice([16, 32])
+    windows = Windows(rng.choice([0, 5, 64, 100]), rng.choice([0, 1, 2, 4]) * page_size)
+    lengths = [rng.choice([1, 16, 130, rng.randint(1, 300)]) for _ in range(rng.randint(1, 4))]
+    case = Case.make(
+        rng.choice(list(CODECS)),
+        lengths,
+        kv_heads=rng.choice([1, 2]),
+        group=rng.choice([1, 2, 4]),
+        page_size=page_size,
+        head_dim=128,
+        window=rng.choice([None, None, 7, 70]),
+        dense=windows,
+        dtype=rng.choice([torch.float32, torch.bfloat16]),
+        seed=seed,
+    )
+    spans = [(row, max(n - rng.choice([1, 1, 5, 70]), 0), n) for row, n in enumerate(lengths)]
+    rng.shuffle(spans)
+    batch = case.step(spans)
+    assert batch.copies is not None
+    for row, (_, start, stop) in enumerate(spans):  # as `WindowPages` keeps them
+        held = [*range(min(windows.sink, stop)), *range(windows.begin(start), stop)]
+        held += range(start, stop)
+        pages = {at // page_size for at in held}
+        gone = [i for i in range(batch.copies.table.shape[1]) if i not in pages]
+        batch.copies.table[row, gone] = 0
+    case.layer.kv.dense(case.kv, batch.copies.count, case.dtype)[0] = torch.nan
+    case.check_batch(batch, rng.choice([64, 128, None]))
+
+
+@pytest.mark.parametrize("windows", [Windows(20, 32), Windows(40, 0)])
+def test_a_chunk_with_windows_is_its_parts(windows: Windows):
+    case = Case.make("k4v2h", [200], kv_heads=1, group=4, head_dim=128, dense=windows)
+    q = case.queries(case.step([(0, 20, 200)]))
+    whole = case.attend(q, case.step([(0, 20, 200)]), 64)
+    parts = [(20, 60), (60, 61), (61, 66), (66, 200)]
+    found = [case.attend(q[a - 20 : b - 20], case.step([(0, a, b)]), 64) for a, b in parts]
+    torch.testing.assert_close(torch.cat(found), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -248,6 +299,23 @@ def test_append_writes_the_bytes_of_the_torch_form(codecs: str, dtype: torch.dty
     paged.append(k, v, expected, batch.kv_slots)
     append_triton.append(paged, k, v, found, batch.kv_slots)
     check_pages(paged, found, expected)
+
+
+@pytest.mark.parametrize("codecs", ["int8n", "k4v2h"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_append_writes_dense_copies(codecs: str, dtype: torch.dtype):
+    case = Case.make(codecs, [21, 30], head_dim=128, dtype=dtype, dense=Windows(8, 16))
+    paged = case.layer.kv
+    paged.key_mean = torch.randn(2, 128, generator=case.generator).to(DEVICE)
+    batch = case.step([(0, 3, 21), (1, 29, 30)])
+    k, v = case.keys_and_values(19)
+    expected, found = case.kv.clone(), case.kv.clone()
+    paged.append(k, v, expected, batch.kv_slots, batch.copies)
+    append_triton.append(paged, k, v, found, batch.kv_slots, batch.copies)
+    count = case.rows.num_pages
+    check_pages(paged, found[:count], expected[:count])
+    assert torch.equal(found[count:], expected[count:])
+    assert not torch.equal(found[count:], case.kv[count:])
 
 
 def check_pages(paged: Paged, found: Tensor, expected: Tensor) -> None:
