@@ -78,6 +78,9 @@ def jobs() -> Iterator[Job]:
     yield _attend("attend int4h 128 window", _paged("int4h", 128), 1, window=True)
     yield _attend("attend int8n 128 coarse", _paged("int8n", 128).coarse(), 1)
     for what in ("decode", "prefill"):
+        paged = _paged("int8n", 128, halves=True)
+        yield _attend(f"attend int8n 128 halves {what}", paged, QUERIES[what])
+    for what in ("decode", "prefill"):
         name = f"attend int8n 128 {what} fp32"
         yield _attend(name, _paged("int8n", 128), QUERIES[what], dtype=torch.float32)
     for form in WEIGHTS:
@@ -163,10 +166,10 @@ def _attend_types(queries: int, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _paged(preset: str, head_dim: int) -> Paged:
+def _paged(preset: str, head_dim: int, *, halves: bool = False) -> Paged:
     found = PRESETS[preset]
     keys, values = found.keys(), found.values()
-    return Paged(KV_HEADS, PAGE_SIZE, head_dim, keys, values, rotated=found.rotated)
+    return Paged(KV_HEADS, PAGE_SIZE, head_dim, keys, values, rotated=found.rotated, halves=halves)
 
 
 def _append(name: str, paged: Paged) -> Job:

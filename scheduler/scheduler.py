@@ -26,7 +26,7 @@ from scheduler.decide import Decider, Decision
 from scheduler.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from scheduler.gate import Gate
 from scheduler.memory import Hits, Memory
-from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
+from scheduler.plan import Admit, Demotion, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import swap_pays
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
 from scheduler.rows import launch_rows, shape_as_run
@@ -181,6 +181,9 @@ class Scheduler:
         """Makes a decision real. All hits are pinned before any page is taken, so that none is
         evicted for another row of the same step."""
         self._blocked = decision.blocked
+        demotions: tuple[Demotion, ...] = ()
+        if decision.rows:  # first of all: see `PagePool.freed_by_dropping`
+            demotions = tuple(self._demote(*page) for page in decision.demotions.values())
         for victim in decision.running[decision.keep :]:
             self._preempt(victim)
         if decision.head is not None:
@@ -202,6 +205,7 @@ class Scheduler:
             heard=decision.rules.heard,
             patience=decision.rules.patience,
             saves=self._memory.saves(),
+            demotions=demotions,
         )
         self._counts.steps += 1
         self._in_flight[plan.step] = decision.rows
@@ -362,6 +366,14 @@ class Scheduler:
         self._counts.preemptions += 1
         self.policy.reserve.evicted()
         self._waiting.push(sequence)
+
+    def _demote(self, sequence: Sequence, place: int) -> Demotion:
+        """Takes half of a page's bits. The first page of a sequence that it happens to tells the
+        admission policy as much as if the sequence had been paused."""
+        if not sequence.halves:
+            self.policy.reserve.evicted()
+        self._counts.pages_demoted += 1
+        return self._memory.demote(sequence, place)
 
     def _release(self, sequence: Sequence) -> None:
         """Stops a running sequence; from here on its rows in flight are stale."""

@@ -85,9 +85,12 @@ struct Pool {
         return at<T>(slot / page_size, half, head, slot % page_size);
     }
 
-    INLINE PackedSlot packed(int64_t page, int64_t head, int64_t offset) const {
-        return {*format, static_cast<uint8_t*>(data) + page * format->page_bytes,
-                head * page_size + offset, kv_heads * page_size, head_dim};
+    // entry: of a page table; what is negative is half of a page (`kernels/kv/paged.py`).
+    INLINE PackedSlot packed(int64_t entry, int64_t head, int64_t offset) const {
+        const bool half = entry < 0;
+        const int64_t at = half ? ~entry * (format->page_bytes / 2) : entry * format->page_bytes;
+        return {*format, static_cast<uint8_t*>(data) + at, head * page_size + offset,
+                kv_heads * page_size, head_dim, half || format->coarse};
     }
 
     // A key or value of one slot and head, as floats that may be changed.

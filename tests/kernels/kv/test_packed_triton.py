@@ -14,7 +14,7 @@ from kernels.kv.codec import Affine
 from kernels.kv.pack import unpack
 from kernels.kv.paged import Paged
 from kernels.ops import AttentionBatch, AttentionLayer
-from tests.kernels.batches import Rows
+from tests.kernels.batches import Rows, demote
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
@@ -62,10 +62,11 @@ class Case:
         window: int | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        halves: bool = False,
     ) -> "Case":
         generator = torch.Generator().manual_seed(seed)
         keys, values = CODECS[codecs]
-        paged = Paged(kv_heads, page_size, head_dim, keys, values, rotated=True)
+        paged = Paged(kv_heads, page_size, head_dim, keys, values, rotated=True, halves=halves)
         rows = Rows.shuffled(lengths, page_size, generator)
         # Whatever was there before: numbers that are NaN among it.
         shape = (rows.num_pages, paged.layout.bytes)
@@ -177,6 +178,23 @@ def test_what_is_read_coarsely():
     batch = fine.step([(0, 39, 40)])
     q = fine.queries(batch)
     assert not torch.allclose(coarse.attend(q, batch), fine.attend(q, batch), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_pages_of_which_some_are_halves(coarse: bool, dtype: torch.dtype):
+    lengths = [150, 70, 33]
+    whole = Case.make("int8n", lengths, dtype=dtype, halves=True)
+    rng = random.Random(5)
+    for share in (0.3, 1.0):
+        kv, table = demote(whole.kv, whole.rows.page_table, share, rng)
+        assert (table < 0).any()
+        form = whole.layer.kv.coarse() if coarse else whole.layer.kv
+        layer = dataclasses.replace(whole.layer, kv=form)
+        rows = Rows(whole.rows.page_size, table)
+        some = dataclasses.replace(whole, layer=layer, rows=rows, kv=kv)
+        some.check([(0, 149, 150), (1, 69, 70), (2, 30, 33)], length=64)
+        some.check([(0, 100, 150), (2, 0, 33)])
 
 
 def test_several_splits_are_one():
