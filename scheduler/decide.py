@@ -197,8 +197,8 @@ class Decider:
         return others
 
     def _retreat(self, d: Decision, running: list[Sequence], first: int, need: int) -> None:
-        """Demotes pages of running[first:], or preempts them, from the end, until `need` pages are
-        available or promised.
+        """Demotes pages or preempts running[first:], from the end, until the one before them finds
+        the `need` pages it lacks available or promised.
 
         All choices of a request go together: they share the pages of the prompt, which are freed
         by the last of them only. With several tenants, those of the one that was served most come
@@ -207,17 +207,18 @@ class Decider:
         While a step is in flight a victim's pages are fenced. They count as promised, and the row
         in need stalls until the fence lifts; preempting on would empty the batch for nothing.
 
-        Nobody is preempted as long as demoting pages is enough; nor who has just lost some by it,
-        so that a page is not given up twice: the row in need waits for the next step.
+        Nobody is preempted or stalls as long as it is enough to demote pages, its own last of all.
+        Nor is preempted who has just lost some, lest a page is given up twice: the row stalls.
         """
         d.pressure = True
         if d.several:
             running[first : d.keep] = sorted(running[first : d.keep], key=_served)
-        while need > d.free + d.promised and d.keep > first:
-            if self._demote(d, running[first : d.keep], need - d.free - d.promised):
+        while need > d.free + d.promised:
+            if self._demote(d, running[first - 1 : d.keep], need - d.free - d.promised):
                 return
             request = running[d.keep - 1].request
-            if any(sequence.request is request for sequence, _ in d.demotions.values()):
+            losing = (sequence.request for sequence, _ in d.demotions.values())
+            if d.keep == first or request in losing:
                 return
             while d.keep > first and running[d.keep - 1].request is request:
                 d.keep -= 1
@@ -227,11 +228,11 @@ class Decider:
                 else:
                     d.free += freed
 
-    def _demote(self, d: Decision, behind: list[Sequence], short: int) -> bool:
+    def _demote(self, d: Decision, sequences: list[Sequence], short: int) -> bool:
         """Demotes pages, the last sequence's first, so that `short` more become available: one for
         each that finds a free half, one for two of the others. None, if there are not enough."""
         count = short + max(short - d.halves, 0)
-        pages = list(islice(self._demotable(d, behind), count))
+        pages = list(islice(self._demotable(d, sequences), count))
         if len(pages) < count:
             return False
         d.demotions.update(pages)
@@ -240,14 +241,14 @@ class Decider:
         return True
 
     def _demotable(
-        self, d: Decision, behind: list[Sequence]
+        self, d: Decision, sequences: list[Sequence]
     ) -> Iterator[tuple[int, tuple[Sequence, int]]]:
         """Pages that may be demoted, the oldest of each sequence first: whose they are, and where
         in its table."""
         config = self._config
         if config.demote_all_but is None:
             return
-        for sequence in reversed(behind):
+        for sequence in reversed(sequences):
             for place in demotable(sequence.computed, config.demote_all_but, config.page_size):
                 page = sequence.pages[place]
                 if self._pool.demotable(page) and page not in d.demotions:

@@ -179,7 +179,7 @@ class Finish:
     preemptions: int = 0
     # How often it went on in another engine after its own had died; filled in by the API process.
     # Then prompt and output are whole, but the times of the first token and of admission, the
-    # cached and the drafted tokens are of the last engine alone.
+    # cached and the drafted tokens are of the last engine alone, and `demoted` of one of them.
     resumptions: int = 0
     drafted: int = 0  # tokens that were guessed ahead and verified
     accepted: int = 0  # of these, the right ones
@@ -203,6 +203,7 @@ class Output:
     # for: one entry per prompt token, None for the first.
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish: Finish | None = None
+    demoted: int = 0  # as in `Finish`, so far: an engine that dies says nothing at the end
 
 
 @dataclass(frozen=True, slots=True)

@@ -309,7 +309,8 @@ class Scheduler:
         sequence.account.served += OUTPUT_WEIGHT
         if computed - sequence.registered >= self.config.page_size:
             self._publish(sequence)
-        return Output(request.id, sequence.choice, new, done.logprobs, None, None)
+        demoted = sequence.demoted
+        return Output(request.id, sequence.choice, new, done.logprobs, None, None, demoted)
 
     def _learn(self, sequence: Sequence, done: RowResult, now: float) -> Output:
         """Appends what a row committed and, where that ends the sequence, ends it.
@@ -338,7 +339,8 @@ class Scheduler:
         if kept < len(tokens):
             tokens, logprobs = tokens[:kept], logprobs[:kept]
         return Output(
-            sequence.request.id, sequence.choice, tokens, logprobs, prompt_logprobs, finish
+            *(sequence.request.id, sequence.choice, tokens, logprobs, prompt_logprobs, finish),
+            demoted=sequence.demoted,
         )
 
     def _publish(self, sequence: Sequence) -> None:
@@ -397,7 +399,7 @@ class Scheduler:
         """Ends a sequence from outside, without new tokens."""
         count = sequence.output_len if completion_tokens is None else completion_tokens
         finish = self._finish(sequence, reason, now, count, message=message)
-        return Output(sequence.request.id, sequence.choice, finish=finish)
+        return Output(sequence.request.id, sequence.choice, finish=finish, demoted=sequence.demoted)
 
     def _finish(
         self,
