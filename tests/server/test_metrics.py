@@ -89,6 +89,7 @@ OURS_ALONE = {
     "kv_cache_cached_perc",
     "kv_cache_forecast_perc",
     "kv_cache_reserve_perc",
+    "kv_demoted_pages",
     "pages_swapped_in",
     "pages_swapped_out",
     "recomputed_tokens",
