@@ -47,10 +47,9 @@ class Decision:
     keep: int  # running[keep:] are preempted
     several: bool  # tenants share the room
     in_flight: bool  # pages released now are only promised
-    halves: int  # free halves of pages
-    demotions: dict[int, tuple[Sequence, int]] = field(
-        default_factory=dict
-    )  # by page: whose, where
+    halves: int  # of pages, free for what is demoted
+    # By page that is demoted: whose it is, and its place there.
+    demotions: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
     rules: Rules = NO_RULES
@@ -217,8 +216,8 @@ class Decider:
             if self._demote(d, running[first - 1 : d.keep], need - d.free - d.promised):
                 return
             request = running[d.keep - 1].request
-            losing = (sequence.request for sequence, _ in d.demotions.values())
-            if d.keep == first or request in losing:
+            loses = any(sequence.request is request for sequence, _ in d.demotions.values())
+            if loses or d.keep == first:
                 return
             while d.keep > first and running[d.keep - 1].request is request:
                 d.keep -= 1
@@ -243,8 +242,7 @@ class Decider:
     def _demotable(
         self, d: Decision, sequences: list[Sequence]
     ) -> Iterator[tuple[int, tuple[Sequence, int]]]:
-        """Pages that may be demoted, the oldest of each sequence first: whose they are, and where
-        in its table."""
+        """What may be demoted, as in `Decision.demotions`; of each sequence the oldest first."""
         config = self._config
         if config.demote_all_but is None:
             return

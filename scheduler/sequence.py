@@ -93,9 +93,9 @@ class Sequence:
     drafted: int = 0  # since it arrived
     accepted: int = 0
 
-    demoted: int = 0  # positions since it arrived
     overtaken: int = 0  # sequences admitted past it while it was the blocked head of the queue
     preemptions: int = 0
+    demoted: int = 0  # positions, since it arrived
     cached_tokens: int = 0  # of the prompt, at the first admission
     forecast: WaitForecast | None = None  # at arrival
     admitted: float | None = None

@@ -121,10 +121,12 @@ struct Tile {
          T* unpacked) {
         count = int(last + 1 - start < kTile ? last + 1 - start : kTile);
         int64_t page = start / pool.page_size, offset = start % pool.page_size;
+        PackedPage packed{};
         for (int i = 0; i < count; i++) {
             if (pool.format) {
+                if (i == 0 || offset == 0) packed = pool.page(pages[page]);
                 T *key = unpacked + i * pool.head_dim, *value = key + kTile * pool.head_dim;
-                const PackedSlot slot = pool.packed(pages[page], head, offset);
+                const PackedSlot slot = pool.packed(packed, head, offset);
                 decode(slot, 0, key), decode(slot, 1, value);
                 keys[i] = key, values[i] = value;
             } else {

@@ -106,6 +106,12 @@ INLINE Floats as_floats(Lanes small) {
     return __builtin_convertvector(bit_cast<Ints>(small), Floats);
 }
 
+// What an entry of a page table stands for.
+struct PackedPage {
+    uint8_t* at;
+    bool coarse;  // to be read by the high planes alone
+};
+
 // One position of one head, in a page.
 struct PackedSlot {
     const NativeFormat& format;

@@ -85,17 +85,21 @@ struct Pool {
         return at<T>(slot / page_size, half, head, slot % page_size);
     }
 
-    // entry: of a page table; what is negative is half of a page (`kernels/kv/paged.py`).
-    INLINE PackedSlot packed(int64_t entry, int64_t head, int64_t offset) const {
-        const bool half = entry < 0;
-        const int64_t at = half ? ~entry * (format->page_bytes / 2) : entry * format->page_bytes;
-        return {*format, static_cast<uint8_t*>(data) + at, head * page_size + offset,
-                kv_heads * page_size, head_dim, half || format->coarse};
+    // A negative entry is half of a page (`kernels/kv/paged.py`).
+    INLINE PackedPage page(int64_t entry) const {
+        uint8_t* pages = static_cast<uint8_t*>(data);
+        if (entry < 0) return {pages + ~entry * (format->page_bytes / 2), true};
+        return {pages + entry * format->page_bytes, format->coarse != 0};
+    }
+
+    INLINE PackedSlot packed(const PackedPage& page, int64_t head, int64_t offset) const {
+        return {*format, page.at, head * page_size + offset, kv_heads * page_size, head_dim,
+                page.coarse};
     }
 
     // A key or value of one slot and head, as floats that may be changed.
     INLINE void encode_slot(int64_t slot, int half, int64_t head, float* x) const {
-        encode(packed(slot / page_size, head, slot % page_size), half, head, x);
+        encode(packed(page(slot / page_size), head, slot % page_size), half, head, x);
     }
 };
 

@@ -268,6 +268,16 @@ def test_append_writes_the_bytes_of_the_torch_form(codecs: str, dtype: torch.dty
     check_pages(paged, found, expected)
 
 
+def test_append_to_pages_that_can_be_demoted():
+    case = Case.make("int8n", [21, 30], halves=True)
+    batch = case.step([(0, 3, 21), (1, 29, 30)])
+    k, v = case.keys_and_values(19)
+    expected, found = case.kv.clone(), case.kv.clone()
+    case.layer.kv.append(k, v, expected, batch.kv_slots)
+    append_triton.append(case.layer.kv, k, v, found, batch.kv_slots)
+    check_pages(case.layer.kv, found, expected)
+
+
 def check_pages(paged: Paged, found: Tensor, expected: Tensor) -> None:
     """Equal, and on a GPU, whose roots and quotients may differ in the last place, nearly so."""
     if DEVICE == "cpu":
