@@ -78,6 +78,10 @@ log = logging.getLogger(__name__)
 # Kernels compiled by an earlier start are found in less; compiling them takes several seconds.
 LOOKUP_SECONDS = 1.0
 
+# Latest positions of each sequence that keep all of their bits: much attention falls on them. Not
+# measured.
+NEVER_DEMOTED = 64
+
 
 def build_worker(
     config: EngineConfig, progress: Callable[[str], None], *, patient: bool = False
@@ -296,6 +300,7 @@ def _build(
         max_model_len=max_model_len,
         enable_prefix_cache=config.cache.enable_prefix_cache,
         prefix_block=0 if windows is None else windows.block,
+        demote_all_but=NEVER_DEMOTED if config.cache.kv_demote else None,
         host_pages=budget.host_pages,
         hash_root=chain_root(
             str(folder.resolve()).encode(),

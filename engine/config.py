@@ -124,6 +124,12 @@ class CacheConfig:
         0,
         "First tokens whose keys and values are dense beside a format of fewer bits. 0: none.",
     )
+    kv_demote: bool = option(
+        False,
+        "Where a running request finds no page, older ones of int8n are reduced to four bits, as"
+        " long as that is enough, instead of pausing a request. Texts may change by it; `usage`"
+        " says of which. Takes 3 % of the pool at heads of 128. See docs/kv.md.",
+    )
     memory_fraction: float = option(
         0.9,
         "Share of the device's memory to use, weights and activations included.",

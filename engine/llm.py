@@ -62,6 +62,7 @@ class Choice:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
     message: str = ""  # for FinishReason.ERROR
+    kv_demoted_tokens: int = 0  # whose keys and values were reduced to four bits meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,13 @@ class _Growing:
     finish: FinishReason | None = None
     message: str = ""
     cached_tokens: int = 0
+    demoted: int = 0
 
     def add(self, output: Output) -> bool:
         """Takes an output in. True when it completed a stop string."""
         if self.finish is not None:
             return False
+        self.demoted = output.demoted
         for i, token in enumerate(output.tokens):
             self.tokens.append(token)
             self.logprobs += output.logprobs[i : i + 1]
@@ -295,6 +298,7 @@ class LLM:
                     choice.finish or FinishReason.ERROR,
                     tuple(choice.logprobs),
                     choice.message,
+                    choice.demoted,
                 )
                 for i, choice in enumerate(choices)
             ),

@@ -18,7 +18,7 @@ from models.model import LanguageModel
 from models.parallel import Shard
 from models.spec import ModelSpec
 from worker.device import DTYPES, Device, available_host_memory
-from worker.drafters.registry import COARSE
+from worker.drafters.registry import COARSE, MODEL
 from worker.sizing import MIB, Budget, activation_bytes, plan_budget
 from worker.window_pages import dense_page_count
 
@@ -69,6 +69,8 @@ def formats_of(
             f"the drafter `{COARSE}` reads the upper halves of 8-bit pages: serve with --kv-format "
             f"{' or '.join(HALVES)}."
         )
+    if cache.kv_demote:
+        _check_demotion(config)
     try:
         return layer_formats(
             cache.kv_format,
@@ -80,9 +82,23 @@ def formats_of(
             calibration,
             cache.kv_sink,
             cache.kv_window,
+            cache.kv_demote,
         )
     except ValueError as error:
         raise StartupError(f"{error}.") from error
+
+
+def _check_demotion(config: EngineConfig) -> None:
+    if config.device.deterministic:
+        raise StartupError(
+            "with --kv-demote a text depends on how many others there are: it cannot be had with "
+            "--deterministic."
+        )
+    if MODEL in drafter_names(config.speculation):
+        raise StartupError(
+            "--kv-demote does not go with a draft model, whose keys and values lie under the pages "
+            f"that are given up: serve without one; of the drafters all but `{MODEL}` can be used."
+        )
 
 
 def use_formats(

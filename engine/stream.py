@@ -34,6 +34,7 @@ class RequestStream(AsyncIterator[Output]):
         self.resumptions = 0  # engines that took it over from one that died
         # Committed tokens by choice: with the request, all that continuing elsewhere needs.
         self.tokens = [list(tokens or ()) for tokens in request.produced or ((),) * request.n]
+        self._demoted = [0] * request.n  # positions, by choice, by any engine
         self._abort = abort
         # What the engine was asked to end and has not ended yet: by choice, why and at how many
         # tokens.
@@ -95,10 +96,15 @@ class RequestStream(AsyncIterator[Output]):
         """Takes one output in. Called by the client for each that arrives."""
         if output.choice not in self._unfinished or self._error is not None:
             return
+        if output.demoted > self._demoted[output.choice]:
+            self._demoted[output.choice] = output.demoted
         if output.finish is not None:
             self._unfinished.discard(output.choice)
-            if self.resumptions:
-                output.finish = replace(output.finish, resumptions=self.resumptions)
+            demoted = max(output.finish.demoted, self._demoted[output.choice])
+            if self.resumptions or demoted:
+                output.finish = replace(
+                    output.finish, resumptions=self.resumptions, demoted=demoted
+                )
         self.tokens[output.choice].extend(output.tokens)
         self._arrived.append(output)
         self._unread_tokens += len(output.tokens)
@@ -216,4 +222,5 @@ def _joined(group: list[Output]) -> Output:
         logprobs=tuple(entry for output in group for entry in output.logprobs),
         prompt_logprobs=group[0].prompt_logprobs,
         finish=group[-1].finish,
+        demoted=group[-1].demoted,
     )

@@ -83,6 +83,9 @@ def jobs() -> Iterator[Job]:
         yield _attend(f"attend k4v2h 128 {what} windows", _paged("k4v2h", 128, near), QUERIES[what])
     yield _attend("attend int8n 128 coarse", _paged("int8n", 128).coarse(), 1)
     for what in ("decode", "prefill"):
+        paged = _paged("int8n", 128, halves=True)
+        yield _attend(f"attend int8n 128 halves {what}", paged, QUERIES[what])
+    for what in ("decode", "prefill"):
         name = f"attend int8n 128 {what} fp32"
         yield _attend(name, _paged("int8n", 128), QUERIES[what], dtype=torch.float32)
     for form in WEIGHTS:
@@ -168,10 +171,20 @@ def _attend_types(queries: int, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _paged(preset: str, head_dim: int, windows: Windows | None = None) -> Paged:
+def _paged(
+    preset: str, head_dim: int, windows: Windows | None = None, *, halves: bool = False
+) -> Paged:
     found = PRESETS[preset]
-    shape = (KV_HEADS, PAGE_SIZE, head_dim)
-    return Paged(*shape, found.keys(), found.values(), rotated=found.rotated, windows=windows)
+    return Paged(
+        KV_HEADS,
+        PAGE_SIZE,
+        head_dim,
+        found.keys(),
+        found.values(),
+        rotated=found.rotated,
+        windows=windows,
+        halves=halves,
+    )
 
 
 def _append(name: str, paged: Paged) -> Job:

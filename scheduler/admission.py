@@ -27,7 +27,7 @@ class Reserve(Protocol):
         ...
 
     def evicted(self) -> None:
-        """A sequence was preempted for want of pages."""
+        """A sequence was preempted for want of pages, or pages of it were demoted."""
         ...
 
     def finished(self) -> None:

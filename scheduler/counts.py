@@ -24,6 +24,7 @@ class Counts:
     prefix_hits: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    pages_demoted: int = 0
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
@@ -98,6 +99,7 @@ class Counts:
             recomputed_tokens=self.recomputed_tokens,
             pages_swapped_out=host.swapped_out if host else 0,
             pages_swapped_in=host.swapped_in if host else 0,
+            pages_demoted=self.pages_demoted,
             drafts=self.drafts,
             draft_tokens=self.draft_tokens,
             accepted_tokens=self.accepted_tokens,

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from scheduler.admission import Admission
 from scheduler.fair_share import Account
 from scheduler.gap import GapBudget, gap_target
 from scheduler.memory import Hits, Memory
-from scheduler.policy import chunk_size, lane_size
+from scheduler.policy import chunk_size, demotable, lane_size
 from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
@@ -45,6 +47,9 @@ class Decision:
     keep: int  # running[keep:] are preempted
     several: bool  # tenants share the room
     in_flight: bool  # pages released now are only promised
+    halves: int  # of pages, free for what is demoted
+    # By page that is demoted: whose it is, and its place there.
+    demotions: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
     rules: Rules = NO_RULES
@@ -106,6 +111,7 @@ class Decider:
             keep=len(running),
             several=several,
             in_flight=in_flight,
+            halves=self._pool.free_halves,
             blocked=blocked,
         )
         d.rules = self._drafts.plan(running)
@@ -190,7 +196,8 @@ class Decider:
         return others
 
     def _retreat(self, d: Decision, running: list[Sequence], first: int, need: int) -> None:
-        """Preempts running[first:] from the end until `need` pages are available or promised.
+        """Demotes pages or preempts running[first:], from the end, until the one before them finds
+        the `need` pages it lacks available or promised.
 
         All choices of a request go together: they share the pages of the prompt, which are freed
         by the last of them only. With several tenants, those of the one that was served most come
@@ -198,12 +205,20 @@ class Decider:
 
         While a step is in flight a victim's pages are fenced. They count as promised, and the row
         in need stalls until the fence lifts; preempting on would empty the batch for nothing.
+
+        Nobody is preempted or stalls as long as it is enough to demote pages, its own last of all.
+        Nor is preempted who has just lost some, lest a page is given up twice: the row stalls.
         """
         d.pressure = True
         if d.several:
             running[first : d.keep] = sorted(running[first : d.keep], key=_served)
-        while need > d.free + d.promised and d.keep > first:
+        while need > d.free + d.promised:
+            if self._demote(d, running[first - 1 : d.keep], need - d.free - d.promised):
+                return
             request = running[d.keep - 1].request
+            loses = any(sequence.request is request for sequence, _ in d.demotions.values())
+            if loses or d.keep == first:
+                return
             while d.keep > first and running[d.keep - 1].request is request:
                 d.keep -= 1
                 freed = self._pool.freed_by_dropping(running[d.keep].pages, d.dropped)
@@ -211,6 +226,31 @@ class Decider:
                     d.promised += freed
                 else:
                     d.free += freed
+
+    def _demote(self, d: Decision, sequences: list[Sequence], short: int) -> bool:
+        """Demotes pages, the last sequence's first, so that `short` more become available: one for
+        each that finds a free half, one for two of the others. None, if there are not enough."""
+        count = short + max(short - d.halves, 0)
+        pages = list(islice(self._demotable(d, sequences), count))
+        if len(pages) < count:
+            return False
+        d.demotions.update(pages)
+        d.free += short
+        d.halves = max(d.halves - short, 0)
+        return True
+
+    def _demotable(
+        self, d: Decision, sequences: list[Sequence]
+    ) -> Iterator[tuple[int, tuple[Sequence, int]]]:
+        """What may be demoted, as in `Decision.demotions`; of each sequence the oldest first."""
+        config = self._config
+        if config.demote_all_but is None:
+            return
+        for sequence in reversed(sequences):
+            for place in demotable(sequence.computed, config.demote_all_but, config.page_size):
+                page = sequence.pages[place]
+                if self._pool.demotable(page) and page not in d.demotions:
+                    yield page, (sequence, place)
 
     def _limit_gap(self, d: Decision) -> None:
         """Leaves no more of the budget to chunks than the live rows can wait for."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from scheduler.host_tier import HostTier
 from scheduler.pages import NULL_PAGE, PagePool
-from scheduler.plan import PageCopy
+from scheduler.plan import Demotion, PageCopy
 from scheduler.prefix import PrefixIndex
 from scheduler.request import SchedulerConfig
 from scheduler.sequence import Sequence
@@ -126,15 +126,26 @@ class Memory:
         """
         size = self._config.page_size
         while sequence.computed - sequence.registered >= size:
-            if self._config.enable_prefix_cache:
+            if self._config.enable_prefix_cache and not sequence.halves:
                 page = sequence.registered // size
                 link = sequence.chain.link(page, sequence.tokens)
                 self._index.register(sequence.pages[page], link)
             sequence.registered += size
 
+    def demote(self, sequence: Sequence, place: int) -> Demotion:
+        """Has a page of a sequence read by half of its bits from now on, which is all that is left
+        of it. Pages behind it lose their names, for nobody can come to them by a prefix."""
+        page = sequence.pages[place]
+        for other in sequence.pages[place:]:
+            if other > 0:
+                self.pool.forget(other)
+        half = self.pool.demote(page)
+        sequence.demote(place, half, self._config.page_size)
+        return Demotion(sequence.slot, place, page, half)
+
     def keep(self, sequence: Sequence) -> None:
         """Has the settled pages of a sequence that is about to be paused saved when evicted."""
-        if self.host is None or sequence.prompt_logprobs is not None:
+        if self.host is None or sequence.prompt_logprobs is not None or sequence.halves:
             return
         chain, tokens = sequence.chain, sequence.tokens
         count = sequence.registered // self._config.page_size

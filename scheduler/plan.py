@@ -18,6 +18,21 @@ class PageCopy(NamedTuple):
     target: int
 
 
+class Demotion(NamedTuple):
+    """A page of a slot becomes half of a page; see `kernels.kv.paged`."""
+
+    slot: int
+    place: int  # in the slot's page table
+    page: int  # that stands there
+    half: int  # that will stand there
+
+    @property
+    def copy(self) -> PageCopy | None:
+        """Of upper halves, counted in halves; None: it is where it belongs."""
+        source, target = 2 * self.page, ~self.half
+        return None if source == target else PageCopy(source, target)
+
+
 @dataclass(frozen=True, slots=True)
 class Admit:
     """A slot gets a new owner. Everything the worker cannot know and will not be told again."""
@@ -58,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step, in this order: saves, admissions with their loads, rows."""
+    """One step, in this order: saves, demotions, admissions with their loads, rows."""
 
     step: int
     admits: tuple[Admit, ...]
@@ -74,6 +89,7 @@ class StepPlan:
     # foreseen: fewer go without, and are drafted for ahead.
     patience: int = 0
     saves: tuple[PageCopy, ...] = ()  # device page -> host page; the rows may overwrite the former
+    demotions: tuple[Demotion, ...] = ()  # in this order; the rows may overwrite what is given up
 
     @property
     def copies(self) -> int:

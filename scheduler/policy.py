@@ -1,4 +1,5 @@
-"""The scheduler's judgement calls, each a small pure function: order, chunks, swapping."""
+"""The scheduler's judgement calls, each a small pure function: order, chunks, what is demoted,
+swapping."""
 
 from __future__ import annotations
 
@@ -37,6 +38,13 @@ def lane_size(budget: int, parts: int) -> int:
     a step, and short ones are served within a step or two even when a long one came first.
     """
     return budget // parts
+
+
+def demotable(computed: int, kept: int, page_size: int) -> range:
+    """The places of a sequence's pages that may be demoted, of which `computed` positions have
+    settled: not the first page, on which much attention falls, and none of the last `kept`
+    positions. No step in flight writes to any of them."""
+    return range(1, (computed - kept) // page_size)
 
 
 def swap_pays(cost: StepCost, tokens: int, page_size: int) -> bool:

@@ -179,10 +179,11 @@ class Finish:
     preemptions: int = 0
     # How often it went on in another engine after its own had died; filled in by the API process.
     # Then prompt and output are whole, but the times of the first token and of admission, the
-    # cached and the drafted tokens are of the last engine alone.
+    # cached and the drafted tokens are of the last engine alone, and `demoted` of one of them.
     resumptions: int = 0
     drafted: int = 0  # tokens that were guessed ahead and verified
     accepted: int = 0  # of these, the right ones
+    demoted: int = 0  # positions whose keys and values were reduced to four bits while it ran
     arrival: float = 0.0
     predicted_first_token: float | None = None  # at arrival; None: it was not to wait, or unknown
     admitted: float | None = None
@@ -202,6 +203,7 @@ class Output:
     # for: one entry per prompt token, None for the first.
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish: Finish | None = None
+    demoted: int = 0  # as in `Finish`, so far: an engine that dies says nothing at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,7 @@ class Load:
     recomputed_tokens: int = 0
     pages_swapped_out: int = 0
     pages_swapped_in: int = 0
+    pages_demoted: int = 0
     drafts: int = 0  # rows that verified drafts
     draft_tokens: int = 0  # verified
     accepted_tokens: int = 0  # of these
@@ -254,6 +257,9 @@ class SchedulerConfig:
     # A cached prefix ends at a multiple of so many tokens: nothing after one reads what only those
     # who computed the tokens before it had (`kernels.kv.windows`). 0: it ends with any page.
     prefix_block: int = 0
+    # Where no page is to be had, others are demoted to four bits, but for so many of the latest
+    # positions of each sequence. None: nothing is.
+    demote_all_but: int | None = None
     host_pages: int = 0  # in host memory, where the pages of paused sequences wait; 0: no swapping
     hash_root: bytes = b""  # model, weights, KV format: what makes pages comparable
     max_queued_requests: int = 2048
@@ -274,6 +280,7 @@ class SchedulerConfig:
         check(self.num_pages >= 2, "num_pages must be at least 2: page 0 is the null page")
         check(self.host_pages >= 0, "host_pages must not be negative")
         check(self.page_size >= 1, "page_size must be at least 1")
+        check((self.demote_all_but or 0) >= 0, "demote_all_but must not be negative")
         check(
             self.prefix_block >= 0 and self.prefix_block % self.page_size == 0,
             "prefix_block must be a multiple of page_size",

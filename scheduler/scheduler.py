@@ -26,7 +26,7 @@ from scheduler.decide import Decider, Decision
 from scheduler.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from scheduler.gate import Gate
 from scheduler.memory import Hits, Memory
-from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
+from scheduler.plan import Admit, Demotion, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import swap_pays
 from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
 from scheduler.rows import launch_rows, shape_as_run
@@ -181,6 +181,9 @@ class Scheduler:
         """Makes a decision real. All hits are pinned before any page is taken, so that none is
         evicted for another row of the same step."""
         self._blocked = decision.blocked
+        demotions: tuple[Demotion, ...] = ()
+        if decision.rows:  # first of all: see `PagePool.freed_by_dropping`
+            demotions = tuple(self._demote(*page) for page in decision.demotions.values())
         for victim in decision.running[decision.keep :]:
             self._preempt(victim)
         if decision.head is not None:
@@ -202,6 +205,7 @@ class Scheduler:
             heard=decision.rules.heard,
             patience=decision.rules.patience,
             saves=self._memory.saves(),
+            demotions=demotions,
         )
         self._counts.steps += 1
         self._in_flight[plan.step] = decision.rows
@@ -305,7 +309,8 @@ class Scheduler:
         sequence.account.served += OUTPUT_WEIGHT
         if computed - sequence.registered >= self.config.page_size:
             self._publish(sequence)
-        return Output(request.id, sequence.choice, new, done.logprobs, None, None)
+        demoted = sequence.demoted
+        return Output(request.id, sequence.choice, new, done.logprobs, None, None, demoted)
 
     def _learn(self, sequence: Sequence, done: RowResult, now: float) -> Output:
         """Appends what a row committed and, where that ends the sequence, ends it.
@@ -334,7 +339,8 @@ class Scheduler:
         if kept < len(tokens):
             tokens, logprobs = tokens[:kept], logprobs[:kept]
         return Output(
-            sequence.request.id, sequence.choice, tokens, logprobs, prompt_logprobs, finish
+            *(sequence.request.id, sequence.choice, tokens, logprobs, prompt_logprobs, finish),
+            demoted=sequence.demoted,
         )
 
     def _publish(self, sequence: Sequence) -> None:
@@ -363,6 +369,14 @@ class Scheduler:
         self.policy.reserve.evicted()
         self._waiting.push(sequence)
 
+    def _demote(self, sequence: Sequence, place: int) -> Demotion:
+        """Takes half of a page's bits. The first page of a sequence that it happens to tells the
+        admission policy as much as if the sequence had been paused."""
+        if not sequence.halves:
+            self.policy.reserve.evicted()
+        self._counts.pages_demoted += 1
+        return self._memory.demote(sequence, place)
+
     def _release(self, sequence: Sequence) -> None:
         """Stops a running sequence; from here on its rows in flight are stale."""
         self._running.remove(sequence)
@@ -385,7 +399,7 @@ class Scheduler:
         """Ends a sequence from outside, without new tokens."""
         count = sequence.output_len if completion_tokens is None else completion_tokens
         finish = self._finish(sequence, reason, now, count, message=message)
-        return Output(sequence.request.id, sequence.choice, finish=finish)
+        return Output(sequence.request.id, sequence.choice, finish=finish, demoted=sequence.demoted)
 
     def _finish(
         self,

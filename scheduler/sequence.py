@@ -47,6 +47,9 @@ class Sequence:
     known tokens are fed the sequence is live: the worker continues it alone, and
     `pending_min`/`pending_max` bound what the steps in flight will add. Positions below
     `registered` are in the prefix index. Pages cover every position a launched row may write.
+
+    Once a page is demoted, what is computed from then on is not what others would compute: pages
+    from the first half on stay out of the prefix index, until it starts again.
     """
 
     request: Request
@@ -70,6 +73,7 @@ class Sequence:
     fed: int = 0
     computed: int = 0
     registered: int = 0
+    halves: int = 0  # of its pages, those that were demoted
     pending_min: int = 0
     pending_max: int = 0
 
@@ -91,6 +95,7 @@ class Sequence:
 
     overtaken: int = 0  # sequences admitted past it while it was the blocked head of the queue
     preemptions: int = 0
+    demoted: int = 0  # positions, since it arrived
     cached_tokens: int = 0  # of the prompt, at the first admission
     forecast: WaitForecast | None = None  # at arrival
     admitted: float | None = None
@@ -134,9 +139,16 @@ class Sequence:
         self.plain_row = NO_ROW
         self.pages = []
         self.fed = self.computed = self.registered = 0
+        self.halves = 0
         self.pending_min = self.pending_max = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+
+    def demote(self, place: int, half: int, page_size: int) -> None:
+        """A page of it is half of a page from now on."""
+        self.pages[place] = half
+        self.halves += 1
+        self.demoted += page_size
 
     def learn(self, committed: tuple[int, ...]) -> tuple[int, FinishReason | None, int | None]:
         """Appends committed tokens up to the first that ends the sequence.
@@ -193,6 +205,7 @@ class Sequence:
             preemptions=self.preemptions,
             drafted=self.drafted,
             accepted=self.accepted,
+            demoted=self.demoted,
             arrival=self.request.arrival,
             predicted_first_token=predicted,
             admitted=self.admitted,
@@ -212,5 +225,6 @@ class Sequence:
         assert 0 <= self.pending_min <= self.pending_max
         assert self.fed == known or not self.pending_max, "only the last chunk samples"
         assert len(self.pages) == len(set(self.pages))
+        assert self.halves == sum(page < 0 for page in self.pages)
         # The newest token is fed by the next row only; with it, a page more may be needed.
         assert len(self.pages) * page_size >= known + self.pending_max - 1

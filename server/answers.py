@@ -29,6 +29,7 @@ class UsageShape(_Shape):
     total_tokens: int
     prompt_tokens_details: CachedTokens
     completion_tokens_details: Predictions
+    kv_demoted_tokens: int | None = None  # only where there are any
 
 
 class Metrics(_Shape):

@@ -132,6 +132,7 @@ def log_fields(scope: Scope, context: Context, seconds: float) -> dict[str, obje
             "cached_tokens": fields.usage.cached_tokens,
             "drafted_tokens": fields.usage.drafted,
             "accepted_tokens": fields.usage.accepted,
+            "kv_demoted_tokens": fields.usage.demoted,
             "resumptions": fields.resumptions,
             "queue_ms": fields.queue_ms,
             "first_token_ms": fields.first_token_ms,

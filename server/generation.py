@@ -139,6 +139,7 @@ class Generation:
                 cached[name] = min(tokens, cached.get(name, tokens))
                 usage.drafted += choice.finish.drafted
                 usage.accepted += choice.finish.accepted
+                usage.demoted += choice.finish.demoted
         usage.cached_tokens = sum(cached.values())
         return usage
 

@@ -80,8 +80,10 @@ class Usage:
     cached_tokens: int = 0
     drafted: int = 0  # tokens that were guessed ahead of their verification
     accepted: int = 0  # of these, the right ones
+    demoted: int = 0  # positions whose keys and values were reduced to four bits
 
     def as_json(self) -> dict[str, object]:
+        demoted = {"kv_demoted_tokens": self.demoted} if self.demoted else {}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -91,6 +93,7 @@ class Usage:
                 "accepted_prediction_tokens": self.accepted,
                 "rejected_prediction_tokens": self.drafted - self.accepted,
             },
+            **demoted,
         }
 
 

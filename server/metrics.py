@@ -145,6 +145,10 @@ _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
         Definition("pages_swapped_in", "KV pages copied back from host memory.", False),
         lambda x: x.pages_swapped_in,
     ),
+    (
+        Definition("kv_demoted_pages", "KV pages reduced to four bits.", False),
+        lambda x: x.pages_demoted,
+    ),
     (Definition("engine_steps", "Settled steps.", False), lambda x: x.steps),
     (
         Definition("spec_decode_num_drafts", "Rows that verified drafted tokens."),

@@ -52,6 +52,7 @@ def ops_router(services: Services, version: str) -> APIRouter:
             "host_pages_held": now.host_pages_held,
             "pages_swapped_out": now.pages_swapped_out,
             "pages_swapped_in": now.pages_swapped_in,
+            "pages_demoted": now.pages_demoted,
             "drafts": now.drafts,
             "draft_tokens": now.draft_tokens,
             "accepted_tokens": now.accepted_tokens,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from scheduler.plan import Admit, PageCopy, Row, RowResult, StepPlan, StepResult
+from scheduler.plan import Admit, Demotion, PageCopy, Row, RowResult, StepPlan, StepResult
 from scheduler.request import FinishReason, Request, SamplingParams, TokenLogprob
 
 # --- ScriptedWorker: a worker without a model ---------------------------------------------------
@@ -83,7 +83,8 @@ def _copy(source: list[list[int]], target: list[list[int]], copies: Sequence[Pag
     assert len({copy.target for copy in copies}) == len(copies), "a page is overwritten twice"
     for copy in copies:
         assert 0 not in copy, "page 0 is the null page"
-        target[copy.target][:] = source[copy.source]
+        for half in range(2):
+            target[2 * copy.target + half][:] = source[2 * copy.source + half]
 
 
 @dataclass(slots=True)
@@ -118,6 +119,9 @@ class ScriptedWorker:
     Each KV entry holds the name of the whole token list up to its position, so a page handed out
     twice, reused too early, matched wrongly or overwritten by a rejected draft raises
     `KVCorruptedError`. Faults are injected by step number.
+
+    A page is two halves, both of which hold its entries while it is whole: either is enough to read
+    what was demoted.
     """
 
     num_pages: int
@@ -137,8 +141,8 @@ class ScriptedWorker:
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._kv = [[0] * self.page_size for _ in range(self.num_pages)]
-        self._host = [[0] * self.page_size for _ in range(1 + self.host_pages)]
+        self._kv = [[0] * self.page_size for _ in range(2 * self.num_pages)]
+        self._host = [[0] * self.page_size for _ in range(2 * (1 + self.host_pages))]
 
     def launch(self, plan: StepPlan) -> ScriptedStep:
         """Carries the plan out at once; its result is read later."""
@@ -155,6 +159,8 @@ class ScriptedWorker:
 
     def execute(self, plan: StepPlan) -> StepResult:
         _copy(self._kv, self._host, plan.saves)
+        for demotion in plan.demotions:
+            self._demote(demotion)
         for admit in plan.admits:
             assert {copy.target for copy in admit.loads} <= set(admit.pages)
             _copy(self._host, self._kv, admit.loads)
@@ -170,6 +176,15 @@ class ScriptedWorker:
             slot.pages += row.new_pages
         rows = [self._run(plan.step, i, row) for i, row in enumerate(plan.rows)]
         return StepResult(plan.step, tuple(rows), self.step_seconds)
+
+    def _demote(self, demotion: Demotion) -> None:
+        slot, place = self._slots[demotion.slot], demotion.place
+        assert slot.pages[place] == demotion.page > 0, "only whole pages are demoted"
+        slot.pages[place] = demotion.half
+        if demotion.copy is not None:
+            self._kv[demotion.copy.target][:] = self._kv[demotion.copy.source]
+            for half in range(2):
+                self._kv[2 * demotion.page + half][:] = [0] * self.page_size
 
     def _run(self, step: int, index: int, row: Row) -> RowResult:
         slot = self._slots[row.slot]
@@ -225,11 +240,16 @@ class ScriptedWorker:
 
     def _write(self, slot: _Slot, start: int) -> None:
         for i in range(start, len(slot.tokens)):
-            self._kv[slot.pages[i // self.page_size]][i % self.page_size] = slot.names[i]
+            page = slot.pages[i // self.page_size]
+            assert page > 0, "half of a page is written to"
+            for half in range(2):
+                self._kv[2 * page + half][i % self.page_size] = slot.names[i]
 
     def _read(self, slot: _Slot, length: int) -> None:
         size = self.page_size
         for first in range(0, length, size):
             expected = slot.names[first : min(first + size, length)]
-            if self._kv[slot.pages[first // size]][: len(expected)] != expected:
+            page = slot.pages[first // size]
+            halves = (~page,) if page < 0 else (2 * page, 2 * page + 1)
+            if any(self._kv[half][: len(expected)] != expected for half in halves):
                 raise KVCorruptedError(f"slot {slot.admit.slot}, positions from {first}")

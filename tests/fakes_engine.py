@@ -63,6 +63,7 @@ class ScriptedEngine:
     group: int = 1
     cached_tokens: int = 0
     drafts: tuple[int, int] = (0, 0)  # that each choice ends with: made, right
+    demoted: int = 0  # positions, of each choice
     healthy: bool = True
     serving: bool = True
     load: Load = field(default_factory=lambda: Load(pages_total=64))
@@ -212,6 +213,7 @@ class ScriptedEngine:
             cached_tokens=self.cached_tokens,
             drafted=self.drafts[0],
             accepted=self.drafts[1],
+            demoted=self.demoted,
             arrival=request.arrival,
             admitted=None if reason is FinishReason.QUEUE_TIMEOUT else request.arrival,
             first_token=request.arrival if tokens else None,

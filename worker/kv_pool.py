@@ -95,6 +95,12 @@ def copy_pages(
             new[copy.target].copy_(old[copy.source], non_blocking=True)
 
 
+def copy_halves(kv: Sequence[Tensor], copies: Iterable[PageCopy]) -> None:
+    """Copies halves of a pool's pages to other halves: 2 * page, or 2 * page + 1."""
+    halves = [layer.view(2 * layer.shape[0], layer.shape[1] // 2) for layer in kv]
+    copy_pages(halves, halves, copies)
+
+
 def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that cost nothing until a page is touched, where `torch.zeros` writes them all."""
     size = torch.Size(shape).numel() * dtype.itemsize

@@ -28,7 +28,7 @@ from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch
 from models.parallel import Collective, CollectiveError
 from scheduler.plan import PageCopy
-from worker.kv_pool import copy_pages
+from worker.kv_pool import copy_halves, copy_pages
 from worker.runner import Runner
 
 
@@ -57,7 +57,13 @@ class Copies(msgspec.Struct, tag=True, frozen=True):
     to_host: bool
 
 
-Command = Forward | Logits | Copies
+class Demotions(msgspec.Struct, tag=True, frozen=True):
+    """Halves of pages to other halves."""
+
+    halves: list[tuple[int, int]]  # source, target
+
+
+Command = Forward | Logits | Copies | Demotions
 
 
 # When a collective fails, so long at most it takes to hear which rank is gone.
@@ -184,6 +190,8 @@ class Follower:
             case Copies(pages, to_host):
                 pools = (self._kv, self._host) if to_host else (self._host, self._kv)
                 copy_pages(*pools, [PageCopy(*page) for page in pages])
+            case Demotions(halves):
+                copy_halves(self._kv, [PageCopy(*half) for half in halves])
 
 
 def shape_of(ids: Tensor, batch: AttentionBatch, *, coarse: bool = False) -> Forward:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling.upload import upload
-from scheduler.plan import Admit
+from scheduler.plan import Admit, Demotion
 from worker.window_pages import WindowPages
 
 Growth = tuple[list[int], list[int], list[int]]  # slots, places in their tables, pages
@@ -67,10 +67,20 @@ class SlotTable:
             self.writer[copy.target] += 1
 
     def add_pages(self, slot: int, pages: Sequence[int]) -> None:
-        """Appends new pages to the slot's table; tables only grow between admissions."""
+        """Appends new pages to the slot's table; between admissions tables only grow, but for what
+        is demoted."""
         for page in pages:
             self.writer[page] += 1
         self._append(slot, pages)
+
+    def demote(self, demotion: Demotion) -> None:
+        """A page that a step before has filled is half of a page from now on."""
+        slot, place, _, half = demotion
+        slots, places, changed = self._growth
+        self.pages[slot][place] = half
+        slots.append(slot)
+        places.append(place)
+        changed.append(half)
 
     def _append(self, slot: int, pages: Sequence[int]) -> None:
         slots, places, added = self._growth

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.sampling.accept import longest_matches
 from scheduler.plan import (
     NO_DRAFTING,
+    Demotion,
     DraftTime,
     PageCopy,
     Row,
@@ -25,9 +26,9 @@ from scheduler.request import SamplingParams, TokenLogprob
 from worker.batch import StepBatch, build_batch, sink_batch
 from worker.drafting import Drafting
 from worker.executor import Executor, PendingStep
-from worker.kv_pool import copy_pages
+from worker.kv_pool import copy_halves, copy_pages
 from worker.outcome import Outcome
-from worker.ranks import Copies, Followers, Nobody
+from worker.ranks import Copies, Demotions, Followers, Nobody
 from worker.runner import Runner
 from worker.sampler import Form, Sampler
 from worker.slots import SlotTable
@@ -173,6 +174,7 @@ class Worker:
         span = self._transfer.begin()
         with torch.inference_mode():
             self._copy(plan.saves, to_host=True)
+            self._demote(plan.demotions)
             for admit in plan.admits:
                 self._copy(admit.loads, to_host=False)
                 self._slots.admit(admit)
@@ -251,6 +253,14 @@ class Worker:
         self._followers.tell(Copies(list(pages), to_host))
         pools = (self._kv, self._host) if to_host else (self._host, self._kv)
         copy_pages(*pools, pages)
+
+    def _demote(self, demotions: Sequence[Demotion]) -> None:
+        copies = [demotion.copy for demotion in demotions if demotion.copy is not None]
+        if copies:
+            self._followers.tell(Demotions(list(copies)))
+            copy_halves(self._kv, copies)
+        for demotion in demotions:
+            self._slots.demote(demotion)
 
     def _by_runner(self, rows: Sequence[Row]) -> list[tuple[Runner, list[int]]]:
         """Row indices by runner; more than one only while a swap is under way."""

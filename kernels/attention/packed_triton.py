@@ -77,6 +77,7 @@ def attend_launch(
         **layout_constants(paged),
         **query_rows(max_query, group, (FEW, MANY)),
         "coarse": paged.reads_coarsely,
+        "half_bytes": paged.layout.half_bytes if paged.layout.halves else 0,
         "tile": TILE,
         "windowed": windowed,
         "sink": 0 if windows is None else windows.sink,
@@ -123,6 +124,7 @@ def _attend(
     key_low_start: tl.constexpr,
     value_low_start: tl.constexpr,
     coarse: tl.constexpr,
+    half_bytes: tl.constexpr,  # of a page, where entries of the table may be halves; else 0
     group: tl.constexpr,
     block: tl.constexpr,  # query rows
     tile: tl.constexpr,  # positions
@@ -184,7 +186,13 @@ def _attend(
     for begin in range(start, stop, tile):
         at = begin + tl.arange(0, tile)
         known = at < stop
-        page = tl.load(table + at // page_size, mask=known, other=0).to(tl.int64) * page_stride
+        page = tl.load(table + at // page_size, mask=known, other=0).to(tl.int64)
+        whole = page >= 0
+        if half_bytes:
+            tl.static_assert(pairs == 2)
+            page = tl.where(whole, 2 * page, ~page) * half_bytes
+        else:
+            page *= page_stride
         place = kv_head * page_size + at % page_size  # in the planes of a page
         # What lies behind the row's last position may be anything, even a NaN.
         numbers_at = (kv + page + numbers_start).to(tl.pointer_type(tl.int32)) + place * pairs
@@ -193,8 +201,10 @@ def _attend(
         high = tl.load(kv + key_at)
         low = high
         if key_bits == 8 and not coarse:
-            low = tl.load(kv + key_low_start + key_at)
+            low = _low(kv + key_low_start + key_at, whole[None, :], half_bytes)
         s, z = _numbers(numbers_at, 0, known, key_bits, coarse)
+        if half_bytes and not coarse:
+            z = tl.where(whole, z, z - 0.5 * s)
         d0 = _dot(q0, _codes(high, low, 0, key_bits, coarse), None)
         if key_groups == 1:
             scores = _dot(q1, _codes(high, low, 1, key_bits, coarse), d0)
@@ -226,9 +236,11 @@ def _attend(
         high = tl.load(kv + value_start + value_at)
         low = high
         if value_bits == 8 and not coarse:
-            low = tl.load(kv + value_low_start + value_at)
+            low = _low(kv + value_low_start + value_at, whole[:, None], half_bytes)
         numbers_at += key_groups
         s, z = _numbers(numbers_at, 0, known, value_bits, coarse)
+        if half_bytes and not coarse:
+            z = tl.where(whole, z, z - 0.5 * s)
         scaled = (weights * s[None, :]).to(weight_type)
         zeros = tl.sum(weights * z[None, :], 1)
         a0 = a0 * decay[:, None] + zeros[:, None]
@@ -308,6 +320,13 @@ def _attend(
     if value_runs == 4:
         tl.store(out_at + 2 * value_run, (a2 / norm[:, None]).to(kind), mask=written)
         tl.store(out_at + 3 * value_run, (a3 / norm[:, None]).to(kind), mask=written)
+
+
+@triton.jit
+def _low(at: tl.tensor, whole: tl.tensor, half_bytes: tl.constexpr) -> tl.tensor:
+    """Of a low plane. What stands in place of a half's are codes of 8, which is half a step more
+    than the middle of the sixteen cells that its upper codes stand for."""
+    return tl.load(at, mask=whole, other=136) if half_bytes else tl.load(at)
 
 
 @triton.jit

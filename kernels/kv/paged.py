@@ -6,6 +6,11 @@ A page of one layer holds, one behind the other and each [kv_heads, page_size, b
 
 so that what a coarse reading needs lies together. The numbers of a position are the key's, then the
 value's.
+
+Where pages can be demoted, there is room for other numbers behind the low planes. Such a page is
+two halves of one layout, and either can be a page by itself: high planes and numbers, to be read
+coarsely. So nothing is encoded again when a page is demoted. An entry e of a page table is the
+whole page e, or, if it is negative, half ~e % 2 of page ~e // 2; appends go to whole pages alone.
 """
 
 from __future__ import annotations
@@ -31,6 +36,12 @@ class Layout:
     page_size: int
     keys: Sizes
     values: Sizes
+    halves: bool = False  # pages can be demoted
+
+    def __post_init__(self) -> None:
+        low = (self.keys.low, self.values.low)
+        if self.halves and low != (self.keys.high, self.values.high):
+            raise ValueError("only pages whose keys and values have 8 bits are two halves of 4")
 
     @property
     def positions(self) -> int:
@@ -54,7 +65,12 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        return self.starts[5]
+        return 2 * self.half_bytes if self.halves else self.starts[5]
+
+    @property
+    def half_bytes(self) -> int:
+        """Of what a coarse reading needs."""
+        return self.starts[3]
 
 
 class Paged:
@@ -71,13 +87,17 @@ class Paged:
         rotated: bool,
         key_mean: Tensor | None = None,
         windows: Windows | None = None,
+        halves: bool = False,
     ) -> None:
         """key_mean: [kv_heads, head_dim], subtracted from every key, which changes no softmax: all
-        scores of a query fall by the same. Raises ValueError for heads that a codec does not take.
+        scores of a query fall by the same. halves: pages can be demoted. Raises ValueError for
+        heads that a codec does not take, and for halves of what is not two of them.
         """
-        self.layout = Layout(kv_heads, page_size, keys.sizes(head_dim), values.sizes(head_dim))
-        if self.layout.bytes % 4 or self.layout.starts[2] % 4:  # numbers are read in pairs
-            raise ValueError(f"pages of {self.layout.bytes} bytes would not keep numbers aligned")
+        sizes = keys.sizes(head_dim), values.sizes(head_dim)
+        self.layout = Layout(kv_heads, page_size, *sizes, halves)
+        page = self.layout.half_bytes if halves else self.layout.bytes
+        if page % 4 or self.layout.starts[2] % 4:  # numbers are read in pairs
+            raise ValueError(f"pages of {page} bytes would not keep numbers aligned")
         self.keys, self.values = keys, values
         self.head_dim = head_dim
         self.rotation = Rotation(head_dim) if rotated else None
@@ -91,7 +111,8 @@ class Paged:
         rotated = f"r{SEED}" if self.rotation else ""
         mean = "" if self.key_mean is None else f"m{_digest(self.key_mean)}"
         windows = "" if self.windows is None else self.windows.name
-        return f"{self.keys.name}-{self.values.name}{rotated}{mean}{windows}"
+        halves = "h" if self.layout.halves else ""
+        return f"{self.keys.name}-{self.values.name}{rotated}{mean}{windows}{halves}"
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
         made_for = (self.layout.kv_heads, self.layout.page_size, self.head_dim)
@@ -143,6 +164,11 @@ class Paged:
 
     def read(self, kv: Tensor, pages: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor]:
         """As `gather`; `coarse`: by the high planes alone."""
+        if self.layout.halves:
+            return self._read_halves(kv, pages, coarse)
+        return self._read(kv, pages, coarse)
+
+    def _read(self, kv: Tensor, pages: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
         key_high, value_high, numbers, key_low, value_low = (
             plane[pages].transpose(1, 2).flatten(2, 3) for plane in self._planes(kv)
         )
@@ -151,6 +177,17 @@ class Paged:
         )
         keys = self.keys.decode(Code(key_high, key_low, of_key), coarse)
         return keys, self.values.decode(Code(value_high, value_low, of_value), coarse)
+
+    def _read_halves(self, kv: Tensor, entries: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
+        """As `read`, where entries may be halves: all of them coarsely, then whole pages finely."""
+        demoted = entries < 0
+        halves = torch.where(demoted, ~entries, 2 * entries)
+        keys, values = self._read(kv.view(-1, self.layout.half_bytes), halves, coarse=True)
+        if coarse:
+            return keys, values
+        fine_keys, fine_values = self._read(kv, entries.clamp(min=0), coarse=False)
+        hidden = demoted.repeat_interleave(self.layout.page_size, 1)[:, None, :, None]
+        return torch.where(hidden, keys, fine_keys), torch.where(hidden, values, fine_values)
 
     def dense(self, kv: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         shape = torch.Size((count, 2, self.layout.kv_heads, self.layout.page_size, self.head_dim))
@@ -171,7 +208,8 @@ class Paged:
         return out if self.rotation is None else self.rotation.back(out).to(out.dtype)
 
     def _planes(self, kv: Tensor) -> tuple[Tensor, ...]:
-        """Views of the pool, [pages, kv_heads, page_size, ·]."""
+        """Views of the pool, [pages, kv_heads, page_size, ·]; of one seen as halves, the low planes
+        are empty."""
         starts, views = self.layout.starts, []
         for i in range(5):
             plane = kv[:, starts[i] : starts[i + 1]]

@@ -16,6 +16,7 @@ from kernels.kv.windows import Windows
 
 AUTO = "auto"  # dense, in the model's dtype
 BOUNDARY = "int8n"  # what the first and last layers get where a format asks for it
+DEMOTED = "int8n"  # whose pages can be demoted
 EVERY_LAYERS = 8  # a layer at each end for every so many, at most two
 LEAST_LAYERS = 4  # a model of fewer has no ends to speak of
 
@@ -59,12 +60,17 @@ def layer_formats(
     calibration: Calibration | None = None,
     sink: int = 0,
     window: int = 0,
+    halves: bool = False,
 ) -> list[KVFormat]:
     """One for each layer. `boundary_layers` at each end get eight bits; None: those that the
     calibration names, or as many as the format asks for. The others have dense windows, the first
-    `sink` positions and blocks of `window`, if either is more than none. Raises ValueError, in a
-    sentence, where a head does not suit the format, a window the pages, or the calibration the
-    model."""
+    `sink` positions and blocks of `window`, if either is more than none. `halves`: pages can be
+    demoted. Raises ValueError, in a sentence, where a head does not suit the format, a window the
+    pages, the calibration the model, or pages cannot be demoted."""
+    if halves and name != DEMOTED:
+        raise ValueError(f"only pages of {DEMOTED} can be demoted, not those of {name}")
+    if halves and (sink or window):
+        raise ValueError("pages with dense windows beside them cannot be demoted")
     if calibration is not None:
         calibration.check(name, (num_layers, kv_heads, head_dim))
     if name == AUTO:
@@ -86,9 +92,9 @@ def layer_formats(
     windows = _windows(page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
     return [
-        _paged(BOUNDARY, kv_heads, page_size, head_dim, means[i])
+        _paged(BOUNDARY, kv_heads, page_size, head_dim, means[i], halves=halves)
         if i in wide
-        else _paged(name, kv_heads, page_size, head_dim, means[i], windows)
+        else _paged(name, kv_heads, page_size, head_dim, means[i], windows, halves)
         for i in range(num_layers)
     ]
 
@@ -113,6 +119,7 @@ def _paged(
     head_dim: int,
     key_mean: Tensor | None,
     windows: Windows | None = None,
+    halves: bool = False,
 ) -> Paged:
     preset = PRESETS[name]
     try:
@@ -125,6 +132,7 @@ def _paged(
             rotated=preset.rotated,
             key_mean=key_mean,
             windows=windows,
+            halves=halves,
         )
     except ValueError as error:
         raise ValueError(f"the KV format {name} does not fit this model: {error}") from error

@@ -67,9 +67,12 @@ class Wire:
     def say(self, message: FromEngine) -> None:
         self._heard(message)
 
-    def tokens(self, name: str, *tokens: int, choice: int = 0, finish=None) -> None:
+    def tokens(
+        self, name: str, *tokens: int, choice: int = 0, finish=None, demoted: int = 0
+    ) -> None:
         logprobs = tuple(TokenLogprob(token, -1.0, 1) for token in tokens)
-        self.say(Step((Output(name, choice, tokens, logprobs, finish=finish),), Load()))
+        output = Output(name, choice, tokens, logprobs, finish=finish, demoted=demoted)
+        self.say(Step((output,), Load()))
 
     def requests(self) -> list[Request]:
         return [message.request for message in self.sent if isinstance(message, Submit)]
@@ -161,6 +164,19 @@ async def test_the_next_engine_gets_what_the_last_one_committed():
         ends = {o.choice: o.finish for o in outputs if o.finish is not None}
         assert [ends[choice].resumptions for choice in range(3)] == [1, 0, 1]
         assert client.stalled_seconds == 0
+
+
+async def test_what_an_engine_that_died_had_demoted_is_not_forgotten():
+    async with serving() as (client, engines):
+        stream = client.submit(request(n=2))
+        engines.wire.tokens("r", 5, demoted=32)
+        engines.wire.tokens("r", 8, choice=1)
+        await engines.die()
+        wire = await engines.ready()
+        wire.tokens("r", 6, finish=STOPPED)
+        wire.tokens("r", 9, choice=1, finish=replace(STOPPED, demoted=16))
+        ends = {o.choice: o.finish for o in await read(stream) if o.finish is not None}
+        assert [ends[choice].demoted for choice in range(2)] == [32, 16]
 
 
 async def test_streams_go_on_in_their_order_before_anybody_new():

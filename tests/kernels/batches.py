@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -11,6 +12,24 @@ from torch import Tensor
 
 from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch
+
+
+def demote(kv: Tensor, table: Tensor, share: float, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """Demotes some pages of a table, in pairs that share a page, and writes over what that frees.
+
+    kv: [pages, bytes]; table: [rows, pages], of which no two entries are the same page. Returns
+    another pool and table.
+    """
+    kv, table = kv.clone(), table.clone()
+    halves = kv.view(2 * kv.shape[0], -1)
+    places = [place for place in table.nonzero().tolist() if rng.random() < share]
+    rng.shuffle(places)
+    for stays, goes in zip(places[::2], places[1::2], strict=False):
+        page, other = int(table[tuple(stays)]), int(table[tuple(goes)])
+        halves[2 * page + 1] = halves[2 * other]
+        kv[other] = 255
+        table[tuple(stays)], table[tuple(goes)] = ~(2 * page), ~(2 * page + 1)
+    return kv, table
 
 
 @dataclass

@@ -97,6 +97,7 @@ def anything(draw: st.DrawFn) -> tuple[Pair, list[Request], random.Random]:
         script=Script(vocab_size=20, acceptance=draw(st.sampled_from([0.0, 0.5, 1.0]))),
         enable_prefix_cache=draw(st.booleans()),
         host_pages=draw(st.sampled_from([0, 0, 1, 5, 100])),
+        demote_all_but=draw(st.sampled_from([None, None, 0, 8])),
         lookahead=draw(st.integers(0, 3)),
         long_prefill_rows=draw(st.integers(2, 4)),
     )

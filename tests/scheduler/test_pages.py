@@ -50,6 +50,76 @@ class Model:
                 self.released[page] = self.clock
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_nothing_is_lost_by_demoting(seed: int) -> None:
+    """Ten thousand operations: every half of a page is always in one place, and what is promised
+    comes true."""
+    rng = random.Random(seed)
+    index = PrefixIndex()
+    saved: list[int] = []
+    pool = PagePool(24, index, lambda page, link: saved.append(page))
+    held: dict[int, list[int]] = {}  # by holder
+    steps: list[int] = []  # in flight
+    demotions = joined = holder = step = 0
+    for _ in range(10_000):
+        action = rng.choice(["take", "share", "drop", "name", "launch", "settle", *["demote"] * 3])
+        whole = [(name, page) for name, pages in held.items() for page in pages if page > 0]
+        if action == "take":
+            count = rng.randint(1, 6)
+            if count <= pool.available:
+                holder += 1
+                held[holder] = list(pool.take(count))
+        elif action == "share" and whole:
+            name, page = rng.choice(whole)
+            holder += 1
+            held[holder] = held[name][: held[name].index(page) + 1]
+            if min(held[holder]) < 0:
+                del held[holder]
+            else:
+                pool.pin(held[holder])
+        elif action == "drop" and held:
+            name = rng.choice(sorted(held))
+            before = pool.available + pool.fenced, pool.free_halves
+            freed = pool.freed_by_dropping(held[name], Counter())
+            pool.drop(held.pop(name), steps[-1] if steps else None)
+            more = pool.available + pool.fenced - before[0]
+            assert freed <= more <= freed + before[1]
+            joined += more - freed
+        elif action == "name" and whole:
+            _, page = rng.choice(whole)
+            if page not in index:
+                index.register(page, HashChain(b"", 1).link(0, [rng.getrandbits(31)]))
+        elif action == "launch" and len(steps) < 3:
+            step += 1
+            steps.append(step)
+        elif action == "settle" and steps:
+            before = pool.available + pool.fenced
+            pool.lift(steps.pop(0))
+            assert pool.available + pool.fenced == before
+            assert steps or not pool.fenced
+        elif action == "demote":
+            mine = [(name, page) for name, page in whole if pool.demotable(page)]
+            if mine:
+                name, page = rng.choice(mine)
+                named, free, before = page in index, pool.free_halves, pool.available
+                half = pool.demote(page)
+                held[name][held[name].index(page)] = half
+                assert pool.available == before + (free > 0)
+                assert pool.free_halves == free + (-1 if free else 1)
+                assert not named or saved.pop() == page
+                assert page not in index
+                demotions += 1
+        pool.check(Counter(page for pages in held.values() for page in pages))
+    assert demotions > 200
+    assert joined > 10, "a half whose other half is free"
+    for name in list(held):
+        pool.drop(held.pop(name), None)
+    while steps:
+        pool.lift(steps.pop(0))
+    pool.check(Counter())
+    assert (pool.available, pool.fenced, pool.free_halves) == (pool.total, 0, 0)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_any_sequence_of_operations_matches_the_model(seed: int) -> None:
     rng = random.Random(seed)

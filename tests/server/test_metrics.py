@@ -18,6 +18,7 @@ COUNTERS = {
     "generation_tokens",
     "http_requests",
     "ignored_params",
+    "kv_demoted_pages",
     "num_preemptions",
     "pages_swapped_in",
     "pages_swapped_out",
@@ -88,6 +89,7 @@ OURS_ALONE = {
     "kv_cache_cached_perc",
     "kv_cache_forecast_perc",
     "kv_cache_reserve_perc",
+    "kv_demoted_pages",
     "pages_swapped_in",
     "pages_swapped_out",
     "recomputed_tokens",
@@ -242,7 +244,9 @@ async def test_reasons_statuses_and_ignored_fields() -> None:
     async with client_of(engine) as client:
         await client.post("/v1/completions", json=completion(stop="wör", user="u", what=1))
         await client.post("/v1/completions", json=completion(n=0))
-        engine.load = Load(waiting=5000, pages_total=64, pages_held=16, preemptions=3)
+        engine.load = Load(
+            waiting=5000, pages_total=64, pages_held=16, preemptions=3, pages_demoted=7
+        )
         await client.post("/v1/completions", json=completion())
         text = await scrape(client)
     assert value(text, "foresight_request_success_total", finished_reason="stop") == 1
@@ -252,6 +256,7 @@ async def test_reasons_statuses_and_ignored_fields() -> None:
     assert value(text, "foresight_ignored_params_total", param="other") == 1
     assert value(text, "foresight_kv_cache_usage_perc") == 0.25
     assert value(text, "foresight_num_preemptions_total") == 3
+    assert value(text, "foresight_kv_demoted_pages_total") == 7
 
 
 @pytest.mark.parametrize("prefix", ["foresight_", "vllm:"])

@@ -160,6 +160,16 @@ async def test_usage_after_a_stop_string_has_the_engines_cached_tokens() -> None
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stop", [None, "STOP"])
+async def test_usage_tells_what_was_demoted(n: int, stop: str | None) -> None:
+    options = {"include_usage": True}
+    for demoted in (0, 48):
+        engine = reply_engine(demoted=demoted)
+        found = events((await stream(engine, n=n, stop=stop, stream_options=options)).content)
+        assert found[-2]["usage"].get("kv_demoted_tokens") == (n * demoted or None)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stop", [None, "STOP"])
 async def test_usage_tells_of_the_drafts_of_all_choices(n: int, stop: str | None) -> None:
     options = {"include_usage": True}
     engine = reply_engine(drafts=(7, 5))

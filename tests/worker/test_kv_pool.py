@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scheduler.plan import PageCopy
-from worker.kv_pool import allocate_host_pool, copy_pages
+from worker.kv_pool import allocate_host_pool, copy_halves, copy_pages
 
 
 def test_pages_come_back_bit_for_bit_and_no_other_page_changes() -> None:
@@ -33,3 +33,13 @@ def test_pages_of_several_copies_go_one_after_the_other() -> None:
     host = allocate_host_pool(kv, 2)
     copy_pages(kv, host, [PageCopy(3, 1), PageCopy(2, 1)])
     assert host[0].flatten().tolist() == [0.0, 2.0]
+
+
+def test_halves_of_pages_go_to_other_halves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kv = [torch.randint(256, (5, 12), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    before = [layer.clone() for layer in kv]
+    copy_halves(kv, [PageCopy(2 * 3, 2 * 1 + 1), PageCopy(2 * 4, 2 * 2)])
+    for layer, old in zip(kv, before, strict=True):
+        old[1, 6:], old[2, :6] = old[3, :6], old[4, :6]
+        assert torch.equal(layer, old)

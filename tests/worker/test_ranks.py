@@ -16,7 +16,17 @@ from models.parallel import Shard
 from tests.kernels.batches import Rows
 from worker import device
 from worker.device import DeviceError, resolve_device
-from worker.ranks import Command, Copies, Forward, Logits, packed, packed_size, shape_of, unpacked
+from worker.ranks import (
+    Command,
+    Copies,
+    Demotions,
+    Forward,
+    Logits,
+    packed,
+    packed_size,
+    shape_of,
+    unpacked,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -50,7 +60,8 @@ def same_fields(found: object, sent: object) -> None:
 
 
 def test_commands_cross_between_processes_on_one_line() -> None:
-    for command in (Forward(9, 2, 3, 8, 40, 12, coarse=True), Logits(4), Copies([(3, 1)], True)):
+    forward, copies = Forward(9, 2, 3, 8, 40, 12, coarse=True), Copies([(3, 1)], True)
+    for command in (forward, Logits(4), copies, Demotions([(6, 3)])):
         line = msgspec.json.encode(command)
         assert b"\n" not in line
         assert msgspec.json.decode(line, type=Command) == command

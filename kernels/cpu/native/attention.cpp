@@ -137,13 +137,16 @@ struct Tile {
          int64_t last, T* unpacked) {
         count = int(last + 1 - start < kTile ? last + 1 - start : kTile);
         int64_t page = start / pool.page_size, offset = start % pool.page_size;
+        PackedPage packed{};
+        int64_t opened = -1;
         for (int i = 0; i < count; i++) {
             if (near.has(start + i)) {
                 keys[i] = pool.dense().at<T>(near.pages[page], 0, head, offset);
                 values[i] = pool.dense().at<T>(near.pages[page], 1, head, offset);
             } else if (pool.format) {
+                if (opened != page) packed = pool.page(pages[opened = page]);
                 T *key = unpacked + i * pool.head_dim, *value = key + kTile * pool.head_dim;
-                const PackedSlot slot = pool.packed(pages[page], head, offset);
+                const PackedSlot slot = pool.packed(packed, head, offset);
                 decode(slot, 0, key), decode(slot, 1, value);
                 keys[i] = key, values[i] = value;
             } else {

@@ -109,11 +109,18 @@ INLINE Floats as_floats(Lanes small) {
     return __builtin_convertvector(bit_cast<Ints>(small), Floats);
 }
 
+// What an entry of a page table stands for.
+struct PackedPage {
+    uint8_t* at;
+    bool coarse;  // to be read by the high planes alone
+};
+
 // One position of one head, in a page.
 struct PackedSlot {
     const NativeFormat& format;
     uint8_t* page;
     int64_t place, positions, dim;  // head * page_size + offset; kv_heads * page_size
+    bool coarse;                    // to be read by the high planes alone
 
     int numbers(int which) const { return 2 * int(format.groups[which]); }
     int64_t plane_bytes(int which) const {
@@ -291,11 +298,11 @@ INLINE void decode_as(const PackedSlot& slot, int which, T* out) {
             if (count % 16 == 0) return look_up_run<bits>(high + from, p, count, scale, zero, to);
         }
         if constexpr (bits == 8 && std::is_same_v<T, bf16>) {
-            if (count % 32 == 0 && !format.coarse)
+            if (count % 32 == 0 && !slot.coarse)
                 return combine_run(high + from, low + from, p, count, scale, zero, to);
         }
 #endif
-        decode_run<bits>(high + from, low + from, p, count, scale, zero, format.coarse, to);
+        decode_run<bits>(high + from, low + from, p, count, scale, zero, slot.coarse, to);
     };
     if (format.groups[which] == 1) {
         const float scale = half_to_float(numbers[0]), zero = half_to_float(numbers[1]);

@@ -86,9 +86,16 @@ struct Pool {
         return at<T>(slot / page_size, half, head, slot % page_size);
     }
 
-    INLINE PackedSlot packed(int64_t page, int64_t head, int64_t offset) const {
-        return {*format, static_cast<uint8_t*>(data) + page * format->page_bytes,
-                head * page_size + offset, kv_heads * page_size, head_dim};
+    // A negative entry is half of a page (`kernels/kv/paged.py`).
+    INLINE PackedPage page(int64_t entry) const {
+        uint8_t* pages = static_cast<uint8_t*>(data);
+        if (entry < 0) return {pages + ~entry * (format->page_bytes / 2), true};
+        return {pages + entry * format->page_bytes, format->coarse != 0};
+    }
+
+    INLINE PackedSlot packed(const PackedPage& page, int64_t head, int64_t offset) const {
+        return {*format, page.at, head * page_size + offset, kv_heads * page_size, head_dim,
+                page.coarse};
     }
 
     // The dense pages of packed positions, which hold what is packed: it is turned.
@@ -104,7 +111,7 @@ struct Slots {
     template <class T>
     INLINE void encode_to(const Pool& pool, int64_t token, int half, int64_t head, float* x) const {
         const int64_t slot = pages[token], size = pool.page_size;
-        encode(pool.packed(slot / size, head, slot % size), half, head, x);
+        encode(pool.packed(pool.page(slot / size), head, slot % size), half, head, x);
         if (pool.copies)
             copy_as(x, pool.dense().slot<T>(copies[token], half, head), pool.head_dim);
     }

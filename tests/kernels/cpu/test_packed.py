@@ -21,7 +21,7 @@ from kernels.kv.presets import PRESETS, layer_formats
 from kernels.kv.windows import Windows
 from kernels.ops import AttentionLayer
 from kernels.torch_ops import TorchOps
-from tests.kernels.batches import Rows
+from tests.kernels.batches import Rows, demote
 
 from .batches import Shape, make_batch, only
 
@@ -51,7 +51,9 @@ def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         pytest.skip(str(error).splitlines()[0])
 
 
-def layer_of(shape: Shape, name: str, mean: bool = False, groups: int = 0) -> AttentionLayer:
+def layer_of(
+    shape: Shape, name: str, mean: bool = False, groups: int = 0, halves: bool = False
+) -> AttentionLayer:
     preset = PRESETS[name]
     keys, values = preset.keys(), preset.values()
     assert isinstance(keys, Affine)
@@ -68,6 +70,7 @@ def layer_of(shape: Shape, name: str, mean: bool = False, groups: int = 0) -> At
         replace(values, group=groups),
         rotated=preset.rotated,
         key_mean=key_mean,
+        halves=halves,
     )
     return replace(shape.layer(), kv=form)
 
@@ -160,6 +163,26 @@ def test_bf16_and_coarse_readings(ops: NativeOps, name: str) -> None:
     fine = attend_reference(q.float(), kv, layer, batch)
     torch.testing.assert_close(ops.attend(q, kv, layer, batch).float(), fine, rtol=2e-2, atol=2e-2)
     assert torch.equal(coarse, fine) == (name != "int8n")
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["", "coarse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_pages_of_which_some_are_halves(ops: NativeOps, dtype: torch.dtype, coarse: bool) -> None:
+    rng = random.Random(4)
+    within = 2e-5 if dtype == torch.float32 else 2e-2
+    for shape in SHAPES:
+        layer = layer_of(shape, "int8n", halves=True)
+        spans = [(rng.randrange(0, 90), rng.choice([1, 1, 3, 20])) for _ in range(4)]
+        kv, q = written(ops, layer, spans, dtype)
+        assert torch.equal(kv, written(TorchOps(), layer, spans, dtype)[0])
+        batch, _ = make_batch(spans, shape.page_size, torch.Generator().manual_seed(1))
+        for share in (0.3, 1.0):
+            some, table = demote(kv, batch.page_table, share, rng)
+            mixed = replace(batch, page_table=table)
+            form = layer.kv.coarse() if coarse else layer.kv
+            expected = attend_reference(q.float(), some, replace(layer, kv=form), mixed)
+            found = ops.attend(q, some, replace(layer, kv=form), mixed)
+            torch.testing.assert_close(found.float(), expected, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

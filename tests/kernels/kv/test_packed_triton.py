@@ -16,7 +16,7 @@ from kernels.kv.pack import unpack
 from kernels.kv.paged import Paged
 from kernels.kv.windows import Windows
 from kernels.ops import AttentionBatch, AttentionLayer
-from tests.kernels.batches import Rows, moved
+from tests.kernels.batches import Rows, demote, moved
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
@@ -65,10 +65,20 @@ class Case:
         dense: Windows | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        halves: bool = False,
     ) -> "Case":
         generator = torch.Generator().manual_seed(seed)
         keys, values = CODECS[codecs]
-        paged = Paged(kv_heads, page_size, head_dim, keys, values, rotated=True, windows=dense)
+        paged = Paged(
+            kv_heads,
+            page_size,
+            head_dim,
+            keys,
+            values,
+            rotated=True,
+            windows=dense,
+            halves=halves,
+        )
         rows = Rows.shuffled(lengths, page_size, generator)
         behind = dense_rows(paged, rows.num_pages, kv_heads, page_size, head_dim, dtype)
         # Whatever was there before: numbers that are NaN among it.
@@ -230,6 +240,23 @@ def test_what_is_read_coarsely():
     assert not torch.allclose(coarse.attend(q, batch), fine.attend(q, batch), atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_pages_of_which_some_are_halves(coarse: bool, dtype: torch.dtype):
+    lengths = [150, 70, 33]
+    whole = Case.make("int8n", lengths, dtype=dtype, halves=True)
+    rng = random.Random(5)
+    for share in (0.3, 1.0):
+        kv, table = demote(whole.kv, whole.rows.page_table, share, rng)
+        assert (table < 0).any()
+        form = whole.layer.kv.coarse() if coarse else whole.layer.kv
+        layer = dataclasses.replace(whole.layer, kv=form)
+        rows = Rows(whole.rows.page_size, table)
+        some = dataclasses.replace(whole, layer=layer, rows=rows, kv=kv)
+        some.check([(0, 149, 150), (1, 69, 70), (2, 30, 33)], length=64)
+        some.check([(0, 100, 150), (2, 0, 33)])
+
+
 def test_several_splits_are_one():
     case = Case.make("int4h", [150, 10], kv_heads=1)
     batch = case.step([(0, 148, 150), (1, 9, 10)])
@@ -316,6 +343,16 @@ def test_append_writes_dense_copies(codecs: str, dtype: torch.dtype):
     check_pages(paged, found[:count], expected[:count])
     assert torch.equal(found[count:], expected[count:])
     assert not torch.equal(found[count:], case.kv[count:])
+
+
+def test_append_to_pages_that_can_be_demoted():
+    case = Case.make("int8n", [21, 30], halves=True)
+    batch = case.step([(0, 3, 21), (1, 29, 30)])
+    k, v = case.keys_and_values(19)
+    expected, found = case.kv.clone(), case.kv.clone()
+    case.layer.kv.append(k, v, expected, batch.kv_slots)
+    append_triton.append(case.layer.kv, k, v, found, batch.kv_slots)
+    check_pages(case.layer.kv, found, expected)
 
 
 def check_pages(paged: Paged, found: Tensor, expected: Tensor) -> None:
