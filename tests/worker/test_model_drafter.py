@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.cpu.chain import ChainRows, NativeChain
 from kernels.ops import AttentionBatch
 from kernels.sampling import reference
-from kernels.sampling.reference import NoiseKey, Truncation
+from kernels.sampling.reference import Draws, NoiseKey, Truncation
 from scheduler.plan import Admit, PageCopy
 from scheduler.request import SamplingParams
 from worker.drafters.base import LATER, Ask, Guess
@@ -58,7 +58,7 @@ def step(
     else:
         key = NoiseKey(by.seed[at], by.choice[at], torch.tensor([position]))
         limits = Truncation(by.log_min_p[at], by.top_k[at], by.top_p[at])
-        token = int(reference.draw(logits, by.temperature[at], key, limits))
+        token = int(reference.draw(logits, Draws(by.temperature[at], key, limits)))
     return token, float(logits.softmax(1)[0, token])
 
 

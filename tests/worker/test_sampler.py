@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.sampling import reference
-from kernels.sampling.accept import accepted_counts
+from kernels.sampling.accept import Drafts
 from scheduler.request import SamplingParams, TokenLogprob
 from tests.kernels.sampling import oracle
 from tests.kernels.sampling.cases import chi_square
@@ -381,6 +381,9 @@ def test_nothing_waits_for_the_device():
         slots.admit(slot, params, choice, 6)
     sampler = Sampler(slots, torch.zeros(9, LENGTH, dtype=torch.int32, device=device))
     positions = torch.ones(16, dtype=torch.int64, device=device)
-    sampled = sampler.sample(torch.zeros(16, VOCAB, device=device), [*range(1, 9)] * 2, positions)
+    drafts = Drafts(positions, positions, positions[:2], positions[:2])
+    logits = torch.zeros(16, VOCAB, device=device)
+    sampled = sampler.sample(logits, [*range(1, 9)] * 2, positions, drafts=drafts)
     assert sampled.asked is not None
-    assert accepted_counts(sampled.tokens, sampled.tokens, [0, 3, 16]).shape == (2,)
+    assert sampled.accepted is not None
+    assert sampled.accepted.shape == (2,)
