@@ -128,9 +128,11 @@ class Sampler:
         asked = self._logprobs(logits, tokens, rows) if rows.union & Need.LOGPROBS else None
         return Sampled(tokens, chosen.usable, chosen.accepted, asked)
 
-    def draw(self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor) -> Tensor:
+    def draw(
+        self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor, device_slots: Tensor
+    ) -> Tensor:
         """`Sampled.tokens` alone."""
-        rows = SampleRows.of(self.slots, slots_of_rows, positions)
+        rows = SampleRows.of(self.slots, slots_of_rows, positions, device_slots)
         return self._choose(logits, rows, None).tokens
 
     def prompt_logprobs(
