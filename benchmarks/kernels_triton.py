@@ -31,6 +31,7 @@ from kernels.kv.presets import layer_formats
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.sampling import choose_triton, reference
 from kernels.sampling.accept import Drafts
+from kernels.sampling.processors import History, Penalties
 from kernels.sampling.reference import Draws, NoiseKey, Truncation
 from kernels.torch_ops import TorchOps
 from kernels.triton_ops import TritonOps
@@ -116,6 +117,7 @@ def all_cases(
 ) -> Iterator[Case]:
     yield from pointwise(shape, rows, dtype, device)
     yield from sampling(shape, rows, device)
+    yield penalties(shape, rows, context, device)
     for name in formats:
         yield from paged(name, shape, rows, context, dtype, device)
 
@@ -191,6 +193,31 @@ def sampling(shape: Shape, rows: int, device: torch.device) -> Iterator[Case]:
     yield case("by top-p", "truncate measure", Draws(heat, key, nucleus))
     heat = heat.masked_fill(numbers % 3 == 2, 0.0)
     yield case("mixed, with drafts", "truncate find", Draws(heat, key, limits), drafts)
+
+
+def penalties(shape: Shape, rows: int, context: int, device: torch.device) -> Case:
+    """Of histories of that length, half of them output."""
+    logits = torch.randn(rows, shape.vocab, device=device) * 3
+    table = torch.randint(0, shape.vocab, (rows, context), device=device, dtype=torch.int32)
+    numbers = torch.arange(rows, device=device)
+    history = History(table, numbers, numbers * 0 + context, numbers * 0 + context // 2)
+    factor = torch.full((rows,), 1.1, device=device)
+    by = Penalties(factor, factor - 1, factor - 0.5)
+
+    def penalized(form: Form) -> Tensor:
+        z = logits.clone()
+        form.penalize(z, None, history, by)
+        return z
+
+    return Case(
+        "penalties, and a copy of the logits",
+        "penalties apply",
+        lambda: penalized(choose_triton),
+        lambda: penalized(reference),
+        0.0,
+        4,
+        2 * logits.nbytes + table.nbytes,
+    )
 
 
 def paged(
@@ -332,7 +359,11 @@ def on_gpu(quick: bool) -> tuple[str, list[Row]]:
         rows.append(Row(f"{name}: share of a copy's bandwidth", share))
 
     for count in batches:
-        for case in (*pointwise(large, count, dtype, device), *sampling(large, count, device)):
+        for case in (
+            *pointwise(large, count, dtype, device),
+            *sampling(large, count, device),
+            penalties(large, count, contexts[0], device),
+        ):
             show(f"{case.name}, {count} rows", seconds_of(case.ours), case.moved)
     bare = AttentionLayer(large.heads, large.kv_heads, large.head_dim, 0.1, None)
     theirs = flashinfer.probe(device, dtype, page_size, [bare])

@@ -19,7 +19,7 @@ from kernels.kv.triton_launch import Launch
 from kernels.linear import quantized_triton
 from kernels.linear.formats import Fp8Format, IntFormat, WeightFormat
 from kernels.ops import AttentionLayer
-from kernels.sampling import choose_triton, truncate_triton
+from kernels.sampling import choose_triton, penalize_triton, truncate_triton
 
 # A model of common shape, that of Llama-3.1-8B and Qwen3-8B; the vocabulary is the latter's.
 HIDDEN, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, VOCAB = 4096, 8, 4, 128, 16, 151_936
@@ -82,6 +82,7 @@ def jobs() -> Iterator[Job]:
         for rows in (16, 64):
             yield _weight(form, rows)
     yield from _choice()
+    yield from _penalties()
 
 
 def _norm(name: str, added: bool) -> Job:
@@ -284,6 +285,20 @@ def _choice() -> Iterator[Job]:
         ),
     ):
         yield _job(name, kernel, types | arrays, launch, odd)
+
+
+def _penalties() -> Iterator[Job]:
+    """Of all rows of a step, and of some."""
+    launch, odd = penalize_triton.penalize_launch(), {"table_stride"}
+    types = {"counts": "*i32", "table": "*i32", "vocab": "i32", "table_stride": "i32"}
+    types |= dict.fromkeys(("slot", "position"), "*i64")
+    exact = {"enable_fp_fusion": False}
+    counted = types | {"prompt_len": "*i64"}
+    yield _job("penalties count", penalize_triton._count, counted, launch, odd, exact)
+    types |= dict.fromkeys(("z", "repetition", "frequency", "presence"), "*fp32")
+    kernel, rows = penalize_triton._apply, {"rows": "*i64"}
+    yield _job("penalties apply", kernel, types, launch, odd, exact, rows)
+    yield _job("penalties apply, some", kernel, types | rows, launch, odd, exact)
 
 
 def _job(

@@ -26,12 +26,15 @@ from kernels.sampling.logprobs import RowLogprobs, row_logprobs
 from kernels.sampling.reference import Chosen, Draws, NoiseKey, Truncation
 from kernels.sampling.upload import upload
 from scheduler.request import TokenLogprob
-from worker.processing import SampleRows, process
+from worker.processing import Penalize, SampleRows, process
 from worker.sampling_state import Need, SlotSampling
 
 
 class Form(Protocol):
     """One implementation of the choice: kernels/sampling/reference.py, or a faster one."""
+
+    @property
+    def penalize(self) -> Penalize: ...
 
     def usable(self, logits: Tensor) -> Tensor: ...
 
@@ -147,7 +150,7 @@ class Sampler:
         if rows.union & Need.PROCESSING:
             raw_usable = self._form.usable(logits)
             logits = logits.clone()
-            process(logits, rows, self.slots, self._tokens)
+            process(logits, rows, self.slots, self._tokens, self._form.penalize)
         return self._form.choose(logits, self._draws(rows), raw_usable, drafts)
 
     def _draws(self, rows: SampleRows) -> Draws | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.kv.triton_launch import Launch
 from kernels.sampling.accept import Drafts
+from kernels.sampling.penalize_triton import penalize as penalize
 from kernels.sampling.philox import GUMBEL_SPAN, NOISE_VERSION
 from kernels.sampling.reference import Chosen, Draws
 from kernels.sampling.truncate_triton import depth_of, last_tokens, row_maximum, scaled

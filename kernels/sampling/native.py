@@ -7,15 +7,18 @@ from torch import Tensor
 
 from kernels.cpu.library import Library
 from kernels.sampling.accept import Drafts
+from kernels.sampling.processors import penalize
 from kernels.sampling.reference import Chosen, Draws, conclude
 
 
 class NativeSampling:
-    """`usable` and `choose` on the CPU. Runs on `torch.get_num_threads()` threads.
+    """`usable` and `choose`, on `torch.get_num_threads()` threads of a CPU; penalties are torch's.
 
     A row depends on that row alone, and equals what the other forms give: one may be exchanged for
     another at any time. Raises ValueError for layouts the kernel does not take.
     """
+
+    penalize = staticmethod(penalize)
 
     def __init__(self, library: Library) -> None:
         self._sample = library.sample

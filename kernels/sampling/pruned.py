@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from kernels.sampling import reference
 from kernels.sampling.accept import Drafts
 from kernels.sampling.philox import GUMBEL_SPAN, gumbel, noise_blocks, noise_uniform
+from kernels.sampling.processors import penalize as penalize
 from kernels.sampling.reference import Chosen, Draws, Truncation, conclude, scale
 
 TILE = 32  # tokens; a multiple of the four that share a Philox block

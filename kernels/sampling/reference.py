@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.sampling.accept import Drafts, longest_matches
 from kernels.sampling.philox import gumbel, noise_blocks
+from kernels.sampling.processors import penalize as penalize
 
 
 @dataclass(frozen=True, slots=True)
