@@ -61,9 +61,9 @@ class Sampled:
     """The outcome for `n` logits rows, on the device until it is fetched."""
 
     tokens: Tensor  # [n] int64
-    # [n] bool. False: the raw logits held NaN or +inf, or nothing was left to choose from (the
-    # model gave -inf throughout, or allowed ids and bans exclude everything). The row's token is
-    # then 0 and its request should fail.
+    # [n] bool. False: the logits, raw or processed, held NaN or +inf, or nothing was left to choose
+    # from (the model gave -inf throughout, or allowed ids and bans exclude everything). The row's
+    # token is then 0 and its request should fail.
     finite: Tensor
     accepted: Tensor | None = None  # [sequences] int64, of the drafts that were to judge
     asked: AskedLogprobs | None = None

@@ -229,7 +229,8 @@ def _draw(
     tl.store(tokens + row * blocks + block, token)
 
 
-@triton.jit
+# These two are parts of one upload, so where they begin depends on the step's size.
+@triton.jit(do_not_specialize_on_alignment=["first", "last"])
 def _conclude(
     maxima: tl.tensor,  # [rows, blocks] fp32
     scores: tl.tensor,  # [rows, blocks] fp32, of each block's best token

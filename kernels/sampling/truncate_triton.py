@@ -61,7 +61,9 @@ def last_tokens(
     totals = torch.empty(rows, blocks, dtype=torch.float64, device=device)
     values = torch.empty(rows, CAPACITY, device=device)
     ids = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
-    found, floor, depth, token = torch.empty(4, rows, dtype=torch.int32, device=device)
+    found, floor, depth, token = (
+        torch.empty(rows, dtype=torch.int32, device=device) for _ in range(4)
+    )
     log_min_p, top_k, top_p = (
         column.contiguous() for column in (limits.log_min_p, limits.top_k, limits.top_p)
     )

@@ -84,8 +84,8 @@ class _Front:
     lengths: Tensor  # [rows] int64, of the text and the drafts of each
     page_table: Tensor  # [rows, pages] int32, up to the last draft
 
-    def keep(self, stay: list[int]) -> _Front:
-        at = upload(stay, self.slots.device)
+    def keep(self, stay: list[int], at: Tensor) -> _Front:
+        """Some of the rows; `at`: `stay` on the device."""
         rows = [self.rows[i] for i in stay]
         return _Front(rows, self.slots[at], self.lengths[at], self.page_table[at])
 
@@ -319,7 +319,8 @@ class ModelDrafter:
                     break
                 tokens = drawn.tokens
                 if len(stay) < len(front.rows):
-                    tokens, front = tokens[upload(stay, tokens.device)], front.keep(stay)
+                    at = upload(stay, tokens.device)
+                    tokens, front = tokens[at], front.keep(stay, at)
                 front = replace(front, lengths=front.lengths + 1)
                 drawn = self._draw(front, self._feed(front, tokens), ahead)
                 unread.append(drawn)
