@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -29,10 +29,13 @@ from kernels.interpreter import interpreted, mend
 from kernels.kv.format import DENSE, KVFormat, page_bytes
 from kernels.kv.presets import layer_formats
 from kernels.ops import AttentionBatch, AttentionLayer
-from kernels.sampling import gumbel_triton, reference
-from kernels.sampling.reference import NoiseKey
+from kernels.sampling import choose_triton, reference
+from kernels.sampling.accept import Drafts
+from kernels.sampling.processors import History, Penalties
+from kernels.sampling.reference import Draws, NoiseKey, Truncation
 from kernels.torch_ops import TorchOps
 from kernels.triton_ops import TritonOps
+from worker.sampler import Form
 
 page_size = 16
 formats = ("auto", "int8n", "int4h", "k8v4", "k4v2h")
@@ -113,7 +116,8 @@ def all_cases(
     shape: Shape, rows: int, context: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
     yield from pointwise(shape, rows, dtype, device)
-    yield sampling(shape, rows, device)
+    yield from sampling(shape, rows, device)
+    yield penalties(shape, rows, context, device)
     for name in formats:
         yield from paged(name, shape, rows, context, dtype, device)
 
@@ -156,18 +160,63 @@ def pointwise(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device)
     )
 
 
-def sampling(shape: Shape, rows: int, device: torch.device) -> Case:
+def sampling(shape: Shape, rows: int, device: torch.device) -> Iterator[Case]:
+    """Choices of a step whose rows are all of one kind, and of one that has them all."""
     logits = torch.randn(rows, shape.vocab, device=device) * 3
     numbers = torch.arange(rows, device=device)
     key, heat = NoiseKey(numbers * 7 + 1, numbers * 0, numbers + 5), torch.ones(rows, device=device)
+    off = Truncation(
+        torch.full_like(heat, -torch.inf), numbers * 0 + shape.vocab, torch.ones_like(heat).double()
+    )
+    nucleus, mixed = replace(off, top_p=off.top_p * 0.9), numbers % 3 == 1
+    limits = Truncation(off.log_min_p, off.top_k.masked_fill(mixed, 40), nucleus.top_p)
+    drafts = Drafts(numbers, numbers // 4, numbers[::4], (numbers[::4] + 3).clamp(max=rows - 1))
+
+    def case(name: str, compiled: str, draws: Draws | None, judged: Drafts | None = None) -> Case:
+        def chosen(form: Form) -> Tensor:
+            made = form.choose(logits, draws, None, judged)
+            return made.tokens if made.accepted is None else torch.cat([made.tokens, made.accepted])
+
+        return Case(
+            f"choose {name}",
+            compiled,
+            lambda: chosen(choose_triton),
+            lambda: chosen(reference),
+            0.0,
+            4,
+            logits.nbytes,
+        )
+
+    yield case("greedy", "choose scan", None)
+    yield case("drawn", "choose draw", Draws(heat, key))
+    yield case("by top-k", "truncate collect", Draws(heat, key, replace(limits, top_p=off.top_p)))
+    yield case("by top-p", "truncate measure", Draws(heat, key, nucleus))
+    heat = heat.masked_fill(numbers % 3 == 2, 0.0)
+    yield case("mixed, with drafts", "truncate find", Draws(heat, key, limits), drafts)
+
+
+def penalties(shape: Shape, rows: int, context: int, device: torch.device) -> Case:
+    """Of histories of that length, half of them output."""
+    logits = torch.randn(rows, shape.vocab, device=device) * 3
+    table = torch.randint(0, shape.vocab, (rows, context), device=device, dtype=torch.int32)
+    numbers = torch.arange(rows, device=device)
+    history = History(table, numbers, numbers * 0 + context, numbers * 0 + context // 2)
+    factor = torch.full((rows,), 1.1, device=device)
+    by = Penalties(factor, factor - 1, factor - 0.5)
+
+    def penalized(form: Form) -> Tensor:
+        z = logits.clone()
+        form.penalize(z, None, history, by)
+        return z
+
     return Case(
-        "draw",
-        "draw: noise",
-        lambda: gumbel_triton.draw(logits, heat, key),
-        lambda: reference.draw(logits, heat, key),
+        "penalties, and a copy of the logits",
+        "penalties apply",
+        lambda: penalized(choose_triton),
+        lambda: penalized(reference),
         0.0,
         4,
-        logits.nbytes,
+        2 * logits.nbytes + table.nbytes,
     )
 
 
@@ -310,7 +359,11 @@ def on_gpu(quick: bool) -> tuple[str, list[Row]]:
         rows.append(Row(f"{name}: share of a copy's bandwidth", share))
 
     for count in batches:
-        for case in (*pointwise(large, count, dtype, device), sampling(large, count, device)):
+        for case in (
+            *pointwise(large, count, dtype, device),
+            *sampling(large, count, device),
+            penalties(large, count, contexts[0], device),
+        ):
             show(f"{case.name}, {count} rows", seconds_of(case.ours), case.moved)
     bare = AttentionLayer(large.heads, large.kv_heads, large.head_dim, 0.1, None)
     theirs = flashinfer.probe(device, dtype, page_size, [bare])

@@ -70,7 +70,7 @@ def _no_triton(gpu: bool) -> str | None:
 
 def _triton(asked: str, device: torch.device, page_size: int) -> Backend:
     # Imported here, for there are machines without Triton.
-    from kernels.sampling import gumbel_triton
+    from kernels.sampling import choose_triton
     from kernels.triton_ops import DividedAttention, TritonOps
 
     def ops(spec: ModelSpec, dtype: torch.dtype) -> Ops:
@@ -84,7 +84,7 @@ def _triton(asked: str, device: torch.device, page_size: int) -> Backend:
         log.info("attention by Triton kernels alone: %s", found)
         return TritonOps()
 
-    return Backend(ops, gumbel_triton)
+    return Backend(ops, choose_triton)
 
 
 def _layers(spec: ModelSpec) -> list[AttentionLayer]:

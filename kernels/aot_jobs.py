@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +20,10 @@ from kernels.kv.windows import Windows
 from kernels.linear import quantized_triton
 from kernels.linear.formats import Fp8Format, IntFormat, WeightFormat
 from kernels.ops import AttentionLayer
-from kernels.sampling import gumbel_triton
-from kernels.sampling.philox import GUMBEL_SPAN, NOISE_VERSION
+from kernels.sampling import choose_triton, penalize_triton, truncate_triton
 
-# A model of common shape, that of Llama-3.1-8B and Qwen3-8B.
-HIDDEN, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE = 4096, 8, 4, 128, 16
+# A model of common shape, that of Llama-3.1-8B and Qwen3-8B; the vocabulary is the latter's.
+HIDDEN, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, VOCAB = 4096, 8, 4, 128, 16, 151_936
 # Formats by head size: heads of 64 are small models', which need few formats.
 KV_FORMATS = {128: ("int8n", "int4h", "int4h64", "k8v4", "k4v2h"), 64: ("int8n", "int4h")}
 NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}  # as Triton has them
@@ -91,7 +89,8 @@ def jobs() -> Iterator[Job]:
     for form in WEIGHTS:
         for rows in (16, 64):
             yield _weight(form, rows)
-    yield from _draw(blocks=38)  # a vocabulary of about 150,000
+    yield from _choice()
+    yield from _penalties()
 
 
 def _norm(name: str, added: bool) -> Job:
@@ -257,30 +256,77 @@ def _weight(form: WeightFormat, rows: int) -> Job:
     return _job(name, quantized_triton._multiply, types, launch, odd)
 
 
-def _draw(blocks: int) -> Iterator[Job]:
-    size = gumbel_triton._BLOCK
-    numbers = {"vocab": "i32", "blocks": "i32"}
-    types = {"logits": "*fp32", "maxima": "*fp32"} | numbers
-    launch = Launch({"size": size}, 4, 3)
-    yield _job("draw: maxima", gumbel_triton._block_maxima, types, launch, {"blocks"})
+def _choice() -> Iterator[Job]:
+    """Of tokens: what every step runs, what steps that draw do, and what steps that truncate do."""
+    size = choose_triton.block_size(VOCAB)
+    blocks = -(-VOCAB // size)
+    rows = {"logits": "*fp32", "maxima": "*fp32"}
+    sizes, odd = {"vocab": "i32", "blocks": "i32"}, {"blocks"}
+
+    types = {**rows, "best": "*i32", **sizes}
+    yield _job("choose scan", choose_triton._scan, types, choose_triton.scan_launch(VOCAB), odd)
+
+    types |= {"temperature": "*fp32", "scores": "*fp32", "tokens": "*i32"}
+    types |= dict.fromkeys(("seed", "choice", "position"), "*i64")
+    last = dict.fromkeys(("last_depth", "last_token"), "*i32")
+    launch = choose_triton.draw_launch(VOCAB)
+    yield _job("choose draw", choose_triton._draw, types, launch, odd, absent=last)
+    yield _job("choose draw, truncated", choose_triton._draw, types | last, launch, odd)
+
+    types = {"maxima": "*fp32", "scores": "*fp32", "best": "*i32", "blocks": "i32"}
+    types |= {"tokens": "*i64", "usable": "*i1"}
+    more = {"raw_usable": "*i1", "judged": "*i32"}
+    more |= dict.fromkeys(("first", "last", "accepted"), "*i64")
+    launch = choose_triton.conclude_launch(blocks)
+    yield _job("choose conclude", choose_triton._conclude, types, launch, odd, absent=more)
+    yield _job("choose conclude, drafts", choose_triton._conclude, types | more, launch, odd)
+
     types = {
-        "logits": "*fp32",
-        "maxima": "*fp32",
+        **rows,
         "temperature": "*fp32",
-        "seed": "*i64",
-        "choice": "*i64",
-        "position": "*i64",
-        "scores": "*fp32",
-        "tokens": "*i32",
-    } | numbers
-    constants = {
-        "size": size,
-        "room": 1 << math.ceil(math.log2(blocks)),
-        "span": GUMBEL_SPAN,
-        "version": NOISE_VERSION,
+        "log_min_p": "*fp32",
+        "top_k": "*i64",
+        "top_p": "*fp64",
     }
-    launch = Launch(constants, 4, 3)
-    yield _job("draw: noise", gumbel_triton._draw_block, types, launch, {"blocks"})
+    types |= sizes
+    measured = {"counts": "*i32", "masses": "*fp32"}
+    listed = {"values": "*fp32", "ids": "*i32", "found": "*i32", "floor": "*i32"}
+    found = {"totals": "*fp64", "depth": "*i32", "token": "*i32"}
+    for name, kernel, launch, arrays in (
+        (
+            "truncate measure",
+            truncate_triton._measure,
+            truncate_triton.measure_launch(size, blocks),
+            measured | {"totals": "*fp64"},
+        ),
+        (
+            "truncate collect",
+            truncate_triton._collect,
+            truncate_triton.collect_launch(size, blocks),
+            measured | listed,
+        ),
+        (
+            "truncate find",
+            truncate_triton._find,
+            truncate_triton.find_launch(blocks),
+            listed | found,
+        ),
+    ):
+        yield _job(name, kernel, types | arrays, launch, odd)
+
+
+def _penalties() -> Iterator[Job]:
+    """Of all rows of a step, and of some."""
+    launch, odd = penalize_triton.penalize_launch(), {"table_stride"}
+    types = {"counts": "*i32", "table": "*i32", "vocab": "i32", "table_stride": "i32"}
+    types |= dict.fromkeys(("slot", "position"), "*i64")
+    exact = {"enable_fp_fusion": False}
+    counted = types | {"prompt_len": "*i64"}
+    yield _job("penalties count", penalize_triton._count, counted, launch, odd, exact)
+    types |= dict.fromkeys(("z", "repetition", "frequency", "presence"), "*fp32")
+    kernel, rows = penalize_triton._apply, {"rows": "*i64"}
+    yield _job("penalties apply", kernel, types, launch, odd, exact, rows)
+    yield _job("penalties apply, some", kernel, types | rows, launch, odd, exact)
 
 
 def _job(
@@ -290,7 +336,9 @@ def _job(
     launch: Launch,
     odd: AbstractSet[str] = frozenset(),
     options: Mapping[str, Any] | None = None,
+    absent: Iterable[str] = (),
 ) -> Job:
-    """`odd`: numbers that need not be multiples of 16."""
+    """`odd`: numbers that need not be multiples of 16; `absent`: arguments that are None."""
     chosen = {"num_warps": launch.warps, "num_stages": launch.stages, **(options or {})}
-    return Job(name, kernel, types, launch.constants, frozenset(types) - odd, chosen)
+    constants = launch.constants | dict.fromkeys(absent)
+    return Job(name, kernel, types, constants, frozenset(types) - odd, chosen)

@@ -22,8 +22,9 @@ def mend() -> None:
     """Corrects it for the whole process; a second call changes nothing.
 
     It keeps bf16 as uint16, which its products and its casts of integers take for numbers, and cuts
-    numbers off where hardware rounds them to bf16; and some versions cannot make a loop's bounds of
-    numpy's newer arrays.
+    numbers off where hardware rounds them to bf16; some versions cannot make a loop's bounds of
+    numpy's newer arrays; and for every function that a kernel calls it replaces the whole language
+    anew, which takes longer than most functions.
     """
     builder: Any = interpreter.InterpreterBuilder
     dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor
@@ -45,6 +46,12 @@ def mend() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__globals__.get("tl") is not tl:  # else the kernel's own start has replaced it
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
     builder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
     builder.cast_impl = rounded
     interpreter._patch_lang_tensor = patch_index

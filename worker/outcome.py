@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from torch import Tensor
-
 from scheduler.plan import Row, RowResult
 from scheduler.request import TokenLogprob
 from worker.drafting import Drafting
@@ -26,7 +24,6 @@ class Outcome:
     sampling: Sequence[int] = ()  # the rows that sample
     starts: Sequence[int] = (0,)  # [sampling rows + 1] logits rows of each
     sampled: Sampled | None = None  # None: no row does
-    accepted: Tensor | None = None  # [sampling rows] int64, drafts confirmed; None: there are none
 
     def read(self, slots: SlotTable, drafting: Drafting | None) -> list[RowResult]:
         """One result per row, in order. Tells `slots` and `drafting` what was committed."""
@@ -38,7 +35,8 @@ class Outcome:
             return results
         tokens, finite = self.sampled.tokens.tolist(), self.sampled.finite.tolist()
         none = [0] * len(self.sampling)
-        kept = none if self.accepted is None else self.accepted.tolist()
+        accepted = self.sampled.accepted
+        kept = none if accepted is None else accepted.tolist()
         spans = pairwise(self.starts)
         for i, (start, end), matched in zip(self.sampling, spans, kept, strict=True):
             row, committed = self.rows[i], slice(start, start + matched + 1)

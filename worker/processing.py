@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +48,15 @@ class SampleRows:
         return [row for row, own in enumerate(self.needs) if own & bit]
 
 
-def process(z: Tensor, rows: SampleRows, slots: SlotSampling, table: Tensor) -> None:
+class Penalize(Protocol):
+    """`processors.penalize`, or a faster form of it."""
+
+    def __call__(self, z: Tensor, rows: Tensor | None, history: History, by: Penalties) -> None: ...
+
+
+def process(
+    z: Tensor, rows: SampleRows, slots: SlotSampling, table: Tensor, penalize: Penalize
+) -> None:
     """Penalties, bias, allowed ids and bans, in this order, in place on z: [n, vocab] float32.
 
     table: [slots, max_len] int32, the token table. Does not synchronise with the host.
@@ -55,10 +64,7 @@ def process(z: Tensor, rows: SampleRows, slots: SlotSampling, table: Tensor) -> 
     device = z.device
 
     def history(slot: Tensor, position: Tensor) -> History:
-        width = table.shape[1]
-        if device.type == "cpu":  # reading a length back is free here
-            width = int(position.max())
-        return History(table[slot, :width].long(), position, slots.prompt_len[slot])
+        return History(table, slot, position, slots.prompt_len[slot])
 
     def ruled(
         need: Need, column: Callable[[Rules], Tensor]
@@ -72,13 +78,12 @@ def process(z: Tensor, rows: SampleRows, slots: SlotSampling, table: Tensor) -> 
 
     if rows.union & Need.PENALTIES:
         members = rows.needing(Need.PENALTIES)
-        every = len(members) == len(z)
-        at = slice(None) if every else upload(members, device)
-        slot, part = rows.slot[at], z[at]  # a view of all rows, or a copy of some
+        at, slot, position = None, rows.slot, rows.position
+        if len(members) < len(z):
+            at = upload(members, device)
+            slot, position = slot[at], position[at]
         by = Penalties(slots.repetition[slot], slots.frequency[slot], slots.presence[slot])
-        processors.penalize(part, history(slot, rows.position[at]), by)
-        if not every:
-            z[at] = part
+        penalize(z, at, history(slot, position), by)
     if rows.union & Need.BIAS:
         _, rules, row_of_id, ids = ruled(Need.BIAS, lambda rule: rule.bias_ids)
         processors.add_bias(z, row_of_id, ids, torch.cat([rule.bias for rule in rules]))

@@ -18,30 +18,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from kernels.sampling import pruned, reference
+from kernels.sampling.accept import Drafts
 from kernels.sampling.logprobs import RowLogprobs, row_logprobs
-from kernels.sampling.reference import NoiseKey, Truncation
+from kernels.sampling.reference import Chosen, Draws, NoiseKey, Truncation
 from kernels.sampling.upload import upload
 from scheduler.request import TokenLogprob
-from worker.processing import SampleRows, process
+from worker.processing import Penalize, SampleRows, process
 from worker.sampling_state import Need, SlotSampling
-
-_KIND = int(Need.NOISE | Need.TRUNCATION)
 
 
 class Form(Protocol):
-    """One implementation of the draw: kernels/sampling/reference.py, or a faster one."""
+    """One implementation of the choice: kernels/sampling/reference.py, or a faster one."""
+
+    @property
+    def penalize(self) -> Penalize: ...
 
     def usable(self, logits: Tensor) -> Tensor: ...
 
-    def argmax_rows(self, logits: Tensor) -> Tensor: ...
-
-    def draw(
-        self, logits: Tensor, temperature: Tensor, key: NoiseKey, limits: Truncation | None = None
-    ) -> Tensor: ...
+    def choose(
+        self,
+        logits: Tensor,
+        draws: Draws | None = None,
+        raw_usable: Tensor | None = None,
+        drafts: Drafts | None = None,
+    ) -> Chosen: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,11 @@ class Sampled:
     """The outcome for `n` logits rows, on the device until it is fetched."""
 
     tokens: Tensor  # [n] int64
-    # [n] bool. False: the raw logits held NaN or +inf, or nothing was left to choose from (the
-    # model gave -inf throughout, or allowed ids and bans exclude everything). The row's token is
-    # then 0 and its request should fail.
+    # [n] bool. False: the logits, raw or processed, held NaN or +inf, or nothing was left to choose
+    # from (the model gave -inf throughout, or allowed ids and bans exclude everything). The row's
+    # token is then 0 and its request should fail.
     finite: Tensor
+    accepted: Tensor | None = None  # [sequences] int64, of the drafts that were to judge
     asked: AskedLogprobs | None = None
 
     def fetched(self, fetch: Callable[[Tensor], Tensor]) -> Sampled:
@@ -76,7 +80,8 @@ class Sampled:
                 top_logprobs=fetch(found.top_logprobs),
             )
             asked = replace(asked, values=values)
-        return Sampled(fetch(self.tokens), fetch(self.finite), asked)
+        accepted = None if self.accepted is None else fetch(self.accepted)
+        return Sampled(fetch(self.tokens), fetch(self.finite), accepted, asked)
 
     def logprobs_of(self, rows: slice) -> tuple[TokenLogprob, ...]:
         """One entry per row in `rows`; empty when they did not ask. Reads the values.
@@ -112,29 +117,26 @@ class Sampler:
         slots_of_rows: Sequence[int],
         positions: Tensor,
         device_slots: Tensor | None = None,
+        drafts: Drafts | None = None,
     ) -> Sampled:
         """Chooses a token for each row.
 
         logits: [n, vocab] float32, contiguous, not written; slots_of_rows: n slots, on the host;
-        positions: [n] int64 on the device; device_slots: the slots there, [n] int64, if they are.
+        positions: [n] int64 on the device; device_slots: the slots there, [n] int64, if they are;
+        drafts: what the rows judge, if there are any.
         """
         rows = SampleRows.of(self.slots, slots_of_rows, positions, device_slots)
-        z, finite = logits, self._form.usable(logits)
-        if rows.union & Need.PROCESSING:
-            z = logits.clone()
-            process(z, rows, self.slots, self._tokens)
-            finite &= z.amax(-1) > -torch.inf
-        tokens = self._choose(z, rows).masked_fill_(~finite, 0)
+        chosen = self._choose(logits, rows, drafts)
+        tokens = chosen.tokens
         asked = self._logprobs(logits, tokens, rows) if rows.union & Need.LOGPROBS else None
-        return Sampled(tokens, finite, asked)
+        return Sampled(tokens, chosen.usable, chosen.accepted, asked)
 
-    def draw(self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor) -> Tensor:
-        """`Sampled.tokens` alone, where nobody has to know whether the logits were finite."""
-        rows = SampleRows.of(self.slots, slots_of_rows, positions)
-        if rows.union & Need.PROCESSING:
-            logits = logits.clone()
-            process(logits, rows, self.slots, self._tokens)
-        return self._choose(logits, rows)
+    def draw(
+        self, logits: Tensor, slots_of_rows: Sequence[int], positions: Tensor, device_slots: Tensor
+    ) -> Tensor:
+        """`Sampled.tokens` alone."""
+        rows = SampleRows.of(self.slots, slots_of_rows, positions, device_slots)
+        return self._choose(logits, rows, None).tokens
 
     def prompt_logprobs(
         self, logits: Tensor, targets: Sequence[int], top: int
@@ -143,28 +145,24 @@ class Sampler:
         values = row_logprobs(logits, upload(list(targets), logits.device), top)
         return list(_token_logprobs(values, slice(0, len(targets)), targets, top))
 
-    def _choose(self, z: Tensor, rows: SampleRows) -> Tensor:
-        """Draws from processed logits, kind by kind of row."""
-        kinds: dict[int, list[int]] = {}
-        for row, need in enumerate(rows.needs):
-            kinds.setdefault(need & _KIND, []).append(row)
-        if len(kinds) == 1:
-            return self._choose_kind(rows.union & _KIND, z, rows.slot, rows.position)
-        tokens = torch.empty_like(rows.position)
-        for kind, members in kinds.items():
-            at = upload(members, z.device)
-            tokens[at] = self._choose_kind(kind, z[at], rows.slot[at], rows.position[at])
-        return tokens
+    def _choose(self, logits: Tensor, rows: SampleRows, drafts: Drafts | None) -> Chosen:
+        raw_usable = None
+        if rows.union & Need.PROCESSING:
+            raw_usable = self._form.usable(logits)
+            logits = logits.clone()
+            process(logits, rows, self.slots, self._tokens, self._form.penalize)
+        return self._form.choose(logits, self._draws(rows), raw_usable, drafts)
 
-    def _choose_kind(self, kind: int, z: Tensor, slot: Tensor, positions: Tensor) -> Tensor:
-        slots = self.slots
-        if not kind & Need.NOISE:
-            return self._form.argmax_rows(z)
+    def _draws(self, rows: SampleRows) -> Draws | None:
+        """None if all rows are greedy."""
+        if not rows.union & Need.NOISE:
+            return None
+        slots, slot = self.slots, rows.slot
         limits = None
-        if kind & Need.TRUNCATION:
+        if rows.union & Need.TRUNCATION:
             limits = Truncation(slots.log_min_p[slot], slots.top_k[slot], slots.top_p[slot])
-        key = NoiseKey(slots.seed[slot], slots.choice[slot], positions)
-        return self._form.draw(z, slots.temperature[slot], key, limits)
+        key = NoiseKey(slots.seed[slot], slots.choice[slot], rows.position)
+        return Draws(slots.temperature[slot], key, limits)
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, rows: SampleRows) -> AskedLogprobs:
         asked = rows.needing(Need.LOGPROBS)

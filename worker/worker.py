@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.sampling.accept import longest_matches
+from kernels.sampling.accept import Drafts
 from scheduler.plan import (
     NO_DRAFTING,
     Demotion,
@@ -23,14 +23,14 @@ from scheduler.plan import (
     StepResult,
 )
 from scheduler.request import SamplingParams, TokenLogprob
-from worker.batch import StepBatch, build_batch, sink_batch
+from worker.batch import Samples, StepBatch, build_batch, sink_batch
 from worker.drafting import Drafting
 from worker.executor import Executor, PendingStep
 from worker.kv_pool import copy_halves, copy_pages
 from worker.outcome import Outcome
 from worker.ranks import Copies, Demotions, Followers, Nobody
 from worker.runner import Runner
-from worker.sampler import Form, Sampler
+from worker.sampler import Form, Sampled, Sampler
 from worker.slots import SlotTable
 from worker.transfer import HostTransfer, Span, Transfer
 
@@ -287,38 +287,30 @@ class Worker:
         if asked and samples.tokens is not None:
             hidden = hidden[samples.tokens]
         logits = runner.logits(hidden)
-        sampled = self._sampler.sample(logits, samples.host_slots, samples.positions, samples.slots)
+        sampled = self._sampler.sample(
+            logits, samples.host_slots, samples.positions, samples.slots, self._drafts(samples)
+        )
         if self._drafting is not None:
             self._drafting.wait()
-        accepted = self._commit(batch, sampled.tokens)
-        fetch = self._transfer.fetch
-        return Outcome(
-            rows,
-            prompt_logprobs,
-            samples.rows,
-            samples.starts,
-            sampled.fetched(fetch),
-            None if accepted is None else fetch(accepted),
-        )
+        self._commit(batch, sampled)
+        fetched = sampled.fetched(self._transfer.fetch)
+        return Outcome(rows, prompt_logprobs, samples.rows, samples.starts, fetched)
 
-    def _commit(self, batch: StepBatch, tokens: Tensor) -> Tensor | None:
-        """Verifies drafts and advances the slots. Returns the drafts accepted of each row that
-        samples, [sampling rows] int64, None where there are none to judge.
+    def _drafts(self, samples: Samples) -> Drafts | None:
+        """What a step judges. Row `j` of a sequence's logits rows judges draft `j`, which stands in
+        the token table at that row's sampled position; the last row has no draft to judge."""
+        if not samples.drafted:
+            return None
+        tokens = self._slots.tokens[samples.slots, samples.positions]
+        return Drafts(tokens, samples.row_of, samples.first, samples.last)
 
-        Row `j` of a sequence's logits rows judges draft `j`, which stands in the token table at
-        that row's sampled position; the last row has no draft to judge. The commit is the longest
-        match plus one; decode is the case of no drafts.
-        """
+    def _commit(self, batch: StepBatch, sampled: Sampled) -> None:
+        """Advances the slots, by the longest match plus one; decode is the case of no drafts."""
         slots, samples = self._slots, batch.samples
-        accepted = None
-        if samples.drafted:
-            drafts = slots.tokens[samples.slots, samples.positions].long()
-            accepted = longest_matches(tokens, drafts, samples.row_of, samples.first, samples.last)
-        slots.tokens[samples.slots, samples.positions] = tokens.to(torch.int32)
+        slots.tokens[samples.slots, samples.positions] = sampled.tokens.to(torch.int32)
         slots.computed[batch.row_slots] += batch.advance
-        if accepted is not None:
-            slots.computed[samples.row_slots] += accepted
-        return accepted
+        if sampled.accepted is not None:
+            slots.computed[samples.row_slots] += sampled.accepted
 
     def _wants_prompt_logprobs(self, row: Row) -> bool:
         params = self._params[row.slot]

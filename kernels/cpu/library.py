@@ -40,7 +40,7 @@ class Library:
         self.decoder_step = self._bind("native_decoder_step", "pp i")
         self.draft_chain = self._bind("native_draft_chain", "ppp i")
         self.usable = self._bind("native_usable", "pp ss i")
-        self.sample = self._bind("native_sample", "pp ss pppp ppp i")
+        self.sample = self._bind("native_sample", "ppp ss pppp ppp i")
 
     def _bind(self, name: str, arguments: str, result: str | None = None) -> Function:
         try:

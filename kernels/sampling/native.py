@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import Library
-from kernels.sampling.reference import NoiseKey, Truncation
+from kernels.sampling.accept import Drafts
+from kernels.sampling.processors import penalize
+from kernels.sampling.reference import Chosen, Draws, conclude
 
 
 class NativeSampling:
-    """`usable`, `argmax_rows` and `draw` on the CPU. Runs on `torch.get_num_threads()` threads.
+    """`usable` and `choose`, on `torch.get_num_threads()` threads of a CPU; penalties are torch's.
 
     A row depends on that row alone, and equals what the other forms give: one may be exchanged for
     another at any time. Raises ValueError for layouts the kernel does not take.
     """
+
+    penalize = staticmethod(penalize)
 
     def __init__(self, library: Library) -> None:
         self._sample = library.sample
@@ -26,35 +30,40 @@ class NativeSampling:
         self._usable(logits.data_ptr(), found.data_ptr(), *logits.shape, _threads())
         return found
 
-    def argmax_rows(self, logits: Tensor) -> Tensor:
-        """As `pruned.argmax_rows`; a row with NaN or without a finite maximum gives 0."""
-        tokens = _empty(logits)
-        self._sample(logits.data_ptr(), tokens.data_ptr(), *logits.shape, *(None,) * 7, _threads())
-        return tokens
-
-    def draw(
-        self, logits: Tensor, temperature: Tensor, key: NoiseKey, limits: Truncation | None = None
-    ) -> Tensor:
-        """As `reference.draw`."""
-        tokens = _empty(logits)
-        rows = [
-            _array(temperature, torch.float32, logits),
-            _array(key.seed, torch.int64, logits),
-            _array(key.choice, torch.int64, logits),
-            _array(key.position, torch.int64, logits),
-        ]
-        if limits is not None:
-            rows += [
-                _array(limits.log_min_p, torch.float32, logits),
-                _array(limits.top_k, torch.int64, logits),
-                _array(limits.top_p, torch.float64, logits),
+    def choose(
+        self,
+        logits: Tensor,
+        draws: Draws | None = None,
+        raw_usable: Tensor | None = None,
+        drafts: Drafts | None = None,
+    ) -> Chosen:
+        """As `reference.choose`, in one pass over the logits."""
+        tokens, usable = _empty(logits, torch.int64), _empty(logits, torch.bool)
+        rows: list[Tensor] = []
+        if draws is not None:
+            rows = [
+                _array(draws.temperature, torch.float32, logits),
+                _array(draws.key.seed, torch.int64, logits),
+                _array(draws.key.choice, torch.int64, logits),
+                _array(draws.key.position, torch.int64, logits),
             ]
-        addresses = [row.data_ptr() for row in rows] + [None] * (7 - len(rows))
-        self._sample(logits.data_ptr(), tokens.data_ptr(), *logits.shape, *addresses, _threads())
-        return tokens
+            if draws.limits is not None:
+                rows += [
+                    _array(draws.limits.log_min_p, torch.float32, logits),
+                    _array(draws.limits.top_k, torch.int64, logits),
+                    _array(draws.limits.top_p, torch.float64, logits),
+                ]
+        self._sample(
+            *(tensor.data_ptr() for tensor in (logits, tokens, usable)),
+            *logits.shape,
+            *(row.data_ptr() for row in rows),
+            *(None,) * (7 - len(rows)),
+            _threads(),
+        )
+        return conclude(tokens, usable, raw_usable, drafts)
 
 
-def _empty(logits: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+def _empty(logits: Tensor, dtype: torch.dtype) -> Tensor:
     if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.is_contiguous():
         raise ValueError("logits must be a contiguous fp32 matrix")
     return torch.empty(len(logits), dtype=dtype)

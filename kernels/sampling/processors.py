@@ -15,11 +15,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Tokens before each row. What stands in `tokens` from `position` on is ignored."""
+    """Tokens before each row: `table[slot, :position]`."""
 
-    tokens: Tensor  # [rows, width] int64; width >= every position
-    position: Tensor  # [rows] int64, at least 1
+    table: Tensor  # [slots, width] int32, the token table
+    slot: Tensor  # [rows] int64
+    position: Tensor  # [rows] int64, at least 1 and at most `width`
     prompt_len: Tensor  # [rows] int64; from here on, tokens are output
+
+    def tokens(self) -> Tensor:
+        """[rows, at least the longest history] int64; what follows a row's history is anything."""
+        width = self.table.shape[1]
+        if self.table.device.type == "cpu":  # reading a length back is free here
+            width = int(self.position.max())
+        return self.table[self.slot, :width].long()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +39,32 @@ class Penalties:
     presence: Tensor  # [rows] float32
 
 
-def penalize(z: Tensor, history: History, by: Penalties) -> None:
-    """The three penalties, in this order.
+def penalize(z: Tensor, rows: Tensor | None, history: History, by: Penalties) -> None:
+    """The three penalties, in this order, on some rows of z, [m] int64, or on all.
 
     - repetition (Keskar et al. 2019): tokens of the prompt and the output have their logit divided
       by it when positive and multiplied when not;
     - frequency (OpenAI): subtracted for each occurrence in the output;
     - presence (OpenAI): subtracted once from tokens of the output.
     """
-    at = torch.arange(history.tokens.shape[1], device=z.device)
+    part = z if rows is None else z[rows]
+    tokens = history.tokens()
+    at = torch.arange(tokens.shape[1], device=z.device)
     known = at < history.position[:, None]
     # Only tokens of the history change, so only they are read and written. Places past its end
     # repeat its first token: every writer of a token then writes the same value.
-    ids = torch.where(known, history.tokens, history.tokens[:, :1])
+    ids = torch.where(known, tokens, tokens[:, :1])
     output = known & (at >= history.prompt_len[:, None])
     # Sums of ones are exact in float32, so the order of the additions does not matter.
-    counts = torch.zeros_like(z).scatter_add_(1, ids, output.to(z.dtype)).gather(1, ids)
-    seen = z.gather(1, ids)
+    counts = torch.zeros_like(part).scatter_add_(1, ids, output.to(z.dtype)).gather(1, ids)
+    seen = part.gather(1, ids)
     repetition = by.repetition[:, None]
     seen = torch.where(seen > 0, seen / repetition, seen * repetition)
     seen -= by.frequency[:, None] * counts
     seen -= by.presence[:, None] * (counts > 0)
-    z.scatter_(1, ids, seen)
+    part.scatter_(1, ids, seen)
+    if rows is not None:
+        z[rows] = part
 
 
 def add_bias(z: Tensor, rows: Tensor, ids: Tensor, bias: Tensor) -> None:
@@ -83,5 +95,5 @@ def ends_with(history: History, rows: Tensor, prefixes: Tensor) -> Tensor:
     """
     length = prefixes.shape[1]
     at = history.position[rows, None] + torch.arange(-length, 0, device=rows.device)
-    before = history.tokens[rows[:, None], at.clamp(min=0)]
+    before = history.table[history.slot[rows, None], at.clamp(min=0)]
     return ((prefixes < 0) | ((before == prefixes) & (at >= 0))).all(-1)

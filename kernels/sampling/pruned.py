@@ -1,4 +1,4 @@
-"""The CPU form of `reference.draw`: the same tokens for the cost of the few candidates.
+"""The CPU form of `reference.choose`: the same tokens for the cost of the few candidates.
 
 Everything works on tiles of 32 consecutive tokens whose maxima are taken in one pass over the
 logits. A tile too far below the row's maximum to hold the winner is never scaled, exponentiated
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.sampling import reference
+from kernels.sampling.accept import Drafts
 from kernels.sampling.philox import GUMBEL_SPAN, gumbel, noise_blocks, noise_uniform
-from kernels.sampling.reference import NoiseKey, Truncation, scale
+from kernels.sampling.processors import penalize as penalize
+from kernels.sampling.reference import Chosen, Draws, Truncation, conclude, scale
 
 TILE = 32  # tokens; a multiple of the four that share a Philox block
 # Slack of the float32 filters below, in nats: orders of magnitude above their rounding.
@@ -42,14 +44,40 @@ def argmax_rows(logits: Tensor) -> Tensor:
     return best * tile + tiles[torch.arange(n), best].argmax(-1)
 
 
-def draw(
-    logits: Tensor, temperature: Tensor, key: NoiseKey, limits: Truncation | None = None
-) -> Tensor:
-    """As `reference.draw`; every row's result depends on that row alone."""
-    tiled = _Tiled.of(logits, temperature)
+def choose(
+    logits: Tensor,
+    draws: Draws | None = None,
+    raw_usable: Tensor | None = None,
+    drafts: Drafts | None = None,
+) -> Chosen:
+    """As `reference.choose`; every row's token depends on that row alone."""
+    tokens = argmax_rows(logits) if draws is None else draw(logits, draws)
+    return conclude(tokens, usable(logits), raw_usable, drafts)
+
+
+def draw(logits: Tensor, by: Draws) -> Tensor:
+    """As `reference.draw`, kind by kind of row."""
+    n, vocab = logits.shape
+    greedy, limits = by.temperature == 0, by.limits
+    limited = torch.zeros_like(greedy)
     if limits is not None:
-        return _draw_truncated(logits, tiled, key, limits)
-    return _draw_full(tiled, key)
+        limited = ~limits.log_min_p.isneginf() | (limits.top_k < vocab) | (limits.top_p < 1.0)
+    tokens = torch.empty(n, dtype=torch.int64)
+    for members, choose_kind in (
+        (greedy, _most_likely),
+        (~greedy & ~limited, _draw_full),
+        (~greedy & limited, _draw_truncated),
+    ):
+        at = members.nonzero().squeeze(1)
+        if len(at) == n:
+            return choose_kind(logits, by)
+        if len(at):
+            tokens[at] = choose_kind(logits[at], by.rows(at))
+    return tokens
+
+
+def _most_likely(logits: Tensor, by: Draws) -> Tensor:
+    return argmax_rows(logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +112,9 @@ class _Tiled:
         return row, tile, z
 
 
-def _draw_full(tiled: _Tiled, key: NoiseKey) -> Tensor:
-    n = len(tiled.top)
+def _draw_full(logits: Tensor, by: Draws) -> Tensor:
+    n, key = len(logits), by.key
+    tiled = _Tiled.of(logits, by.temperature)
     row, tile, z = tiled.above(torch.full((n,), -GUMBEL_SPAN))
     blocks = tile[:, None] * (TILE // 4) + torch.arange(TILE // 4)
     v = noise_blocks(blocks, key.seed[row, None], key.choice[row, None], key.position[row, None])
@@ -106,8 +135,11 @@ def _draw_full(tiled: _Tiled, key: NoiseKey) -> Tensor:
     return _winners(n, row[at], tile[at] * TILE + column, score)
 
 
-def _draw_truncated(logits: Tensor, tiled: _Tiled, key: NoiseKey, limits: Truncation) -> Tensor:
+def _draw_truncated(logits: Tensor, by: Draws) -> Tensor:
     n, vocab = logits.shape
+    key, limits = by.key, by.limits
+    assert limits is not None
+    tiled = _Tiled.of(logits, by.temperature)
     floor, total = _floors(logits, tiled, limits)
     row, tile, z = tiled.above(floor)
     at, column = ((z >= floor[row, None]) & (z > -torch.inf)).nonzero(as_tuple=True)

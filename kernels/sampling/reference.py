@@ -1,4 +1,4 @@
-"""The specification of a draw: what every faster form must reproduce token for token."""
+"""The specification of a choice: what every faster form must reproduce token for token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.sampling.accept import Drafts, longest_matches
 from kernels.sampling.philox import gumbel, noise_blocks
+from kernels.sampling.processors import penalize as penalize
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,28 @@ class Truncation:
 
     def rows(self, index: Tensor) -> Truncation:
         return Truncation(self.log_min_p[index], self.top_k[index], self.top_p[index])
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How each row is drawn."""
+
+    temperature: Tensor  # [n] float32; 0: not at all, the largest logit is taken
+    key: NoiseKey
+    limits: Truncation | None = None  # None: off for every row
+
+    def rows(self, index: Tensor) -> Draws:
+        limits = None if self.limits is None else self.limits.rows(index)
+        return Draws(self.temperature[index], self.key.rows(index), limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What came of `n` logits rows."""
+
+    tokens: Tensor  # [n] int64, 0 where a row is not usable
+    usable: Tensor  # [n] bool
+    accepted: Tensor | None  # [sequences] int64, the drafts confirmed; None: none were to judge
 
 
 def scale(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -81,15 +105,43 @@ def argmax_rows(logits: Tensor) -> Tensor:
     return logits.argmax(-1)  # torch promises the first of equal maxima
 
 
-def draw(
-    logits: Tensor, temperature: Tensor, key: NoiseKey, limits: Truncation | None = None
-) -> Tensor:
-    """argmax of z + g, ties to the lowest id: [n] int64. Arguments as in `scale` and `truncate`.
+def draw(logits: Tensor, by: Draws) -> Tensor:
+    """argmax of z + g, ties to the lowest id: [n] int64; rows of temperature 0: of the logits.
 
     A row without a finite maximum gives token 0.
     """
-    z = scale(logits, temperature)
-    if limits is not None:
-        z = truncate(z, limits)
-    score = z + noise(key, z.shape[-1])
+    greedy = by.temperature == 0
+    # The most likely token survives every truncation and scales to 0, the others to less: so a
+    # greedy row may go the same way, if no noise is added.
+    z = scale(logits, by.temperature.masked_fill(greedy, 1.0))
+    if by.limits is not None:
+        z = truncate(z, by.limits)
+    score = z + noise(by.key, z.shape[-1]).masked_fill_(greedy[:, None], 0.0)
     return score.nan_to_num_(nan=-torch.inf).argmax(-1)
+
+
+def choose(
+    logits: Tensor,
+    draws: Draws | None = None,
+    raw_usable: Tensor | None = None,
+    drafts: Drafts | None = None,
+) -> Chosen:
+    """A token for each row, and how many drafts these confirm.
+
+    logits: [n, vocab] float32. draws: None if every row is greedy. raw_usable: [n] bool, of the
+    logits as the model gave them, where these are processed ones: rows have to be usable before
+    and after.
+    """
+    tokens = argmax_rows(logits) if draws is None else draw(logits, draws)
+    return conclude(tokens, usable(logits), raw_usable, drafts)
+
+
+def conclude(
+    tokens: Tensor, usable: Tensor, raw_usable: Tensor | None, drafts: Drafts | None
+) -> Chosen:
+    """The end of `choose`. tokens: [n] int64, written; usable: [n] bool."""
+    if raw_usable is not None:
+        usable = usable & raw_usable
+    tokens.masked_fill_(~usable, 0)
+    accepted = None if drafts is None else longest_matches(tokens, drafts)
+    return Chosen(tokens, usable, accepted)

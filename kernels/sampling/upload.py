@@ -12,7 +12,11 @@ def upload(
     values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
     """values -> 1-D tensor on the device. On CUDA the copy is queued, from pinned memory."""
-    host = torch.tensor(values, dtype=dtype)
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """As `upload`, of a tensor in host memory."""
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

@@ -33,7 +33,7 @@ def test_a_decode_step_fills_each_row_to_its_context() -> None:
 def test_every_triton_kernel_that_is_checked_is_compiled_too() -> None:
     """By the names that both know it by; the small operations are also run."""
     pytest.importorskip("triton")
-    from benchmarks.kernels_triton import all_cases, mend, pointwise, small
+    from benchmarks.kernels_triton import all_cases, mend, penalties, pointwise, sampling, small
     from kernels.aot_jobs import jobs
 
     cpu = torch.device("cpu")
@@ -43,7 +43,11 @@ def test_every_triton_kernel_that_is_checked_is_compiled_too() -> None:
     assert len({case.name for case in cases}) == len(cases)
     if os.environ.get("TRITON_INTERPRET") == "1":
         mend()
-        for case in pointwise(small, 2, torch.float32, cpu):
+        for case in (
+            *pointwise(small, 2, torch.float32, cpu),
+            *sampling(small, 2, cpu),
+            penalties(small, 2, 20, cpu),
+        ):
             assert (case.ours() - case.theirs()).abs().max() <= case.within
 
 

@@ -23,7 +23,7 @@ from tests.models.checkpoints import SIZES, save
 from worker.device import Device
 
 triton = pytest.importorskip("triton")
-from kernels.sampling import gumbel_triton  # noqa: E402
+from kernels.sampling import choose_triton  # noqa: E402
 from kernels.triton_ops import TritonOps  # noqa: E402
 
 interpreted = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def test_on_a_gpu_triton_with_flashinfer_for_prompts(monkeypatch: pytest.MonkeyP
         ops = backend.ops(SPEC, torch.bfloat16)
         assert isinstance(ops, TritonOps)
         assert (ops.name, ops.captures(_layers(SPEC)[0])) == (name, capturable)
-        assert backend.draw is gumbel_triton
+        assert backend.draw is choose_triton
         assert not backend.native
 
 
@@ -116,7 +116,7 @@ def test_a_worker_by_triton_kernels_writes_what_transformers_does(tmp_path: Path
     worker, limits = build(tmp_path, attention_backend="triton")
     try:
         assert worker._runner.name == "triton"
-        assert worker._sampler._form is gumbel_triton
+        assert worker._sampler._form is choose_triton
         assert greedy(worker, limits) == by_transformers(tmp_path)
     finally:
         worker.close()

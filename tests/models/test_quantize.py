@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from kernels.linear.dense import DenseLinear
 from kernels.linear.quantized import QuantizedLinear
@@ -17,7 +19,7 @@ from models.errors import CheckpointError
 from models.loader import load_decoder, load_model
 from models.quantization.load import META, DummyTensors
 from models.quantization.save import quantize_checkpoint
-from tests.models.checkpoints import Paged, save
+from tests.models.checkpoints import Paged, expected_logits, save
 
 FORMATS = ["int8", "int6", "int4", "fp8"]
 IDS = torch.arange(3, 40)
@@ -47,6 +49,26 @@ def test_written_and_rounded_when_loaded_are_the_same(
     assert (small / "tokenizer.json").exists()
     assert not (small / "optimizer.bin").exists()
     assert not small.with_name("small.partial").exists()
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
+def test_experts_give_what_transformers_computes_of_the_same_numbers(
+    name: str, bits: int, tmp_path: Path
+) -> None:
+    """The codes as they were written, read here once more, in the library's dense model."""
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    save(dense, "qwen3_moe", tie_word_embeddings=False, **EXPERTS)
+    quantize_checkpoint(dense, small, name)
+    tensors, written = (load_file(at / "model.safetensors") for at in (dense, small))
+    for part in [part for part in written if part.endswith("_packed")]:
+        scales = written[part.replace("packed", "scale")].float()
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        codes = (written[part][..., None] >> shifts) & ((1 << bits) - 1)
+        numbers = codes.view(*scales.shape, -1) - (1 << bits - 1)
+        tensors[part.removesuffix("_packed")] = (numbers * scales[..., None]).flatten(1)
+    save_file(tensors, dense / "model.safetensors")
+    library = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(small), expected_logits(library, IDS), atol=2e-4, rtol=2e-4)
 
 
 def test_more_bits_are_nearer(tmp_path: Path) -> None:

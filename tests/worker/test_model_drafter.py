@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.cpu.chain import ChainRows, NativeChain
 from kernels.ops import AttentionBatch
 from kernels.sampling import reference
-from kernels.sampling.reference import NoiseKey, Truncation
+from kernels.sampling.reference import Draws, NoiseKey, Truncation
 from scheduler.plan import Admit, PageCopy
 from scheduler.request import SamplingParams
 from worker.drafters.base import LATER, Ask, Guess
@@ -58,7 +58,7 @@ def step(
     else:
         key = NoiseKey(by.seed[at], by.choice[at], torch.tensor([position]))
         limits = Truncation(by.log_min_p[at], by.top_k[at], by.top_p[at])
-        token = int(reference.draw(logits, by.temperature[at], key, limits))
+        token = int(reference.draw(logits, Draws(by.temperature[at], key, limits)))
     return token, float(logits.softmax(1)[0, token])
 
 
@@ -145,7 +145,9 @@ class Setting:
         params: Sequence[SamplingParams] = PARAMS,
         most_tokens: int = 1000,
         target_vocab: int = VOCAB,
+        late: bool = False,
     ) -> None:
+        """late: drafts are read when all are made, as on a GPU."""
         self.vocab, self.params = vocab, params
         self.model = Model(vocab, chained)
         self.slots = SlotTable(SLOTS, LENGTH, PAGE, CPU)
@@ -155,6 +157,8 @@ class Setting:
         self.drafter = ModelDrafter(
             self.model, self.kv, self.slots, sampler, 10**3, vocab, most_tokens
         )
+        if late:
+            self.drafter._reads_each = False
         self.free = list(range(1, PAGES))
         random.Random(2).shuffle(self.free)
         self.epoch = 0
@@ -229,14 +233,20 @@ def text(seed: int, length: int) -> list[int]:
 both = pytest.mark.parametrize("chained", [False, True], ids=["one by one", "one call"])
 
 
-@both
+@pytest.mark.parametrize(
+    ("chained", "late"),
+    [(False, False), (False, True), (True, False)],
+    ids=["one by one", "read late", "one call"],
+)
 @pytest.mark.parametrize(
     ("vocab", "target"), [(VOCAB, VOCAB), (VOCAB - 9, VOCAB), (VOCAB, VOCAB - 9)]
 )
-def test_drafts_are_what_the_model_would_write(chained: bool, vocab: int, target: int) -> None:
+def test_drafts_are_what_the_model_would_write(
+    chained: bool, late: bool, vocab: int, target: int
+) -> None:
     """Random lengths, owners, askers, limits and outcomes; tokens the model has not got, too."""
     rng = random.Random(1)
-    setting = Setting(chained, vocab, target_vocab=target)
+    setting = Setting(chained, vocab, target_vocab=target, late=late)
     drafted = steps = 0
     for _ in range(80):
         for slot in range(1, SLOTS):
@@ -323,6 +333,56 @@ def test_rows_stop_one_by_one(chained: bool) -> None:
     made = [len(guess.tokens) for guess in guesses]
     assert made == [1, 4, 3, 3]  # at `most`, by `least`, at `most`, by `least`
     assert setting.drafter.take_work() == (max(made), 3 + 6 + 9 + 12 + sum(made) - 4)
+
+
+def test_who_is_read_late_goes_on_to_its_most() -> None:
+    """What was drafted after the one that makes a row stop is computed and thrown away."""
+    setting = Setting(params=[GREEDY], late=True)
+    for slot in range(1, SLOTS):
+        setting.admit(slot, text(80 + slot, 3 * slot))
+    most = {1: 1, 2: 6, 3: 3, 4: 6}
+    for (slot, k), guess in zip(most.items(), setting.propose(most, 0.1), strict=True):
+        check(guess, setting.expected(slot, k, 0.1))
+    assert [len(fed) for fed in setting.model.forwards] == [3 + 6 + 9 + 12, 3, 3, 2, 2, 2]
+
+
+def test_the_host_never_waits_for_a_draft() -> None:
+    """On the meta device whatever reads a value back raises; the reading of all is left out."""
+    device = torch.device("meta")
+
+    class Unknown(Model):
+        def forward(
+            self,
+            ids: Tensor,
+            batch: AttentionBatch,
+            kv: Sequence[Tensor],
+            read: Tensor | None = None,
+        ) -> Tensor:
+            self.forwards.append([0] * len(ids))
+            return torch.empty(len(ids) if read is None else len(read), 8, device=device)
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            return torch.empty(len(hidden), VOCAB, device=device)
+
+    slots = SlotTable(SLOTS, LENGTH, PAGE, device)
+    sampling = SlotSampling(SLOTS, VOCAB, device)
+    model = Unknown(VOCAB, False)
+    kv = [torch.empty(PAGES, PAGE, device=device)]
+    drafter = ModelDrafter(
+        model, kv, slots, Sampler(sampling, slots.tokens), 1000, VOCAB, most_tokens=1000
+    )
+    read: list[int] = []
+    drafter._read = lambda drawn, least: read.append(len(drawn))  # type: ignore[method-assign]
+    penalised = SamplingParams(max_tokens=9, seed=1, presence_penalty=0.5)
+    for slot, params in enumerate([*PARAMS[:3], penalised], 1):
+        slots.admit(Admit(slot, 1, params, 0, 1, (), (), ()))
+        slots.add_pages(slot, list(range(10 * slot, 10 * slot + 10)))
+        sampling.admit(slot, params, 0, 1)
+        drafter.admit(slot, b"")
+    asks = [Ask(slot, text(slot, 3 * slot), most=slot + 1, ahead=2) for slot in range(1, SLOTS)]
+    drafter.propose(asks, 0.5)
+    assert read == [5]
+    assert [len(fed) for fed in model.forwards] == [3 + 6 + 9 + 12, 4, 3, 2, 1]
 
 
 @both

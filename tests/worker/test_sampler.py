@@ -1,7 +1,7 @@
 """The sampler as the worker uses it, against a slow oracle in plain Python."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.sampling import reference
-from kernels.sampling.accept import accepted_counts
+from kernels.sampling.accept import Drafts
 from scheduler.request import SamplingParams, TokenLogprob
 from tests.kernels.sampling import oracle
 from tests.kernels.sampling.cases import chi_square
-from worker.sampler import Sampled, Sampler
+from worker.sampler import Form, Sampled, Sampler
 from worker.sampling_state import SlotSampling
 
 VOCAB, LENGTH = 24, 40
@@ -360,17 +360,31 @@ def test_prompt_logprobs():
     assert (second.rank, second.top[0][0]) == (1, 0)  # nothing is more likely; the lower id first
 
 
-def test_the_device_form_gives_the_same_tokens():
-    """What a GPU without a fused kernel runs, here on the CPU."""
+def triton_form() -> Form:
+    pytest.importorskip("triton")
+    from kernels.interpreter import interpreted, mend
+    from kernels.sampling import choose_triton
+
+    if not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 from the start")
+    mend()
+    return choose_triton
+
+
+@pytest.mark.parametrize("form", [lambda: reference, triton_form], ids=["torch", "triton"])
+def test_the_device_forms_give_the_same_tokens(form: Callable[[], Form]):
+    """What a GPU runs with kernels and without, here on the CPU."""
     bench = Bench(mixed_owners(), vocab=512)
     rows = [(slot, position) for slot in range(1, 9) for position in (6, 21, 40)]
     logits = torch.randn(len(rows), 512, generator=torch.Generator().manual_seed(4)) * 3
     logits[5, 9] = math.nan
+    logits[22, 3] = math.nan  # of a token that its slot may not choose
     expected = bench.sample(logits, rows)
-    bench.sampler.use(reference)
+    bench.sampler.use(form())
     sampled = bench.sample(logits, rows)
     assert sampled.tokens.tolist() == expected.tokens.tolist()
     assert sampled.finite.tolist() == expected.finite.tolist()
+    assert sampled.finite.tolist().count(False) == 2
 
 
 def test_nothing_waits_for_the_device():
@@ -381,6 +395,9 @@ def test_nothing_waits_for_the_device():
         slots.admit(slot, params, choice, 6)
     sampler = Sampler(slots, torch.zeros(9, LENGTH, dtype=torch.int32, device=device))
     positions = torch.ones(16, dtype=torch.int64, device=device)
-    sampled = sampler.sample(torch.zeros(16, VOCAB, device=device), [*range(1, 9)] * 2, positions)
+    drafts = Drafts(positions, positions, positions[:2], positions[:2])
+    logits = torch.zeros(16, VOCAB, device=device)
+    sampled = sampler.sample(logits, [*range(1, 9)] * 2, positions, drafts=drafts)
     assert sampled.asked is not None
-    assert accepted_counts(sampled.tokens, sampled.tokens, [0, 3, 16]).shape == (2,)
+    assert sampled.accepted is not None
+    assert sampled.accepted.shape == (2,)

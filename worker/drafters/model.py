@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.cpu.chain import ChainRows, NativeChain
+from kernels.ops import AttentionBatch
+from kernels.sampling.upload import upload
 from worker.drafters.base import LATER, Ask, Guess
 from worker.drafters.followed import Followed, OwnPages, TargetPages
 from worker.drafters.outcomes import Foreseen, Outcome, likely_branches
-from worker.drafters.spans import Moved, span_batch
+from worker.drafters.spans import Moved, last_batch, span_batch
 from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.sampling_state import Need
@@ -38,16 +40,17 @@ class _Row:
     """One ask on its way."""
 
     ask: Ask
-    tokens: list[int] = field(default_factory=list)
+    made: int = 0  # drafts, which the device may be the only one to know
+    tokens: list[int] = field(default_factory=list)  # those that were read
     confidence: list[float] = field(default_factory=list)
     # By draft, what would have been drawn if it could not be; only where drafts are made ahead.
     others: list[int] = field(default_factory=list)
-    all_right: float = 1.0  # the probability that all drafts so far are
+    all_right: float = 1.0  # the probability that all drafts that were read are
     moved: Moved | None = None  # where its last keys and values lie, if not in the slot's pages
 
     @property
     def length(self) -> int:
-        return len(self.ask.tokens) + len(self.tokens)
+        return len(self.ask.tokens) + self.made
 
     def add(self, token: int, confidence: float) -> None:
         self.tokens.append(token)
@@ -55,7 +58,10 @@ class _Row:
         self.all_right *= confidence
 
     def drafts_on(self, least: float) -> bool:
-        return len(self.tokens) < self.ask.most and self.all_right >= least
+        return self.made < self.ask.most and self.believes(least)
+
+    def believes(self, least: float) -> bool:
+        return not self.tokens or self.all_right >= least
 
 
 class _Reading(NamedTuple):
@@ -66,10 +72,31 @@ class _Reading(NamedTuple):
     end: int
 
     def ids(self) -> list[int]:
-        known = self.row.ask.tokens
-        if self.start < len(known):
-            return known[self.start : self.end]
-        return self.row.tokens[self.start - len(known) : self.end - len(known)]
+        return self.row.ask.tokens[self.start : self.end]
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """Rows that draft on, side by side. All tensors on the device."""
+
+    rows: list[_Row]
+    slots: Tensor  # [rows] int64
+    lengths: Tensor  # [rows] int64, of the text and the drafts of each
+    page_table: Tensor  # [rows, pages] int32, up to the last draft
+
+    def keep(self, stay: list[int], at: Tensor) -> _Front:
+        """Some of the rows; `at`: `stay` on the device."""
+        rows = [self.rows[i] for i in stay]
+        return _Front(rows, self.slots[at], self.lengths[at], self.page_table[at])
+
+
+class _Drawn(NamedTuple):
+    """A draft of each of some rows, on the device."""
+
+    rows: list[_Row]
+    tokens: Tensor  # [rows] int64
+    confidence: Tensor  # [rows] float32
+    others: Tensor | None  # [rows] int64, what would have been drawn if those could not be
 
 
 class ModelDrafter:
@@ -111,6 +138,9 @@ class ModelDrafter:
         self._last = vocab_size - 1  # a token beyond it is as good as any to a drafter
         self._most_tokens = most_tokens
         self._vocab = sampler.slots.vocab_size
+        # Where a draft is read at no cost, its confidence may end a row. Elsewhere the host would
+        # wait for the device once a draft, so drafts are read at the end, and cut then.
+        self._reads_each = slots.tokens.device.type == "cpu"
         self._depth = self._fed = 0  # see `take_work`
         self._spare_pages = spare_pages
         self._drafted: dict[int, _Row] = {}  # by slot, in the last `propose`
@@ -220,9 +250,11 @@ class ModelDrafter:
     def _copy(self, pages: Sequence[tuple[int, int]]) -> None:
         """Keys and values of the first of each pair to the second."""
         if pages:
-            at = torch.tensor(pages, device=self._slots.tokens.device)
+            source, target = (
+                upload(of, self._slots.tokens.device) for of in zip(*pages, strict=True)
+            )
             for layer in self._kv:
-                layer[at[:, 1]] = layer[at[:, 0]]
+                layer[target] = layer[source]
 
     def _foresaw(self, row: _Row, least: float) -> bool:
         """Gives the row the drafts that were made for what has come, if they were."""
@@ -241,7 +273,7 @@ class ModelDrafter:
             self._copy([(page, to) for page, to in zip(pages, own, strict=False)])
         self.followed.advance(slot, len(tokens))
         for token, confidence in zip(*outcome.guess, strict=True):
-            if row.tokens and not row.drafts_on(least):
+            if len(row.tokens) == row.ask.most or not row.believes(least):
                 break
             row.add(token, confidence)
         self._depth = max(self._depth, len(row.tokens))
@@ -262,29 +294,43 @@ class ModelDrafter:
         elif through:
             self._in_one_call(chain, readings, through, least)
         else:
-            self._forward(readings, None)
+            self._forward(*self._laid_out(readings))
 
     def _one_by_one(self, readings: list[_Reading], through: list[_Row], least: float) -> None:
-        tokens = sum(r.end - r.start for r in readings)
-        with self._threads(tokens):
-            hidden = self._forward(readings, self._last_tokens(readings[: len(through)]))
-            if through:
-                self._draw(through, hidden)
-        with self._threads(len(through)):
-            while alive := [row for row in through if row.drafts_on(least)]:
-                self._draw(alive, self._continue(alive))
-                through = alive
+        """Nothing is read back before the last draft is on its way, but where reading is free."""
+        ids, batch = self._laid_out(readings, max((row.ask.most for row in through), default=0))
+        count, ahead = len(through), any(row.ask.ahead for row in through)
+        with self._threads(len(ids)):
+            hidden = self._forward(ids, batch, self._last_tokens(readings[:count]))
+            if not through:
+                return
+            slots = upload([row.ask.slot for row in through], ids.device)
+            lengths = batch.kv_lengths[:count].long()
+            front = _Front(through, slots, lengths, batch.page_table[:count])
+            drawn = self._draw(front, hidden, ahead)
+        unread = [drawn]
+        with self._threads(count):
+            while True:
+                if self._reads_each:
+                    self._read(unread, least)
+                    unread = []
+                stay = [i for i, row in enumerate(front.rows) if row.drafts_on(least)]
+                if not stay:
+                    break
+                tokens = drawn.tokens
+                if len(stay) < len(front.rows):
+                    at = upload(stay, tokens.device)
+                    tokens, front = tokens[at], front.keep(stay, at)
+                front = replace(front, lengths=front.lengths + 1)
+                drawn = self._draw(front, self._feed(front, tokens), ahead)
+                unread.append(drawn)
+        self._read(unread, least)
 
     def _in_one_call(
         self, chain: NativeChain, readings: list[_Reading], through: list[_Row], least: float
     ) -> None:
-        ids, count = [token for r in readings for token in r.ids()], len(through)
-        batch = span_batch(
-            self._slots,
-            [(r.row.ask.slot, r.start, r.end) for r in readings],
-            max(row.ask.most for row in through),
-            [r.row.moved for r in readings],
-        )
+        count = len(through)
+        ids, batch = self._laid_out(readings, max(row.ask.most for row in through))
         sampling = self._sampler.slots
         slot = torch.tensor([row.ask.slot for row in through])
         drafting = ChainRows(
@@ -299,13 +345,13 @@ class ModelDrafter:
             page_table=batch.page_table[:count],
         )
         read = self._last_tokens(readings[:count])
-        fed = torch.tensor(ids).clamp_(max=self._last)
         others = any(row.ask.ahead for row in through)
         with self._threads(max(len(ids), count)):
-            made = chain.draft(fed, batch, self._kv, read, drafting, least, self._vocab, others)
+            made = chain.draft(ids, batch, self._kv, read, drafting, least, self._vocab, others)
         for row, tokens, confidence, instead in zip(through, *made, strict=True):
             row.tokens, row.confidence, row.others = tokens, confidence, instead
-        counts = [len(row.tokens) for row in through]
+            row.made = len(tokens)
+        counts = [row.made for row in through]
         self._depth += max(counts)
         self._fed += len(ids) + sum(counts) - count
 
@@ -341,10 +387,18 @@ class ModelDrafter:
             readings.append(_Reading(row, start, end))
         return readings
 
+    def _laid_out(self, readings: list[_Reading], more: int = 0) -> tuple[Tensor, AttentionBatch]:
+        """One forward: its token ids, [tokens] int64, and where they stand; `more` as in
+        `span_batch`."""
+        spans = [(r.row.ask.slot, r.start, r.end) for r in readings]
+        batch = span_batch(self._slots, spans, more, [r.row.moved for r in readings])
+        ids = upload([token for r in readings for token in r.ids()], self._slots.tokens.device)
+        return ids.clamp_(max=self._last), batch
+
     def _last_tokens(self, readings: list[_Reading]) -> Tensor:
         """Where in the forward the last tokens of the first rows stand."""
-        ends = np.cumsum([r.end - r.start for r in readings], dtype=np.int64)
-        return torch.from_numpy(ends - 1).to(self._slots.tokens.device)
+        ends = accumulate(r.end - r.start for r in readings)
+        return upload([end - 1 for end in ends], self._slots.tokens.device)
 
     @contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
@@ -357,44 +411,50 @@ class ModelDrafter:
         finally:
             torch.set_num_threads(threads)
 
-    def _continue(self, rows: list[_Row]) -> Tensor:
-        """Feeds the last draft of each. Where processors look at it, it stands in the token table
-        from here on."""
+    def _feed(self, front: _Front, tokens: Tensor) -> Tensor:
+        """Computes the last draft of each: [rows] int64. Where processors look at it, it stands in
+        the token table from here on."""
         needs, table = self._sampler.slots.needs, self._slots.tokens
-        shown = [row for row in rows if needs[row.ask.slot] & Need.PROCESSING]
+        shown = [i for i, row in enumerate(front.rows) if needs[row.ask.slot] & Need.PROCESSING]
         if shown:
-            at = torch.tensor([(r.ask.slot, r.length - 1) for r in shown], device=table.device)
-            last = [row.tokens[-1] for row in shown]
-            table[at[:, 0], at[:, 1]] = torch.tensor(last, dtype=table.dtype, device=table.device)
-        return self._forward([_Reading(row, row.length - 1, row.length) for row in rows], None)
+            at = upload(shown, table.device)
+            table[front.slots[at], front.lengths[at] - 1] = tokens[at].to(table.dtype)
+        longest = max(row.length for row in front.rows)
+        batch = last_batch(front.lengths, front.page_table, self._slots.page_size, longest)
+        return self._forward(tokens.clamp(max=self._last), batch)
 
-    def _forward(self, readings: list[_Reading], read: Tensor | None) -> Tensor:
-        device = self._slots.tokens.device
-        ids = [token for r in readings for token in r.ids()]
+    def _forward(self, ids: Tensor, batch: AttentionBatch, read: Tensor | None = None) -> Tensor:
         self._depth += 1
-        self._fed += len(ids)
-        batch = span_batch(
-            self._slots,
-            [(r.row.ask.slot, r.start, r.end) for r in readings],
-            moved=[r.row.moved for r in readings],
-        )
-        fed = torch.tensor(ids, device=device).clamp_(max=self._last)
-        return self.runner.forward(fed, batch, self._kv, read)
+        self._fed += ids.shape[0]
+        return self.runner.forward(ids, batch, self._kv, read)
 
-    def _draw(self, rows: list[_Row], hidden: Tensor) -> None:
-        """A draft of each, by the target's noise and rules."""
+    def _draw(self, front: _Front, hidden: Tensor, ahead: bool) -> _Drawn:
+        """A draft of each, by the target's noise and rules; `ahead`: and what else it might be."""
         logits = self.runner.logits(hidden)
         missing = self._vocab - logits.shape[1]
         if missing:  # one of the two vocabularies is padded; what the other has not is not drawn
             logits = pad(logits, (0, missing), value=-torch.inf).contiguous()
-        slots = [row.ask.slot for row in rows]
-        positions = torch.tensor([row.length for row in rows], device=logits.device)
-        drawn = self._sampler.draw(logits, slots, positions)
-        taken = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
-        for row, token, confidence in zip(rows, drawn.tolist(), taken.exp().tolist(), strict=True):
-            row.add(token, confidence)
-        if any(row.ask.ahead for row in rows):
-            rest = logits.scatter(1, drawn[:, None], -torch.inf)
-            instead = self._sampler.draw(rest, slots, positions)
-            for row, token in zip(rows, instead.tolist(), strict=True):
-                row.others.append(token)
+        slots = [row.ask.slot for row in front.rows]
+        tokens = self._sampler.draw(logits, slots, front.lengths, front.slots)
+        taken = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+        others = None
+        if ahead:
+            rest = logits.scatter(1, tokens[:, None], -torch.inf)
+            others = self._sampler.draw(rest, slots, front.lengths, front.slots)
+        for row in front.rows:
+            row.made += 1
+        return _Drawn(front.rows, tokens, taken.exp(), others)
+
+    @staticmethod
+    def _read(drawn: Sequence[_Drawn], least: float) -> None:
+        """Tells the rows their drafts, up to the first that makes them stop."""
+        if not drawn:
+            return
+        tokens = torch.cat([d.tokens for d in drawn]).tolist()
+        confidence = torch.cat([d.confidence for d in drawn]).tolist()
+        others = [d.others for d in drawn if d.others is not None]
+        instead = torch.cat(others).tolist() if others else []
+        for i, row in enumerate(row for d in drawn for row in d.rows):
+            if row.believes(least):
+                row.add(tokens[i], confidence[i])
+                row.others += instead[i : i + 1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch
+from kernels.sampling.upload import send, upload
 from worker.slots import SlotTable
 
 Span = tuple[int, int, int]  # a slot, and positions from the first to before the last
@@ -26,7 +27,7 @@ def span_batch(
     slots: SlotTable, spans: Sequence[Span], more: int = 0, moved: Sequence[Moved | None] = ()
 ) -> AttentionBatch:
     """One ragged forward over known positions; the page table reaches `more` positions further.
-    `moved`: of each span, if of any."""
+    `moved`: of each span, if of any. Does not wait for the device."""
     device, size = slots.tokens.device, slots.page_size
     slots.flush()
     table = np.array(spans, dtype=np.int64)
@@ -38,7 +39,7 @@ def span_batch(
     longest = int(table[:, 2].max())
 
     def put(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
+        return send(torch.from_numpy(values), device)
 
     row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
     width = -(-(longest + more) // size)
@@ -47,7 +48,7 @@ def span_batch(
         if elsewhere is not None:
             pages = elsewhere.pages[: max(width - elsewhere.first, 0)]
             to = slice(elsewhere.first, elsewhere.first + len(pages))
-            page_table[row, to] = torch.tensor(pages, dtype=page_table.dtype, device=device)
+            page_table[row, to] = upload(pages, device, page_table.dtype)
     return AttentionBatch(
         positions=at,
         token_rows=token_rows,
@@ -56,5 +57,24 @@ def span_batch(
         page_table=page_table,
         kv_slots=page_table[token_rows, at // size].long() * size + at % size,
         max_query=int(counts.max()),
+        max_kv=longest,
+    )
+
+
+def last_batch(lengths: Tensor, page_table: Tensor, page_size: int, longest: int) -> AttentionBatch:
+    """One forward over the last position of each row. lengths: [rows] int64, on the device;
+    page_table: [rows, pages] int32; longest: no length exceeds it. Does not wait for the device."""
+    count, positions = lengths.shape[0], lengths - 1
+    rows = torch.arange(count, device=lengths.device)
+    page_table = page_table[:, : -(-longest // page_size)]
+    return AttentionBatch(
+        positions=positions,
+        token_rows=rows,
+        query_starts=torch.arange(count + 1, dtype=torch.int32, device=lengths.device),
+        kv_lengths=lengths.to(torch.int32),
+        page_table=page_table,
+        kv_slots=page_table[rows, positions // page_size].long() * page_size
+        + positions % page_size,
+        max_query=1,
         max_kv=longest,
     )

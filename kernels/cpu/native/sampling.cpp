@@ -6,15 +6,16 @@ using namespace native;
 namespace {
 
 // logits: [rows, vocab]; draws: one a row, or null for the argmax. A row without a finite maximum
-// gives 0.
-void sample(const float* logits, const Draw* draws, int64_t* tokens, int64_t rows, int64_t vocab,
-            Share share) {
+// gives 0. usable: [rows] 0 or 1, whether the maximum is finite and nothing is NaN.
+void sample(const float* logits, const Draw* draws, int64_t* tokens, uint8_t* usable, int64_t rows,
+            int64_t vocab, Share share) {
     thread_local std::vector<float> maxima;
     thread_local Candidates found;
     const Range range = part(rows, share);
     for (int64_t r = range.begin; r < range.end; r++) {
         const TiledRow row(logits + r * vocab, vocab, maxima);
         tokens[r] = choose(row, vocab, draws ? draws[r] : Draw{}, found);
+        usable[r] = row.usable;
     }
 }
 
@@ -32,12 +33,12 @@ void by_row(int threads, int64_t elements, int64_t worth, Work work) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// temperature null: greedy, and nothing below it is read. log_min_p null: no truncation, and
-// top_k and top_p are not read.
-void native_sample(const float* logits, int64_t* tokens, int64_t rows, int64_t vocab,
-                   const float* temperature, const int64_t* seed, const int64_t* choice,
-                   const int64_t* position, const float* log_min_p, const int64_t* top_k,
-                   const double* top_p, int threads) {
+// temperature null: all rows are greedy, and nothing below it is read; 0: that row is. log_min_p
+// null: no truncation, and top_k and top_p are not read.
+void native_sample(const float* logits, int64_t* tokens, uint8_t* usable, int64_t rows,
+                   int64_t vocab, const float* temperature, const int64_t* seed,
+                   const int64_t* choice, const int64_t* position, const float* log_min_p,
+                   const int64_t* top_k, const double* top_p, int threads) {
     std::vector<Draw> draws(temperature ? rows : 0);
     for (int64_t r = 0; r < (int64_t)draws.size(); r++)
         draws[r] = {temperature[r],
@@ -49,11 +50,11 @@ void native_sample(const float* logits, int64_t* tokens, int64_t rows, int64_t v
                     (uint32_t)position[r]};
     const int64_t worth = temperature ? kWorthDrawing : kWorthLooking;
     by_row(threads, rows * vocab, worth, [&](Share share) {
-        sample(logits, temperature ? draws.data() : nullptr, tokens, rows, vocab, share);
+        sample(logits, temperature ? draws.data() : nullptr, tokens, usable, rows, vocab, share);
     });
 }
 
-// usable: [rows] 0 or 1, whether the maximum is finite and nothing is NaN.
+// usable: as in `sample`.
 void native_usable(const float* logits, uint8_t* usable, int64_t rows, int64_t vocab,
                    int threads) {
     by_row(threads, rows * vocab, kWorthLooking, [&](Share share) {

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 from kernels.cpu.ops import NativeOps
 from kernels.sampling import pruned
+from kernels.sampling.reference import Draws
 from tests.kernels.sampling.cases import (
     SOME_LIMITS,
     check_bad_rows,
@@ -43,20 +44,20 @@ def test_a_real_vocabulary(native: NativeOps, limits: dict | None):
     logits = torch.randn(3, 151_937, generator=generator) * 3
     logits[1] *= 3
     logits[2] = logits[2].bfloat16().float()  # ties
-    key, heat = make_key(3, generator), torch.tensor([1.0, 0.6, 1.2])
     bounds = make_limits(3, 151_937, **limits) if limits else None
-    expected = pruned.draw(logits, heat, key, bounds)
-    assert torch.equal(native.sampling().draw(logits, heat, key, bounds), expected)
+    by = Draws(torch.tensor([1.0, 0.6, 1.2]), make_key(3, generator), bounds)
+    expected = pruned.choose(logits, by).tokens
+    assert torch.equal(native.sampling().choose(logits, by).tokens, expected)
 
 
 def test_threads_change_nothing(native: NativeOps, threads: None):
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(37, 4096, generator=generator) * 3
-    key, heat = make_key(37, generator), torch.ones(37)
+    by = Draws(torch.ones(37), make_key(37, generator))
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(native.sampling().draw(logits, heat, key))
+        results.append(native.sampling().choose(logits, by).tokens)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -69,8 +70,9 @@ def test_threads_change_nothing_about_what_is_looked_at(native: NativeOps, threa
         torch.set_num_threads(count)
         usable = native.sampling().usable(logits)
         assert torch.equal(usable, pruned.usable(logits))
-        tokens = native.sampling().argmax_rows(logits)
-        assert torch.equal(tokens[usable], logits.argmax(-1)[usable])
+        chosen = native.sampling().choose(logits)
+        assert torch.equal(chosen.usable, usable)
+        assert torch.equal(chosen.tokens[usable], logits.argmax(-1)[usable])
 
 
 def test_refuses_other_layouts(native: NativeOps):
@@ -78,8 +80,8 @@ def test_refuses_other_layouts(native: NativeOps):
     logits = torch.zeros(2, 64)
     for wrong in (logits.double(), logits.T.contiguous().T, logits[0]):
         with pytest.raises(ValueError, match="logits"):
-            form.argmax_rows(wrong)
+            form.choose(wrong)
     with pytest.raises(ValueError, match="float32"):
-        form.draw(logits, torch.ones(2, dtype=torch.float64), key)
+        form.choose(logits, Draws(torch.ones(2, dtype=torch.float64), key))
     with pytest.raises(ValueError, match="a row"):
-        form.draw(logits, torch.ones(3), key)
+        form.choose(logits, Draws(torch.ones(3), key))

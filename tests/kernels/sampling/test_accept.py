@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.sampling.accept import accepted_counts
+from kernels.sampling.accept import Drafts, longest_matches
 
 
 def by_hand(sampled: list[int], drafts: list[int]) -> int:
@@ -14,6 +14,14 @@ def by_hand(sampled: list[int], drafts: list[int]) -> int:
             break
         count += 1
     return count
+
+
+def accepted_counts(sampled: list[int], drafts: list[int], lengths: list[int]) -> list[int]:
+    """Of sequences with so many rows each."""
+    ends = torch.tensor(lengths).cumsum(0)
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    judged = Drafts(torch.tensor(drafts).int(), sequence, ends - torch.tensor(lengths), ends - 1)
+    return longest_matches(torch.tensor(sampled), judged).tolist()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -27,23 +35,18 @@ def by_hand(sampled: list[int], drafts: list[int]) -> int:
     )
 )
 def test_longest_match(sequences: list[tuple[list[int], list[int]]]):
-    starts = [0]
-    for sampled, _ in sequences:
-        starts.append(starts[-1] + len(sampled))
     counts = accepted_counts(
-        torch.tensor([t for sampled, _ in sequences for t in sampled]),
-        torch.tensor([t for _, drafts in sequences for t in drafts], dtype=torch.int32),
-        starts,
+        [t for sampled, _ in sequences for t in sampled],
+        [t for _, drafts in sequences for t in drafts],
+        [len(sampled) for sampled, _ in sequences],
     )
-    assert counts.tolist() == [by_hand(*sequence) for sequence in sequences]
+    assert counts == [by_hand(*sequence) for sequence in sequences]
 
 
 def test_no_drafts_is_the_same_path():
-    tokens = torch.tensor([3, 4, 5])
-    assert accepted_counts(tokens, tokens, [0, 1, 2, 3]).tolist() == [0, 0, 0]
+    assert accepted_counts([3, 4, 5], [3, 4, 5], [1, 1, 1]) == [0, 0, 0]
 
 
 def test_the_last_row_judges_nothing():
     """What the token table holds at the last row's position may happen to equal its sample."""
-    tokens = torch.tensor([1, 2, 3])
-    assert accepted_counts(tokens, tokens, [0, 3]).tolist() == [2]
+    assert accepted_counts([1, 2, 3], [1, 2, 3], [3]) == [2]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from kernels.sampling import pruned, reference
 from kernels.sampling.philox import GUMBEL_SPAN
-from kernels.sampling.reference import NoiseKey
+from kernels.sampling.reference import Draws, NoiseKey
 from tests.kernels.sampling.cases import (
     SOME_LIMITS,
     check_bad_rows,
@@ -58,7 +58,7 @@ def test_equal_scores_go_to_the_lowest_id():
     # At such a temperature the noise cannot be heard over the logits, and rounding makes ties.
     heat = torch.tensor([1e-30])
     key = make_key(1, torch.Generator().manual_seed(1))
-    tokens = {int(f(logits, heat, key)) for f in (reference.draw, pruned.draw)}
+    tokens = {int(f(logits, Draws(heat, key))) for f in (reference.draw, pruned.draw)}
     assert len(tokens) == 1
     assert tokens <= {77, 78, 200}
 
@@ -87,7 +87,7 @@ def test_marginals(temperature: float, limits: dict):
         position=torch.cat([torch.arange(half), torch.full((half,), 5)]),
     )
     bounds = make_limits(n, vocab, **limits) if limits else None
-    tokens = pruned.draw(logits, torch.full((n,), temperature), key, bounds)
+    tokens = pruned.draw(logits, Draws(torch.full((n,), temperature), key, bounds))
     z = reference.scale(row[None], torch.tensor([temperature]))
     if limits:
         z = reference.truncate(z, make_limits(1, vocab, **limits))
