@@ -1,4 +1,4 @@
-"""`CoarseOps`: any operators, with attention that reads pages by fewer bits."""
+"""`CoarseOps`: any operators, with layers whose pages are read by fewer bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from kernels.ops import AttentionBatch, AttentionLayer, Ops
 
 
 class CoarseOps:
-    """Writes what the others write, and reads half of it (QuantSpec, arXiv 2502.10424)."""
+    """Writes what the others write, but for dense copies, and reads half of it (QuantSpec, arXiv
+    2502.10424)."""
 
     def __init__(self, ops: Ops) -> None:
         self.name = f"{ops.name}, coarse"
@@ -34,12 +35,12 @@ class CoarseOps:
     def rope_append(
         self, qkv: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
     ) -> Tensor:
-        return self._ops.rope_append(qkv, layer, kv, batch)
+        return self._ops.rope_append(qkv, self._coarse(layer), kv, batch)
 
     def append(
         self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
     ) -> None:
-        self._ops.append(k, v, layer, kv, batch)
+        self._ops.append(k, v, self._coarse(layer), kv, batch)
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         return self._ops.attend(q, kv, self._coarse(layer), batch)
