@@ -41,7 +41,6 @@ CHANGE = 4  # by more than one row of so many
 SELDOM = 32  # steps from one probe to the next while there are none; they are what may change that
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
 MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
-PROBE_STEPS = 1  # that a probe lasts, unless it is answered
 PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good drafts would be
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
@@ -122,7 +121,7 @@ class Controller:
             return NO_RULES
         rows = len(running)
         changed = abs(rows - self._decided_for) * CHANGE > self._decided_for
-        wait = EVERY if self._usual or self._news else PROBE_STEPS if self._probing else SELDOM
+        wait = EVERY if self._usual or self._news else 1 if self._probing else SELDOM
         if rows and (changed or self._plans >= wait):
             live = [s for s in running if s.fed == len(s.tokens)]
             if live and self._steps.ready:
@@ -329,8 +328,9 @@ class Controller:
         return math.inf if target is None else GAP_AIM * target
 
     def _probe(self, live: list[Sequence]) -> None:
-        """Has one sequence draft, where the time for it was saved up, so that it is noticed when
-        drafts would pay after all. The options take turns, but for those that take too long."""
+        """Has one sequence draft for a step, where the time for it was saved up, so that it is
+        noticed when drafts would pay after all. The options take turns, but for those that take too
+        long."""
         willing = [s for s in live if s.most_drafts]
         if not willing:
             return
@@ -347,8 +347,8 @@ class Controller:
             forwards, tokens = 0, 0.0
             if option.computes:
                 unread = len(sequence.tokens) - sequence.read_to if option.reads else 0
-                forwards, tokens = drafts, drafts + unread / PROBE_STEPS
-            price = PROBE_STEPS * (cost.total(1, forwards, tokens) + max(more, 0.0))
+                forwards, tokens = drafts, float(drafts + unread)
+            price = cost.total(1, forwards, tokens) + max(more, 0.0)
             if price <= self._credit:
                 self._credit -= price
                 self._turn = turn + 1

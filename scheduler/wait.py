@@ -140,10 +140,10 @@ class Waits:
 
     def admitted(self, forecast: WaitForecast | None, waited: float) -> None:
         """A request got a slot after `waited` seconds."""
-        if forecast is None or forecast.model_s < 2 * self._wall:
-            return  # too short to learn from
-        if math.isinf(forecast.model_s):
-            return  # it was wrong, but nobody knows by how much
+        if forecast is None or not 2 * self._wall <= forecast.model_s < math.inf:
+            return  # too short to learn from, or it was wrong, but nobody knows by how much
+        if forecast.admission_s <= 0.0:
+            return  # it was let in at once
         self._waited += _RATE * (waited - self._waited)
         self._modelled += _RATE * (forecast.model_s - self._modelled)
         error = waited / forecast.admission_s - 1.0

@@ -309,4 +309,5 @@ def test_the_margin_holds_nine_tenths_of_the_errors() -> None:
 def test_an_end_to_a_wait_that_none_was_foreseen_for_teaches_nothing() -> None:
     waits = Waits(StepCost.learning())
     waits.admitted(WaitForecast(math.inf, math.inf, math.inf), 3.0)
+    waits.admitted(WaitForecast(0.0, 1.0, 0.0), 3.0)
     assert (waits.correction, waits.margin) == (1.0, 0.0)
