@@ -92,9 +92,9 @@ def layer_formats(
     windows = _windows(page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
     return [
-        _paged(BOUNDARY, kv_heads, page_size, head_dim, means[i], halves=halves)
+        paged_format(BOUNDARY, kv_heads, page_size, head_dim, means[i], halves=halves)
         if i in wide
-        else _paged(name, kv_heads, page_size, head_dim, means[i], windows, halves)
+        else paged_format(name, kv_heads, page_size, head_dim, means[i], windows, halves)
         for i in range(num_layers)
     ]
 
@@ -112,15 +112,17 @@ def _ends(least: int | None, num_layers: int) -> int:
     return max(min(2, num_layers // EVERY_LAYERS), least)
 
 
-def _paged(
+def paged_format(
     name: str,
     kv_heads: int,
     page_size: int,
     head_dim: int,
-    key_mean: Tensor | None,
+    key_mean: Tensor | None = None,
     windows: Windows | None = None,
     halves: bool = False,
 ) -> Paged:
+    """One layer's pages by the name of a preset. Raises ValueError for heads that it does not
+    take."""
     preset = PRESETS[name]
     try:
         return Paged(
