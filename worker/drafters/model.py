@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from kernels.sampling.upload import upload
 from worker.drafters.base import LATER, Ask, Guess
 from worker.drafters.followed import Followed, OwnPages, TargetPages
 from worker.drafters.outcomes import Foreseen, Outcome, likely_branches
+from worker.drafters.rows import Drawn, Front, Reading, Row
 from worker.drafters.spans import Moved, last_batch, span_batch
 from worker.runner import Runner
 from worker.sampler import Sampler
@@ -33,70 +33,6 @@ from worker.slots import SlotTable
 # Multiplications of a forward below which a second CPU thread costs more than it brings: each of
 # the dozens of meetings of two threads takes about a microsecond.
 _ALONE = 16_000_000
-
-
-@dataclass(slots=True)
-class _Row:
-    """One ask on its way."""
-
-    ask: Ask
-    made: int = 0  # drafts, which the device may be the only one to know
-    tokens: list[int] = field(default_factory=list)  # those that were read
-    confidence: list[float] = field(default_factory=list)
-    # By draft, what would have been drawn if it could not be; only where drafts are made ahead.
-    others: list[int] = field(default_factory=list)
-    all_right: float = 1.0  # the probability that all drafts that were read are
-    moved: Moved | None = None  # where its last keys and values lie, if not in the slot's pages
-
-    @property
-    def length(self) -> int:
-        return len(self.ask.tokens) + self.made
-
-    def add(self, token: int, confidence: float) -> None:
-        self.tokens.append(token)
-        self.confidence.append(confidence)
-        self.all_right *= confidence
-
-    def drafts_on(self, least: float) -> bool:
-        return self.made < self.ask.most and self.believes(least)
-
-    def believes(self, least: float) -> bool:
-        return not self.tokens or self.all_right >= least
-
-
-class _Reading(NamedTuple):
-    """Positions of a row that go through the model: from `start` to before `end`."""
-
-    row: _Row
-    start: int
-    end: int
-
-    def ids(self) -> list[int]:
-        return self.row.ask.tokens[self.start : self.end]
-
-
-@dataclass(frozen=True, slots=True)
-class _Front:
-    """Rows that draft on, side by side. All tensors on the device."""
-
-    rows: list[_Row]
-    slots: Tensor  # [rows] int64
-    lengths: Tensor  # [rows] int64, of the text and the drafts of each
-    page_table: Tensor  # [rows, pages] int32, up to the last draft
-
-    def keep(self, stay: list[int], at: Tensor) -> _Front:
-        """Some of the rows; `at`: `stay` on the device."""
-        rows = [self.rows[i] for i in stay]
-        return _Front(rows, self.slots[at], self.lengths[at], self.page_table[at])
-
-
-class _Drawn(NamedTuple):
-    """A draft of each of some rows, on the device."""
-
-    rows: list[_Row]
-    tokens: Tensor  # [rows] int64
-    confidence: Tensor  # [rows] float32
-    others: Tensor | None  # [rows] int64, what would have been drawn if those could not be
 
 
 class ModelDrafter:
@@ -143,7 +79,7 @@ class ModelDrafter:
         self._reads_each = slots.tokens.device.type == "cpu"
         self._depth = self._fed = 0  # see `take_work`
         self._spare_pages = spare_pages
-        self._drafted: dict[int, _Row] = {}  # by slot, in the last `propose`
+        self._drafted: dict[int, Row] = {}  # by slot, in the last `propose`
         self._foreseen: dict[int, Foreseen] = {}  # by slot
         self._hits = 0
 
@@ -160,7 +96,7 @@ class ModelDrafter:
 
     def propose(self, asks: Sequence[Ask], least: float, patience: int = 0) -> list[Guess]:
         """See `Drafter`; `patience`: see `StepPlan`."""
-        rows = [_Row(ask) for ask in asks]
+        rows = [Row(ask) for ask in asks]
         late = [row for row in rows if not self._foresaw(row, least)]
         self._hits += len(rows) - len(late)
         if len(late) >= patience:
@@ -180,7 +116,7 @@ class ModelDrafter:
         own = [self._own(ask, right) for ask, right in zip(asks, drafts, strict=True)]
         fed = {ask.slot for ask, row in zip(asks, own, strict=True) if row is not None}
         rows = [
-            _Row(Ask(ask.slot, ask.tokens + right, ask.ahead + 1))
+            Row(Ask(ask.slot, ask.tokens + right, ask.ahead + 1))
             for ask, right in zip(asks, drafts, strict=True)
         ]
 
@@ -190,7 +126,7 @@ class ModelDrafter:
 
         readings = self._behind(rows, read)
         branches = self._branches(asks, own)
-        readings += [_Reading(row, row.length - 1, row.length) for row in branches]
+        readings += [Reading(row, row.length - 1, row.length) for row in branches]
         readings.sort(key=lambda r: r.end < r.row.length)  # see `_draft`
         self._draft(readings, 0.0)
         self._depth, self._fed = work
@@ -215,12 +151,12 @@ class ModelDrafter:
         """What was foreseen has come, or not."""
         self._foreseen = {}
 
-    def _own(self, ask: Ask, drafts: list[int]) -> _Row | None:
+    def _own(self, ask: Ask, drafts: list[int]) -> Row | None:
         """The row of this drafter's in which these were drafted, if they were."""
         row = self._drafted.get(ask.slot)
         return row if drafts and row is not None and row.tokens == drafts else None
 
-    def _branches(self, asks: Sequence[Ask], own: Sequence[_Row | None]) -> list[_Row]:
+    def _branches(self, asks: Sequence[Ask], own: Sequence[Row | None]) -> list[Row]:
         """Rows for outcomes in which a draft is wrong."""
         needs, size = self._sampler.slots.needs, self._slots.page_size
         drafts: list[Guess] = []
@@ -230,7 +166,7 @@ class ModelDrafter:
             usable = row is not None and not needs[ask.slot] & Need.PROCESSING
             drafts.append(Guess(row.tokens, row.confidence) if usable and row else LATER)
             others.append(row.others if usable and row else [])
-        found: list[_Row] = []
+        found: list[Row] = []
         spare = list(self._spare_pages)
         copied: list[tuple[int, int]] = []
         for branch in likely_branches(drafts, others):
@@ -243,7 +179,7 @@ class ModelDrafter:
             if at % size:
                 copied.append((self._slots.pages[ask.slot][first], pages[0]))
             text = [*ask.tokens, *drafts[branch.row].tokens[: branch.accepted], branch.token]
-            found.append(_Row(Ask(ask.slot, text, ask.ahead), moved=Moved(first, pages)))
+            found.append(Row(Ask(ask.slot, text, ask.ahead), moved=Moved(first, pages)))
         self._copy(copied)
         return found
 
@@ -256,7 +192,7 @@ class ModelDrafter:
             for layer in self._kv:
                 layer[target] = layer[source]
 
-    def _foresaw(self, row: _Row, least: float) -> bool:
+    def _foresaw(self, row: Row, least: float) -> bool:
         """Gives the row the drafts that were made for what has come, if they were."""
         slot, tokens = row.ask.slot, row.ask.tokens
         foreseen = self._foreseen.get(slot)
@@ -282,7 +218,7 @@ class ModelDrafter:
 
     # --- computing ------------------------------------------------------------------------------
 
-    def _draft(self, readings: list[_Reading], least: float) -> None:
+    def _draft(self, readings: list[Reading], least: float) -> None:
         """Reads, and drafts for the rows that are through with what is known: these come first."""
         if not readings:
             return
@@ -296,7 +232,7 @@ class ModelDrafter:
         else:
             self._forward(*self._laid_out(readings))
 
-    def _one_by_one(self, readings: list[_Reading], through: list[_Row], least: float) -> None:
+    def _one_by_one(self, readings: list[Reading], through: list[Row], least: float) -> None:
         """Nothing is read back before the last draft is on its way, but where reading is free."""
         ids, batch = self._laid_out(readings, max((row.ask.most for row in through), default=0))
         count, ahead = len(through), any(row.ask.ahead for row in through)
@@ -306,7 +242,7 @@ class ModelDrafter:
                 return
             slots = upload([row.ask.slot for row in through], ids.device)
             lengths = batch.kv_lengths[:count].long()
-            front = _Front(through, slots, lengths, batch.page_table[:count])
+            front = Front(through, slots, lengths, batch.page_table[:count])
             drawn = self._draw(front, hidden, ahead)
         unread = [drawn]
         with self._threads(count):
@@ -327,7 +263,7 @@ class ModelDrafter:
         self._read(unread, least)
 
     def _in_one_call(
-        self, chain: NativeChain, readings: list[_Reading], through: list[_Row], least: float
+        self, chain: NativeChain, readings: list[Reading], through: list[Row], least: float
     ) -> None:
         count = len(through)
         ids, batch = self._laid_out(readings, max(row.ask.most for row in through))
@@ -372,11 +308,11 @@ class ModelDrafter:
         hits, self._hits = self._hits, 0
         return hits
 
-    def _behind(self, rows: list[_Row], read: Callable[[Ask], int]) -> list[_Reading]:
+    def _behind(self, rows: list[Row], read: Callable[[Ask], int]) -> list[Reading]:
         """What is to be fed of what is known: first of those that will be through with it. `read`:
         positions of an ask that were computed."""
         budget = self._most_tokens
-        readings: list[_Reading] = []
+        readings: list[Reading] = []
         for row in sorted(rows, key=lambda r: len(r.ask.tokens) - read(r.ask)):
             known = len(row.ask.tokens)
             start = min(read(row.ask), known - 1)  # the last gives the first draft
@@ -384,10 +320,10 @@ class ModelDrafter:
             if end == start:
                 continue
             budget -= end - start
-            readings.append(_Reading(row, start, end))
+            readings.append(Reading(row, start, end))
         return readings
 
-    def _laid_out(self, readings: list[_Reading], more: int = 0) -> tuple[Tensor, AttentionBatch]:
+    def _laid_out(self, readings: list[Reading], more: int = 0) -> tuple[Tensor, AttentionBatch]:
         """One forward: its token ids, [tokens] int64, and where they stand; `more` as in
         `span_batch`."""
         spans = [(r.row.ask.slot, r.start, r.end) for r in readings]
@@ -395,7 +331,7 @@ class ModelDrafter:
         ids = upload([token for r in readings for token in r.ids()], self._slots.tokens.device)
         return ids.clamp_(max=self._last), batch
 
-    def _last_tokens(self, readings: list[_Reading]) -> Tensor:
+    def _last_tokens(self, readings: list[Reading]) -> Tensor:
         """Where in the forward the last tokens of the first rows stand."""
         ends = accumulate(r.end - r.start for r in readings)
         return upload([end - 1 for end in ends], self._slots.tokens.device)
@@ -411,7 +347,7 @@ class ModelDrafter:
         finally:
             torch.set_num_threads(threads)
 
-    def _feed(self, front: _Front, tokens: Tensor) -> Tensor:
+    def _feed(self, front: Front, tokens: Tensor) -> Tensor:
         """Computes the last draft of each: [rows] int64. Where processors look at it, it stands in
         the token table from here on."""
         needs, table = self._sampler.slots.needs, self._slots.tokens
@@ -428,7 +364,7 @@ class ModelDrafter:
         self._fed += ids.shape[0]
         return self.runner.forward(ids, batch, self._kv, read)
 
-    def _draw(self, front: _Front, hidden: Tensor, ahead: bool) -> _Drawn:
+    def _draw(self, front: Front, hidden: Tensor, ahead: bool) -> Drawn:
         """A draft of each, by the target's noise and rules; `ahead`: and what else it might be."""
         logits = self.runner.logits(hidden)
         missing = self._vocab - logits.shape[1]
@@ -443,10 +379,10 @@ class ModelDrafter:
             others = self._sampler.draw(rest, slots, front.lengths, front.slots)
         for row in front.rows:
             row.made += 1
-        return _Drawn(front.rows, tokens, taken.exp(), others)
+        return Drawn(front.rows, tokens, taken.exp(), others)
 
     @staticmethod
-    def _read(drawn: Sequence[_Drawn], least: float) -> None:
+    def _read(drawn: Sequence[Drawn], least: float) -> None:
         """Tells the rows their drafts, up to the first that makes them stop."""
         if not drawn:
             return
