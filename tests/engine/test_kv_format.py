@@ -57,7 +57,9 @@ def test_pages_that_native_code_does_not_read_are_said_and_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, "llama")
-    worker, _ = build(tmp_path, kv_format="turbo4", compile=True, cache_dir=CACHE)
+    # `deterministic` waits for the native kernels.
+    options = {"compile": True, "deterministic": True, "cache_dir": CACHE}
+    worker, _ = build(tmp_path, kv_format="turbo4", **options)
     assert worker._runner.name == "torch"
     assert "native kernels do not read codes of l4" in caplog.text
     worker.close()
