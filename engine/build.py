@@ -59,7 +59,7 @@ from scheduler.request import SchedulerConfig
 from worker.device import DeviceError, resolve_device
 from worker.executor import Executor, ThreadExecutor
 from worker.graphs import Buckets, graph_bytes
-from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, window_bytes
+from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, populate, window_bytes
 from worker.ranks import LeadingRunner
 from worker.runner import Runner
 from worker.sampler import Sampler
@@ -291,6 +291,7 @@ def _build(
             swap_when_built(native, load_small, lambda r: worker.call(lambda: use(r)))
         # Every form of the draw gives the same tokens, so this one needs no care about streams.
         native.add_done_callback(lambda built: use_native_draw(worker, built))
+    populate(kv)
     progress("KV pool")
     return worker, SchedulerConfig(
         num_pages=budget.num_pages,

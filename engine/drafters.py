@@ -28,7 +28,7 @@ from worker.drafters.model import ModelDrafter
 from worker.drafters.outcomes import MOST_BRANCHES
 from worker.drafters.registry import COARSE, COMPUTING, MODEL, MODEL_FREE
 from worker.drafting import Drafting
-from worker.kv_pool import allocate_pool
+from worker.kv_pool import allocate_pool, populate
 from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.slots import SlotTable
@@ -98,6 +98,7 @@ def build_drafting(
         device = slots.tokens.device
         spare = SPARE_PAGES if beside is not None else 0
         own = allocate_pool(draft.spec, num_pages + spare, slots.page_size, draft.dtype, device)
+        populate(own)
         model = ModelDrafter(
             # Nothing may be recorded on one thread while another computes.
             record(draft.runner, own, draft.spec, draft.dtype)

@@ -35,7 +35,7 @@ from models.loader import load_model, read_spec
 from models.parallel import Shard
 from models.weights import resolve_checkpoint
 from worker.device import DeviceError, resolve_device
-from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, window_bytes
+from worker.kv_pool import allocate_host_pool, allocate_pool, page_bytes, populate, window_bytes
 from worker.process_group import GroupError, join
 from worker.ranks import Command, Follower
 from worker.sizing import BudgetError
@@ -143,5 +143,6 @@ def build(launch: FollowerLaunch, reports: _Reports) -> Follower:
     reports.say(Room(budget.num_pages, budget.host_pages))
     pool = _pool.decode(next_line())
     kv = allocate_pool(spec, pool.pages, page_size, dtype, place, formats, copies)
+    populate(kv)
     host = allocate_host_pool(kv, pool.host_pages + 1) if pool.host_pages else []
     return Follower(runner, kv, host, collective, spec.hidden_size, dtype, place)

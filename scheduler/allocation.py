@@ -11,6 +11,12 @@ and as a(j) falls with j it holds a row's first drafts before its later ones. So
 is looked at for every S, and the best one taken: the rule of TETRIS (arXiv 2502.15197), of
 AdaServe's throughput stage (2501.12162) and of DSpark. S = 0 is among them. Where a draft model
 drafts, the number of its forwards in a row counts beside, so every depth is looked at as well.
+
+That is right where one step is like the next. Where prompts are about to become rows, a token is
+soon made at less cost than now, in a step that more rows share, and drafts have to be worth that:
+with R the plain rate of the rows to come, or the best rate(S) if it is higher, the best set is that
+with the largest (tokens of S) - R · (seconds of S). For R = rate(S) it is the same set as before
+(Dinkelbach 1967).
 """
 
 from __future__ import annotations
@@ -57,6 +63,7 @@ class Batch:
     """What is the same whatever option drafts."""
 
     plain: float  # tokens per second without drafts
+    soon: float  # the same, once the prompts that are nearly read are rows as well
     room: Counts  # [rows]: drafts that each sequence may have
     drafts: int  # that the step has room for
     overhead: float  # seconds between two steps
@@ -118,12 +125,14 @@ def allocate(
     seconds = seconds + batch.overhead
     rates = (rows + promise.served * gained) / seconds
     rates[seconds > batch.longest] = 0.0
-    depth, last = divmod(int(np.argmax(rates)), len(ranked))
-    rate = float(rates[depth, last])
-    if rate <= batch.plain:
+    worth_of_time = max(float(rates.max()), batch.soon)
+    net = np.where(rates > batch.plain, rates - worth_of_time, -np.inf) * seconds
+    depth, last = divmod(int(np.argmax(net)), len(ranked))
+    if net[depth, last] <= rows - worth_of_time * rows / batch.plain:
         return batch.nobody
     drafts = np.bincount(row[: last + 1][taken[depth, : last + 1]], minlength=rows)
-    return Allocation(rate, _price(rate, drafts, cost, verifying), drafts)
+    price = _price(worth_of_time, drafts, cost, verifying)
+    return Allocation(float(rates[depth, last]), price, drafts)
 
 
 def _price(rate: float, drafts: Counts, cost: DraftCost, verifying: Verifying) -> float:

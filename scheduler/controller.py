@@ -28,7 +28,7 @@ from scheduler.gap import gap_target
 from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.rows import shape_as_run
-from scheduler.safety_net import PATIENCE, SafetyNet
+from scheduler.safety_net import SafetyNet
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import UNLIMITED, StepCost
@@ -129,7 +129,7 @@ class Controller:
                 if changed or self._usual or self._probing or self._news:
                     self._news = False
                     self._decided_for = rows
-                    self._decide(live)
+                    self._decide(live, self._soon(running))
                 else:
                     self._probe(live)
         return self._tried(self._rules)
@@ -183,7 +183,16 @@ class Controller:
         wanted = self._alone.get(sequence.request.speculation.drafter or "")
         return wanted or self.options[number].drafters
 
-    def _decide(self, live: list[Sequence]) -> None:
+    def _soon(self, running: list[Sequence]) -> int:
+        """How many rows there will be in a few steps, when the first prompts are read."""
+        room, rows = EVERY * self._step_tokens, 0
+        for sequence in running:
+            unread = len(sequence.tokens) - sequence.fed
+            rows += unread <= room
+            room = max(room - unread, 0)
+        return rows
+
+    def _decide(self, live: list[Sequence], soon: int) -> None:
         numbers: Items[int] = (self._option,)
         if not self._usual or self._decisions % ALL_OPTIONS == 0:
             numbers = range(len(self.options))
@@ -192,7 +201,7 @@ class Controller:
         if self._foreseen.news and order is not None:
             survival = self.acceptance.curves(live, order).survival.mean(0)
             self._foreseen.learn(survival, min(max(math.ceil(self._usual), 1), self.most))
-        batch = self._batch(live)
+        batch = self._batch(live, soon)
         verifying = self._verifying(live)
         found = {
             number: allocate(
@@ -261,13 +270,15 @@ class Controller:
             self._twin_in = self._twin_after
         return rules._replace(ahead=not option.ahead)
 
-    def _batch(self, live: list[Sequence]) -> Batch:
-        rows = len(live)
-        seconds = self._steps.plain(_shape(live)) + self._overhead
+    def _batch(self, live: list[Sequence], soon: int) -> Batch:
+        rows, shape = len(live), _shape(live)
+        seconds = self._steps.plain(shape) + self._overhead
+        more = StepShape(soon, soon, shape.decode_context * soon // rows)
         # What was never tried is approached in steps: of later drafts little is known by then.
         cap = min(2 * math.ceil(self._usual) + 2, self.most)
         return Batch(
             plain=rows / seconds,
+            soon=soon / (self._steps.plain(more) + self._overhead),
             room=np.array([min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]),
             drafts=self._step_tokens - rows - round(self._prompts),
             overhead=self._overhead,
@@ -296,14 +307,8 @@ class Controller:
             survival,
             proposed,
             self._foreseen.served(survival.mean(0))[:, None] if option.ahead else 1.0,
-            self._unread(live) if option.reads else 0.0,
+            _unread(live, survival) if option.reads else 0.0,
         )
-
-    def _unread(self, live: list[Sequence]) -> Floats:
-        """[rows]: tokens of each that the draft model has not read, by step of the time for which
-        it may draft."""
-        steps = [max(min((s.limit - len(s.tokens)) / s.exact_pace, PATIENCE), EVERY) for s in live]
-        return np.array([len(s.tokens) - s.read_to for s in live]) / np.array(steps)
 
     def _patience(self, best: Allocation, live: list[Sequence]) -> int:
         """See `StepPlan.patience`: what the drafts of so many rows bring is more than what all
@@ -393,6 +398,16 @@ class Controller:
         pause = self._net.saw(tokens, live * seconds / (plain + self._overhead))
         if pause:
             self._resting, self._usual = pause, 0.0
+
+
+def _unread(live: list[Sequence], survival: Floats) -> Floats:
+    """[rows]: tokens of each that the draft model has not read, by step of those that it may draft
+    for until the sequence is expected to end."""
+    unread = np.array([len(s.tokens) - s.read_to for s in live], dtype=np.float64)
+    left = [
+        s.guess - s.output_len if s.guess > s.output_len else s.limit - len(s.tokens) for s in live
+    ]
+    return unread / np.maximum(np.array(left) / (1.0 + survival.sum(1)), 1.0)
 
 
 def _shape(live: list[Sequence]) -> StepShape:

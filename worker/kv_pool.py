@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+import sys
+import threading
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,6 +17,10 @@ from kernels.kv.format import DENSE, KVFormat, dense_rows
 from kernels.kv.format import page_bytes as layer_page_bytes
 from models.spec import ModelSpec
 from scheduler.plan import PageCopy
+
+POPULATE_WRITE = 23  # Linux's MADV_POPULATE_WRITE, since 5.14
+AT_ONCE = 1 << 20  # bytes, so that nobody waits long who needs the core or the memory map
+LAST = 19  # the niceness of a thread that others need not wait for
 
 
 def page_bytes(
@@ -101,7 +110,39 @@ def copy_halves(kv: Sequence[Tensor], copies: Iterable[PageCopy]) -> None:
     copy_pages(halves, halves, copies)
 
 
+def populate(pool: Sequence[Tensor]) -> threading.Thread:
+    """Takes the memory of a CPU's pool from the system in a thread that stands behind all others.
+
+    Otherwise steps do it, whenever a page is written for the first time, and that goes on until
+    every page was: a prefix cache takes new pages before it gives up old ones. What is in the pages
+    stays. Ends early once the pool is gone, and where the system knows no such request.
+    """
+    layers = [weakref.ref(layer) for layer in pool if layer.device.type == "cpu"]
+    thread = threading.Thread(target=_populate, args=(layers,), name="populate", daemon=True)
+    thread.start()
+    return thread
+
+
+def _populate(layers: Sequence[weakref.ref[Tensor]]) -> None:
+    if sys.platform != "linux":
+        return
+    advise = ctypes.CDLL(None).madvise  # without the interpreter's lock
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
+    for reference in layers:
+        done, size = 0, AT_ONCE
+        while done < size:
+            layer = reference()
+            if layer is None:
+                return
+            size = layer.nbytes
+            if advise(layer.data_ptr() + done, min(size - done, AT_ONCE), POPULATE_WRITE):
+                return
+            done += AT_ONCE
+
+
 def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that cost nothing until a page is touched, where `torch.zeros` writes them all."""
     size = torch.Size(shape).numel() * dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

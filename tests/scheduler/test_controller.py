@@ -113,8 +113,21 @@ def test_a_text_has_to_be_worth_reading(reads: bool, prompt: int, drafted: bool)
         policy.settled(plan, StepResult(0, (done,), 4e-3, work), now)
     assert first.drafts
     assert first.read_to == len(first.tokens)
-    policy._decide([second])
+    policy._decide([second], 1)
     assert bool(second.drafts) == drafted
+
+
+def test_prompts_that_are_nearly_read_count_as_rows_to_come() -> None:
+    cost = StepCost.from_profile(H200_8B)
+    policy = Controller([Option((0,), True)], ["model"], MOST, cost, step_tokens=100)
+    scheduler = Scheduler(SchedulerConfig(num_pages=4000, max_step_tokens=100), policy, cost=cost)
+    for name, size in enumerate((40, 300, 400, 400, 40)):  # 800 tokens are read in eight steps
+        scheduler.add(Request(str(name), (1,) * size, SamplingParams(max_tokens=9), 0.0), 0.0)
+    running = [sequence for (sequence,) in scheduler._requests.values()]
+    running[0].fed = 40
+    assert policy._soon(running) == 3
+    running[3].fed = 360
+    assert policy._soon(running) == 5
 
 
 WILLING = Speculation()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import weakref
+
+import pytest
 import torch
+from torch import Tensor
 
 from scheduler.plan import PageCopy
-from worker.kv_pool import allocate_host_pool, copy_halves, copy_pages
+from tests.e2e.test_exactness import CPU, SPEC
+from worker.kv_pool import allocate_host_pool, allocate_pool, copy_halves, copy_pages, populate
 
 
 def test_pages_come_back_bit_for_bit_and_no_other_page_changes() -> None:
@@ -43,3 +50,37 @@ def test_halves_of_pages_go_to_other_halves() -> None:
     for layer, old in zip(kv, before, strict=True):
         old[1, 6:], old[2, :6] = old[3, :6], old[4, :6]
         assert torch.equal(layer, old)
+
+
+def resident(layer: Tensor) -> float:
+    """The share of a tensor's memory that the process has from the system."""
+    unit = 4096
+    start = layer.data_ptr() // unit * unit
+    count = -(-(layer.data_ptr() + layer.nbytes - start) // unit)
+    seen = (ctypes.c_ubyte * count)()
+    assert not ctypes.CDLL(None).mincore(
+        ctypes.c_void_p(start), ctypes.c_size_t(count * unit), seen
+    )
+    return sum(byte & 1 for byte in seen) / count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_pool_takes_its_memory_before_it_is_written_and_keeps_what_is_in_it() -> None:
+    kv = allocate_pool(SPEC, 300, 16, torch.float32, CPU)
+    kv[0][7] = 1.5
+    assert resident(kv[-1]) < 0.1
+    populate(kv).join(30)
+    assert all(resident(layer) == 1.0 for layer in kv)
+    assert (kv[0][7] == 1.5).all()
+    assert not kv[0][:7].any()
+    assert not kv[-1].any()
+
+
+def test_a_pool_that_is_gone_is_not_touched() -> None:
+    kv = allocate_pool(SPEC, 20_000, 16, torch.float32, CPU)
+    gone = weakref.ref(kv[-1])
+    thread = populate(kv)
+    kv.clear()
+    thread.join(30)
+    assert gone() is None
+    assert not thread.is_alive()

@@ -162,18 +162,33 @@ struct Tile {
     }
 };
 
-// Asks for a pair of cache lines of a tile: first those at the start of every vector, then the next
-// ones. The i-th product of a tile, which takes `bytes` of this one, asks for the same part of the
-// next, so that it arrives evenly while this one is computed.
-template <int bytes, class T>
-INLINE void prefetch(const T* const* vectors, int i) {
-    constexpr int products = bytes < 128 ? 128 / bytes : 1;
-    if (i % products) return;
-    i /= products;
-    const char* pair = reinterpret_cast<const char*>(vectors[i % kTile]) + i / kTile * 128;
-    __builtin_prefetch(pair, 0, 2);
-    __builtin_prefetch(pair + 64, 0, 2);
-}
+// Asks for the vectors of the next tile, evenly during `calls` products of this one: some lines every
+// so many. Where there are more products than lines, asking costs more than coming early gains.
+template <class T>
+class Ahead {
+  public:
+    Ahead(const T* const* vectors, int count, int64_t dim, int64_t calls)
+        : next_(vectors), end_(vectors + count), bytes_(int(dim * sizeof(T))) {
+        const int64_t lines = std::max(count * ((bytes_ + 63) / 64), 1);
+        every_ = calls > lines ? int(4 * calls / lines) : 1;
+        some_ = int((lines * every_ + calls - 1) / calls);
+    }
+
+    INLINE void operator()() {
+        if (--wait_) return;
+        wait_ = every_;
+        for (int line = 0; line < some_ && next_ < end_; line++) {
+            __builtin_prefetch(reinterpret_cast<const char*>(*next_) + at_, 0, 2);
+            if ((at_ += 64) < bytes_) continue;
+            at_ = 0, next_++;
+        }
+    }
+
+  private:
+    const T* const* next_;
+    const T* const* end_;
+    int bytes_, at_ = 0, every_, some_, wait_ = 1;
+};
 
 // One thread's workspace for a block of query rows.
 template <class T>
@@ -212,9 +227,9 @@ struct Workspace {
     }
 };
 
-// Adds the keys of the tile at `start` to the split.
+// Adds the keys of the tile at `start` to the split. `next`: the tile to be read after it, if any.
 template <class T>
-void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& next, int64_t dim,
+void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>* next, int64_t dim,
                  int64_t start, int64_t rows, const AttentionShape& shape, int64_t width) {
     using A = Factor<T>;
     const int units = int(dim / kPack<T>);
@@ -223,10 +238,13 @@ void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& n
         transpose_keys(reinterpret_cast<const uint32_t* const*>(tile.keys + i), units,
                        work.keys + i / kPanel * units * kPanel + i % kPanel, kPanel);
 
+    const int64_t times = row_blocks(rows);
+    const int coming = next ? next->count : 0;
+    Ahead<T> keys_ahead(next ? next->keys : nullptr, coming, dim, times * panels * units);
     for (int p = 0; p < panels; p++) {
         const uint32_t* panel = work.keys + p * units * kPanel;
         const auto columns = [&](int u, Lanes(&b)[2]) {
-            prefetch<kPanel * 4>(next.keys, p * units + u);
+            keys_ahead();
             b[0] = load_as<Lanes>(panel + u * kPanel);
             b[1] = load_as<Lanes>(panel + u * kPanel + kLanes);
         };
@@ -271,10 +289,11 @@ void attend_tile(const Workspace<T>& work, const Tile<T>& tile, const Tile<T>& n
     }
 
     const int steps = (tile.count + kPack<A> - 1) / kPack<A>;  // a key each, or two
+    const int64_t products = times * steps * ((dim + kPanel - 1) / kPanel);
+    Ahead<T> values_ahead(next ? next->values : nullptr, coming, dim, products);
     for (int64_t column = 0; column < dim; column += kPanel) {
         const auto columns = [&](int u, Lanes(&b)[2]) {
-            constexpr int bytes = kPanel * kPack<A> * sizeof(T);
-            prefetch<bytes>(next.values, int(column / kPanel) * steps + u);
+            values_ahead();
             value_lanes(tile.values + u * kPack<A>, column, int(dim - column), b, A{});
         };
         const auto start_row = [&](int64_t row, Floats(&acc)[2]) {
@@ -358,11 +377,11 @@ void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, Atten
     for (int64_t start = reach.begin; start <= reach.last; start += kTile) {
         const int64_t after = start + kTile;
         if (pool.format) {
-            attend_tile(work, tile, tile, dim, start, rows, shape, plan.width);
+            attend_tile<T>(work, tile, nullptr, dim, start, rows, shape, plan.width);
             if (after <= reach.last) tile = reach.tile<T>(pool, head, after, work.unpacked);
         } else {
             const Tile<T> next = after <= reach.last ? reach.tile<T>(pool, head, after) : *upcoming;
-            attend_tile(work, tile, next, dim, start, rows, shape, plan.width);
+            attend_tile(work, tile, &next, dim, start, rows, shape, plan.width);
             tile = next;
         }
         if (after % kSplit && after <= reach.last) continue;
@@ -378,17 +397,22 @@ template <class T>
 void attend(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionPlan& plan,
             const AttentionShape& shape, std::atomic<int64_t>& next) {
     const int64_t heads = pool.kv_heads, total = int64_t(plan.units.size()) * heads;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-        const Unit& unit = plan.units[i / heads];
-        if (pool.format) {
-            attend_unit<T>(q, out, pool, batch, plan, shape, unit, i % heads, nullptr);
-            continue;
+    // Several at a time, so that mostly a thread knows what it does next.
+    const int64_t run = std::max<int64_t>(total / (16 * plan.threads), 1);
+    for (int64_t begin; (begin = next.fetch_add(run, std::memory_order_relaxed)) < total;) {
+        const int64_t end = std::min(begin + run, total);
+        for (int64_t i = begin; i < end; i++) {
+            const Unit& unit = plan.units[i / heads];
+            if (pool.format) {
+                attend_unit<T>(q, out, pool, batch, plan, shape, unit, i % heads, nullptr);
+                continue;
+            }
+            const int64_t guess = i + 1 < end ? i + 1 : next.load(std::memory_order_relaxed);
+            const int64_t j = std::min(guess, total - 1);
+            const Reach reach(pool, batch, shape, plan.units[j / heads]);
+            const Tile<T> upcoming = reach.tile<T>(pool, j % heads, reach.begin);
+            attend_unit(q, out, pool, batch, plan, shape, unit, i % heads, &upcoming);
         }
-        // Most likely this thread's next piece of work.
-        const int64_t j = std::min(next.load(std::memory_order_relaxed), total - 1);
-        const Reach reach(pool, batch, shape, plan.units[j / heads]);
-        const Tile<T> upcoming = reach.tile<T>(pool, j % heads, reach.begin);
-        attend_unit(q, out, pool, batch, plan, shape, unit, i % heads, &upcoming);
     }
 }
 

@@ -65,11 +65,13 @@ struct AttentionPlan {
     std::vector<Unit> blocks;  // query blocks whose partial results are to be merged
     int64_t group, head_dim, width, block_rows, partials = 0;
     int64_t work = 0;  // multiply-adds, about
+    int threads;
     Buffer buffer;
 
     AttentionPlan(const Batch& batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                   int64_t window, int64_t window_block, int threads)
-        : group(heads / kv_heads), head_dim(head_dim), width((head_dim + kPanel - 1) / kPanel * kPanel) {
+        : group(heads / kv_heads), head_dim(head_dim),
+          width((head_dim + kPanel - 1) / kPanel * kPanel), threads(threads) {
         const int64_t block = group < kQueryRows ? kQueryRows / group : 1;
         block_rows = block * group;
         for (int64_t row = 0; row < batch.rows; row++)
