@@ -119,7 +119,7 @@ def allocate(
         computed = tokens + np.cumsum(np.where(column == 0, unread, 0.0))
         drafting = cost.seconds(asked, depths + option.ahead, computed)
     else:
-        drafting = cost.seconds(asked, 0, 0.0)
+        drafting = cost.seconds(asked, 0, asked + gained)  # read as they come
     seconds = verifying.of(rows + promise.served * tokens)
     seconds = np.maximum(seconds, drafting) if option.ahead else seconds + drafting
     seconds = seconds + batch.overhead

@@ -275,7 +275,7 @@ class Controller:
         seconds = self._steps.plain(shape) + self._overhead
         more = StepShape(soon, soon, shape.decode_context * soon // rows)
         # What was never tried is approached in steps: of later drafts little is known by then.
-        cap = min(2 * math.ceil(self._usual) + 2, self.most)
+        cap = min(2 * math.ceil(self._usual) + 4, self.most)
         return Batch(
             plain=rows / seconds,
             soon=soon / (self._steps.plain(more) + self._overhead),
@@ -349,7 +349,7 @@ class Controller:
             option, cost = self.options[number], self.draft_costs[number]
             if option.ahead and (option.drafters, False) in self._number:
                 continue  # the other says the same
-            forwards, tokens = 0, 0.0
+            forwards, tokens = 0, float(len(sequence.tokens))
             if option.computes:
                 unread = len(sequence.tokens) - sequence.read_to if option.reads else 0
                 forwards, tokens = drafts, float(drafts + unread)

@@ -106,7 +106,9 @@ class DraftTime(NamedTuple):
 
     seconds: float = 0.0  # that verification waited
     depth: int = 0  # forwards of a draft model, one after the other
-    tokens: int = 0  # computed by them, the prompt's included
+    # Computed by them, the prompt's included. Without forwards: those that came to the texts of the
+    # rows since they were last drafted for, which drafters read.
+    tokens: int = 0
     beside: float = 0.0  # seconds of drafting ahead while this step was verified
     ahead: int = 0  # rows that were drafted for ahead then
     foreseen: int = 0  # rows whose drafts had been made ahead

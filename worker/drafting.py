@@ -80,6 +80,7 @@ class Drafting:
         self.model = model
         self._tokens: list[list[int]] = [[] for _ in slots.epoch]  # by slot, those known
         self._prompt = [0] * len(slots.epoch)  # by slot: tokens of it
+        self._known = [0] * len(slots.epoch)  # by slot: tokens when it was last drafted for
         self._of_slot: dict[int, Drafted] = {}  # of the step being run
         self._shadows: list[Shadow] = []  # since the last step
         self._credit, self._credited = MOST_CREDIT, time.perf_counter()  # seconds for `_end`
@@ -98,6 +99,7 @@ class Drafting:
                 drafter.admit(slot, admit.group)
         self._tokens[slot] = list(admit.cached)
         self._prompt[slot] = admit.prompt_len
+        self._known[slot] = 0
 
     def _end(self, slot: int) -> None:
         """The former owner has gone: what it wrote is told to those who were not asked, while that
@@ -138,6 +140,7 @@ class Drafting:
                 self.model.forget()
             return plan.rows, NO_DRAFTING
         started = time.perf_counter()
+        read = sum(self._read(row.slot) for row in asking)
         with self._spared():
             round_ = 0
             while asking:
@@ -145,12 +148,17 @@ class Drafting:
                 round_ += 1
         self._write()
         rows = [self._with_drafts(row) if row.drafts else row for row in plan.rows]
-        if self.model is None:
-            return rows, DraftTime(time.perf_counter() - started)
-        self.model.forget()
-        (depth, tokens), foreseen = self.model.take_work(), self.model.take_hits()
+        depth = tokens = foreseen = 0
+        if self.model is not None:
+            self.model.forget()
+            (depth, tokens), foreseen = self.model.take_work(), self.model.take_hits()
         seconds = time.perf_counter() - started
-        return rows, DraftTime(seconds, depth, tokens, foreseen=foreseen)
+        return rows, DraftTime(seconds, depth, tokens if depth else read, foreseen=foreseen)
+
+    def _read(self, slot: int) -> int:
+        """How many tokens came to a text since this was asked last."""
+        before, self._known[slot] = self._known[slot], len(self._tokens[slot])
+        return self._known[slot] - before
 
     def look_ahead(self, rows: Sequence[Row]) -> None:
         """Starts to draft for what comes after these rows, which go to be verified. Until `wait`

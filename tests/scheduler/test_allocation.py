@@ -76,3 +76,11 @@ def test_rows_to_come_make_drafts_dearer() -> None:
 
     assert drafts(1) == 1
     assert drafts(61) == 0
+
+
+def test_a_text_that_is_read_once_does_not_make_every_draft_dear() -> None:
+    """Probes of a drafter without a model read a text from its beginning; later steps do not."""
+    cost = DraftCost()
+    for tokens in (2, 3, 5, 2, 4, 9, 3, 150, 120, 2, 130, 1, 90, 6, 140, 100):
+        cost.observe(1, DraftTime(1e-4 + 1e-5 * tokens, 0, tokens))
+    assert float(cost.seconds(np.array([1]), 0, 3.0)[0]) == pytest.approx(1.3e-4, rel=0.1)

@@ -100,13 +100,13 @@ def test_a_text_has_to_be_worth_reading(reads: bool, prompt: int, drafted: bool)
     first, second = (sequence for (sequence,) in scheduler._requests.values())
     first.fed, second.fed = len(first.tokens), len(second.tokens)
     now = 0.0
-    for _ in range(100):  # the first one is drafted for
+    for step in range(100):  # the first one is drafted for
         policy.plan([first])
         row = Row(1, 1, None, True, first.drafts, (0,))
         done = RowResult((1,) * (first.drafts + 1), proposed=first.drafts)
         done.drafter = 0 if first.drafts else -1
         policy.learn(first, row, done)
-        read = first.drafts + first.drafts % 3
+        read = first.drafts + step % 3
         work = DraftTime(1e-4 * first.drafts + 2e-4 * read, first.drafts, read)
         now += 5e-3
         plan = StepPlan(0, (), (row,), shape=StepShape(1, 1 + first.drafts, 40, 0))
