@@ -3,7 +3,8 @@
     seconds = rows · a + forwards of the draft model · b + tokens they compute · c
 
 Without a draft model the tokens are those that were read, so that it is not the rows' price that a
-text was read from its beginning. None negative. What has not been seen yet is taken to cost nothing, so it is tried.
+text was read from its beginning. None negative. What has not been seen yet is taken to cost
+nothing, so it is tried.
 """
 
 from __future__ import annotations

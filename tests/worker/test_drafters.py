@@ -12,7 +12,7 @@ from worker.drafters.lookup import SIZES, LookupDrafter
 from worker.drafters.memory import Groups, Shares
 from worker.drafters.recycling import RecyclingDrafter
 from worker.drafters.registry import MODEL_FREE
-from worker.drafters.suffix import DEPTH, SuffixDrafter, Trie
+from worker.drafters.suffix import DEPTH, Memory, SuffixDrafter
 
 A, B = b"group a", b"group b"
 
@@ -27,19 +27,19 @@ def text(seed: int, length: int, alphabet: int = 4) -> list[int]:
     return [rng.randrange(alphabet) for _ in range(length)]
 
 
-def filled(tokens: list[int], pieces: int = 1, **size: int) -> Trie:
-    trie = Trie(**size)
-    into = trie.begin()
+def filled(tokens: list[int], pieces: int = 1, **size: int) -> Memory:
+    memory = Memory(**size)
+    into = memory.begin()
     cut = -(-len(tokens) // pieces)
     for start in range(0, len(tokens), cut):
         into.extend(tokens[start : start + cut])
-    return trie
+    return memory
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_trie_counts_every_run(seed: int) -> None:
     tokens = text(seed, 200)
-    trie = filled(tokens)
+    trie = filled(tokens).young
     runs = Counter(
         tuple(tokens[start:end])
         for start in range(len(tokens))
@@ -63,63 +63,70 @@ def test_a_trie_counts_every_run(seed: int) -> None:
 
 def test_a_text_in_pieces_is_the_text() -> None:
     tokens = text(1, 300)
-    whole, pieces = filled(tokens), filled(tokens, pieces=37)
+    whole, pieces = filled(tokens).young, filled(tokens, pieces=37).young
     assert whole._child == pieces._child
     assert whole._count == pieces._count
     assert whole._best == pieces._best
 
 
-def test_a_full_trie_keeps_the_newest() -> None:
+def test_a_full_memory_keeps_the_newest() -> None:
     tokens = text(2, 6000, alphabet=1000)
-    trie = filled(tokens, pieces=300, nodes=5000)
-    assert len(trie) <= 5000 + 20 * (DEPTH + 1)
-    end = 5990
-    _, guess = trie.guess([*tokens, *tokens[end - 5 : end]], 4, 0.0)
-    assert guess.tokens == tokens[end : end + 4]
+    memory = filled(tokens, pieces=300, nodes=5000)
+    assert memory.turns > 2
+    assert len(memory) <= 5000 + 2 * 20 * (DEPTH + 1)
+    for end in (5990, 5850):  # in the young trie, and in the old one
+        _, guess = memory.guess([*tokens, *tokens[end - 5 : end]], 4, 0.0)
+        assert guess.tokens == tokens[end : end + 4]
+    _, guess = memory.guess([*tokens, *tokens[95:100]], 4, 0.0)
+    assert guess.tokens != tokens[100:104]
 
 
-def test_texts_go_on_when_the_trie_was_built_up_again() -> None:
-    trie = Trie(nodes=2000)
-    one, other = trie.begin(), trie.begin()
+def test_texts_go_on_when_others_have_filled_the_memory() -> None:
+    memory = Memory(nodes=2000)
+    one, other = memory.begin(), memory.begin()
     for i in range(300):
         one.extend(text(i, 10, alphabet=500))
         other.extend(text(1000 + i, 3, alphabet=500))
-    assert trie.built > 2
-    assert len(trie) <= 2000 + 10 * (DEPTH + 1)
-
-
-def test_of_texts_side_by_side_the_newest_tokens_are_kept() -> None:
-    """Also of a text that began long ago, and that had been forgotten before it went on."""
-    trie = Trie(nodes=3000)
-    old = trie.begin()
-    old.extend(text(0, 50, alphabet=10**6))
-    for i in range(20):
-        trie.begin().extend(text(1 + i, 60, alphabet=10**6))
-    assert trie.built >= 2
+        assert len(memory) <= 2000 + 4 * 10 * (DEPTH + 1)
+    assert memory.turns > 2
     newest = text(100, 20, alphabet=10**6)
-    old.extend(newest)
-    trie.forget_half()
-    assert trie.guess(newest[:8], 4, 0.0)[1].tokens == newest[8:12]
+    one.extend(newest)
+    assert memory.guess(newest[:8], 4, 0.0)[1].tokens == newest[8:12]
 
 
-def test_building_up_again_does_not_cut_texts_that_go_on() -> None:
-    trie = Trie(nodes=3000)
-    into, phrase = trie.begin(), text(0, 16, alphabet=10**6)
-    trie.begin().extend(text(1, 100, alphabet=10**6))
+def test_what_the_old_trie_knows_counts_as_guessed() -> None:
+    memory, phrase = Memory(nodes=3000), text(0, 16, alphabet=10**6)
+    memory.begin().extend(phrase)
+    memory.turn()
+    into = memory.begin()
+    assert into.extend(phrase[:8]) == [False] + [True] * 7
+    memory.turn()  # the phrase as a whole is forgotten, its first half is not
+    assert into.extend(phrase[8:]) == [False] * 8
+    memory.begin().extend(phrase)
+    memory.turn()
+    again = memory.begin()
+    assert again.extend(phrase[:8]) == [False] + [True] * 7
+    assert again.extend(phrase[8:]) == [True] * 8
+
+
+def test_a_text_that_two_turns_passed_by_goes_on_as_a_new_one() -> None:
+    memory, phrase = Memory(nodes=3000), text(0, 16, alphabet=10**6)
+    into = memory.begin()
     into.extend(phrase[:8])
-    trie.forget_half()
-    into.extend(phrase[8:])
-    assert trie.guess(phrase[:8], 8, 0.0)[1].tokens == phrase[8:]
+    memory.turn()
+    memory.turn()
+    memory.begin().extend(text(1, 50, alphabet=10**6))
+    assert into.extend(phrase[8:]) == [False] * 8
+    assert memory.guess(phrase[8:12], 4, 0.0)[1].tokens == phrase[12:16]
 
 
-def test_text_that_repeats_itself_does_not_grow_for_ever() -> None:
-    trie = Trie(nodes=4000)
-    phrase = text(0, 100, alphabet=10**6)
+def test_text_that_repeats_itself_ages_too() -> None:
+    memory, phrase = Memory(nodes=4000), text(0, 100, alphabet=10**6)
     for _ in range(200):
-        trie.begin().extend(phrase)
-        assert sum(map(len, trie._texts.values())) <= 1100
-    assert trie.built > 10
-    assert trie.guess(phrase[:8], 4, 0.0)[1].tokens == phrase[8:12]
+        memory.begin().extend(phrase)
+        assert memory.young.tokens + memory.old.tokens <= 1200
+    assert memory.turns > 10
+    assert memory.guess(phrase[:8], 4, 0.0)[1].tokens == phrase[8:12]
 
 
 def test_what_followed_once_is_not_certain_when_the_own_text_was_forgotten() -> None:
@@ -128,7 +135,7 @@ def test_what_followed_once_is_not_certain_when_the_own_text_was_forgotten() -> 
     for slot, tokens in ((1, phrase[:8]), (2, phrase)):
         drafter.admit(slot, A)
         ask(drafter, tokens, slot=slot)
-    drafter._groups.of(A).forget_half()
+    drafter._groups.of(A).turn()
     guess = ask(drafter, phrase[:8])
     assert guess.tokens == phrase[8:12]
     assert all(0 < c < 1 for c in guess.confidence)

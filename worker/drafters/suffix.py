@@ -1,7 +1,7 @@
 """`SuffixDrafter`: what followed the same words before (SuffixDecoding, arXiv 2411.04975).
 
 A trie of all substrings up to a length, with counts, says how often each token followed each run of
-tokens. One trie holds the sequence's own text, another the texts of all sequences of its group. A
+tokens. One holds the sequence's own text, another the texts of all sequences of its group. A
 guess starts after the end of the text: from the longest suffix that is in the trie and was followed
 by something, the most frequent child is taken again and again.
 
@@ -12,17 +12,18 @@ the number of drafts that it expects to be right.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from worker.drafters.base import LATER, NOTHING, Ask, Guess
 from worker.drafters.memory import Groups
 
 DEPTH = 10  # tokens of a suffix, and of what follows it
-# Of a trie. A thousand take about 190 kB: all groups together at most 310 MB, a slot 8 MB.
+# Of a memory. A thousand take about 190 kB: all groups together at most 310 MB, a slot 8 MB.
 NODES, NODES_OF_A_SLOT = 200_000, 40_000
 GROUPS = 8  # that are remembered
-NODES_A_TOKEN = 4  # so many nodes at least are allowed for: text that repeats itself makes fewer
+NODES_A_TOKEN = (
+    4  # are allowed for at least: text that repeats itself makes fewer, and ages as well
+)
 CATCH_UP = 512  # tokens read in one step, which wait for it
 LONGEST_SHADOW = 2048  # tokens of a text that is read at its end, though nobody asked about it
 LEAST = 0.1  # drafts that are less probable are not made
@@ -32,17 +33,9 @@ _DOUBT = 0.5  # times that something else is taken to have followed
 class Trie:
     """Counts of runs of tokens. Node 0 is the root, the empty run."""
 
-    def __init__(self, nodes: int = NODES, depth: int = DEPTH) -> None:
-        self._most = nodes
+    def __init__(self, depth: int = DEPTH) -> None:
         self._depth = depth
-        # What is in it, by number of the text; the one that was longest not appended to first.
-        self._texts: OrderedDict[int, list[int]] = OrderedDict()
-        self._begun = 0
-        self._tokens = 0  # of all these texts
-        self.built = 0  # times that it was built up again: nodes of before are others now
-        self._clear()
-
-    def _clear(self) -> None:
+        self.tokens = 0  # that were added
         self._child: dict[tuple[int, int], int] = {}
         self._count = [0]
         self._best = [-1]  # by node: the token that followed most often, the newest of equals
@@ -51,29 +44,10 @@ class Trie:
     def __len__(self) -> int:
         return len(self._count)
 
-    def begin(self) -> Text:
-        """Another text, to be appended to."""
-        self._begun += 1
-        return Text(self, self._begun)
-
-    def note(self, number: int, text: list[int], new: Sequence[int]) -> None:
-        """A text grows: it is kept for when the trie is built up again."""
-        text += new
-        self._tokens += len(new)
-        self._texts[number] = text
-        self._texts.move_to_end(number)
-
-    def end_of(self, text: list[int]) -> list[int]:
-        """The nodes at which the runs end that end a text which is in it, the longest first."""
-        active = [0]
-        for token in text[max(len(text) - self._depth + 1, 0) :]:
-            active = [self._child[node, token] for node in active]
-            active.append(0)
-        return active
-
     def add(self, active: list[int], token: int) -> list[int]:
         """A token after runs that end at these nodes, the longest first; the new ones."""
         child, count, best, most_often = self._child, self._count, self._best, self._most_often
+        self.tokens += 1
         extended = []
         for node in active:
             key = (node, token)
@@ -92,6 +66,11 @@ class Trie:
         extended.append(0)
         return extended
 
+    def follow(self, active: list[int], token: int) -> list[int]:
+        """The same, where nothing is added: of the runs that are in the trie."""
+        child = self._child
+        return [*(found for node in active if (found := child.get((node, token)))), 0]
+
     def next(self, active: list[int]) -> int:
         """The most frequent token after runs that end at these nodes; -1: none has followed."""
         best = self._best
@@ -99,25 +78,6 @@ class Trie:
             if best[node] >= 0:
                 return best[node] if node else -1
         return -1
-
-    def full(self) -> bool:
-        return len(self._count) > self._most or self._tokens > self._most // NODES_A_TOKEN
-
-    def forget_half(self) -> None:
-        """Builds itself up again from the newer half of its tokens."""
-        left = self._tokens // 2
-        for number, text in reversed(list(self._texts.items())):
-            del text[: max(len(text) - left, 0)]
-            left -= len(text)
-            if not text:
-                del self._texts[number]
-        self._tokens = self._tokens // 2 - left
-        self.built += 1
-        self._clear()
-        for text in self._texts.values():
-            active = [0]
-            for token in text:
-                active = self.add(active, token)
 
     def guess(self, tokens: list[int], most: int, least: float) -> tuple[float, Guess]:
         """The best guess after the text, and how many of its tokens should be right."""
@@ -143,7 +103,7 @@ class Trie:
                         break
                 often, times = most_often[node], count[node]
                 # The end of the text itself is counted too, and was not followed by anything;
-                # unless the trie was built up again without it.
+                # unless it is in the other trie.
                 if not drafts and times > often:
                     times -= 1
                 share = often / (times + _DOUBT)
@@ -175,41 +135,78 @@ class Trie:
         return 0, suffix
 
 
+class Memory:
+    """Two tries. A full young one takes the place of the old one, which is forgotten. That is
+    done at once: to build one trie up again from its newer half kept every stream waiting."""
+
+    def __init__(self, nodes: int = NODES, depth: int = DEPTH) -> None:
+        self._most = nodes // 2
+        self._depth = depth
+        self.young, self.old = Trie(depth), Trie(depth)
+        self.turns = 0
+
+    def __len__(self) -> int:
+        return len(self.young) + len(self.old)
+
+    def begin(self) -> Text:
+        """A text, to be appended to."""
+        return Text(self)
+
+    def guess(self, tokens: list[int], most: int, least: float) -> tuple[float, Guess]:
+        """The better one of both tries' guesses."""
+        young = self.young.guess(tokens, most, least)
+        old = self.old.guess(tokens, most, least)
+        return max(young, old, key=_promise)
+
+    def turn_if_full(self) -> None:
+        young = self.young
+        if len(young) > self._most or young.tokens > self._most // NODES_A_TOKEN:
+            self.turn()
+
+    def turn(self) -> None:
+        self.old, self.young = self.young, Trie(self._depth)
+        self.turns += 1
+
+
 class Text:
-    """A text on its way into a trie."""
+    """A text on its way into a memory."""
 
-    __slots__ = ("_active", "_built", "_number", "_tokens", "_trie")
+    __slots__ = ("_memory", "_old", "_turns", "_young")
 
-    def __init__(self, trie: Trie, number: int) -> None:
-        self._trie = trie
-        self._number = number
-        self._tokens: list[int] = []  # those that the trie has not forgotten
-        self._active, self._built = [0], trie.built
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._turns = memory.turns
+        self._young, self._old = [0], [0]  # the nodes at which it ends
 
     def extend(self, tokens: Sequence[int]) -> list[bool]:
-        """Appends; by token, whether it was what the trie would have guessed."""
-        trie = self._trie
-        if self._built != trie.built:
-            self._active, self._built = trie.end_of(self._tokens), trie.built
-        active = self._active
-        trie.note(self._number, self._tokens, tokens)
+        """Appends; by token, whether it was what the memory would have guessed."""
+        memory, young, old = self._memory, self._young, self._old
+        if self._turns != memory.turns:
+            young, old = [0], young if self._turns + 1 == memory.turns else [0]
+            self._turns = memory.turns
         guessed = []
         for token in tokens:
-            guessed.append(trie.next(active) == token)
-            active = trie.add(active, token)
-        self._active = active
-        if trie.full():
-            trie.forget_half()
+            likely = memory.young.next(young)
+            if likely < 0:
+                likely = memory.old.next(old)
+            guessed.append(likely == token)
+            young, old = memory.young.add(young, token), memory.old.follow(old, token)
+        self._young, self._old = young, old
+        memory.turn_if_full()
         return guessed
+
+
+def _promise(found: tuple[float, Guess]) -> float:
+    return found[0]
 
 
 class _Own:
     """One slot."""
 
-    def __init__(self, shared: Trie) -> None:
+    def __init__(self, shared: Memory) -> None:
         self.shared = shared
-        self.trie = Trie(NODES_OF_A_SLOT)
-        self.text = self.trie.begin()
+        self.memory = Memory(NODES_OF_A_SLOT)
+        self.text = self.memory.begin()
         self.text_of_all: Text | None = None
         self.known = 0  # tokens of the text that are in both
 
@@ -220,7 +217,7 @@ class SuffixDrafter:
     name = "suffix"
 
     def __init__(self) -> None:
-        self._groups: Groups[Trie] = Groups(Trie, most=GROUPS)
+        self._groups: Groups[Memory] = Groups(Memory, most=GROUPS)
         self._group: dict[int, bytes] = {}  # by slot
         self._own: dict[int, _Own] = {}
 
@@ -254,9 +251,9 @@ class SuffixDrafter:
         own = self._own[ask.slot]
         if own.known < len(ask.tokens):
             return LATER
-        here = own.trie.guess(ask.tokens, ask.most, least)
+        here = own.memory.guess(ask.tokens, ask.most, least)
         there = own.shared.guess(ask.tokens, ask.most, least)
-        return max(here, there, key=lambda found: found[0])[1]
+        return max(here, there, key=_promise)[1]
 
     def _catch_up(self, ask: Ask, most: int) -> int:
         """Reads what is new, or so many tokens of it. How many it read."""
