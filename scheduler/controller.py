@@ -110,7 +110,7 @@ class Controller:
         sequence.drafters = self._drafters(sequence, self._option)
         sequence.drafts = min(round(self._usual), sequence.most_drafts)
 
-    def plan(self, running: list[Sequence]) -> Rules:
+    def plan(self, running: list[Sequence], joining: int = 0, unread: int = 0) -> Rules:
         self._plans += 1
         if self._steps.stale and not self._resting:
             self._resting = REFRESH
@@ -129,7 +129,7 @@ class Controller:
                 if changed or self._usual or self._probing or self._news:
                     self._news = False
                     self._decided_for = rows
-                    self._decide(live, self._soon(running))
+                    self._decide(live, self._soon(running, joining, unread))
                 else:
                     self._probe(live)
         return self._tried(self._rules)
@@ -183,14 +183,14 @@ class Controller:
         wanted = self._alone.get(sequence.request.speculation.drafter or "")
         return wanted or self.options[number].drafters
 
-    def _soon(self, running: list[Sequence]) -> int:
+    def _soon(self, running: list[Sequence], joining: int, unread: int) -> int:
         """How many rows there will be in a few steps, when the first prompts are read."""
         room, rows = EVERY * self._step_tokens, 0
         for sequence in running:
-            unread = len(sequence.tokens) - sequence.fed
-            rows += unread <= room
-            room = max(room - unread, 0)
-        return rows
+            unfed = len(sequence.tokens) - sequence.fed
+            rows += unfed <= room
+            room = max(room - unfed, 0)
+        return rows + (joining if unread <= room else joining * room // unread)
 
     def _decide(self, live: list[Sequence], soon: int) -> None:
         numbers: Items[int] = (self._option,)

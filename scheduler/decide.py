@@ -114,7 +114,9 @@ class Decider:
             halves=self._pool.free_halves,
             blocked=blocked,
         )
-        d.rules = self._drafts.plan(running)
+        joining = 0 if blocked else min(len(waiting), self._memory.free_slots)
+        unread = waiting.tokens * joining // len(waiting) if joining else 0
+        d.rules = self._drafts.plan(running, joining, unread)
         others = self._continue_live(d, running)
         admits = bool(waiting and self._memory.free_slots and not d.blocked and not d.pressure)
         if d.rows and (others or admits):

@@ -32,8 +32,9 @@ class DraftPolicy(Protocol):
         """It arrives."""
         ...
 
-    def plan(self, running: list[Running]) -> Rules:
-        """Decides before a step."""
+    def plan(self, running: list[Running], joining: int = 0, unread: int = 0) -> Rules:
+        """Decides before a step. `joining`: sequences that there are slots for, so that they run
+        once their prompts, `unread` tokens, find room in a step."""
         ...
 
     def learn(self, sequence: Running, row: Row, done: RowResult) -> None:
@@ -68,7 +69,7 @@ class FixedDrafts:
         wanted = self._alone.get(sequence.request.speculation.drafter or "")
         sequence.drafters = wanted or self._drafters
 
-    def plan(self, running: list[Running]) -> Rules:
+    def plan(self, running: list[Running], joining: int = 0, unread: int = 0) -> Rules:
         return self._rules
 
     def learn(self, sequence: Running, row: Row, done: RowResult) -> None:

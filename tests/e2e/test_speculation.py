@@ -196,7 +196,7 @@ def test_lengths_that_change_with_every_step(sampler: str) -> None:
     class Random(FixedDrafts):
         rng = random.Random(9)
 
-        def plan(self, running: list[Sequence]) -> Rules:
+        def plan(self, running: list[Sequence], joining: int = 0, unread: int = 0) -> Rules:
             for sequence in running:
                 sequence.drafts = self.rng.choice((0, 0, 1, 2, 5))
                 sequence.drafters = self.rng.choice(((0,), (1,), (1, 0), (0, 1)))

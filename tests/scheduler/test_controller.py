@@ -125,9 +125,11 @@ def test_prompts_that_are_nearly_read_count_as_rows_to_come() -> None:
         scheduler.add(Request(str(name), (1,) * size, SamplingParams(max_tokens=9), 0.0), 0.0)
     running = [sequence for (sequence,) in scheduler._requests.values()]
     running[0].fed = 40
-    assert policy._soon(running) == 3
+    assert policy._soon(running, 10, 400) == 3
     running[3].fed = 360
-    assert policy._soon(running) == 5
+    assert policy._soon(running, 0, 0) == 5
+    assert policy._soon(running, 10, 20) == 15
+    assert policy._soon(running, 10, 100) == 7, "20 tokens are left for their prompts of 10"
 
 
 WILLING = Speculation()
