@@ -80,6 +80,7 @@ class Drafting:
         self.model = model
         self._tokens: list[list[int]] = [[] for _ in slots.epoch]  # by slot, those known
         self._prompt = [0] * len(slots.epoch)  # by slot: tokens of it
+        self._stops: list[frozenset[int]] = [frozenset()] * len(slots.epoch)  # by slot: they end it
         self._known = [0] * len(slots.epoch)  # by slot: tokens when it was last drafted for
         self._of_slot: dict[int, Drafted] = {}  # of the step being run
         self._shadows: list[Shadow] = []  # since the last step
@@ -99,6 +100,7 @@ class Drafting:
                 drafter.admit(slot, admit.group)
         self._tokens[slot] = list(admit.cached)
         self._prompt[slot] = admit.prompt_len
+        self._stops[slot] = admit.params.stop_token_ids
         self._known[slot] = 0
 
     def _end(self, slot: int) -> None:
@@ -224,7 +226,8 @@ class Drafting:
                 guesses = self.model.propose(asks, stop, plan.patience)
             else:
                 guesses = drafter.propose(asks, stop)
-            for row, guess in zip(group, guesses, strict=True):
+            for row, whole in zip(group, guesses, strict=True):
+                guess = self._to_its_end(row.slot, whole)
                 if guess is LATER:
                     # What another one has said, though it was not heard, is better than nothing.
                     self._of_slot.setdefault(row.slot, Drafted(number, guess))
@@ -236,6 +239,14 @@ class Drafting:
                         continue
                 left.append(row)
         return left
+
+    def _to_its_end(self, slot: int, guess: Guess) -> Guess:
+        """Without what comes after a token that would end the text: nobody gets that."""
+        stops = self._stops[slot]
+        for count, token in enumerate(guess.tokens, 1):
+            if token in stops:
+                return Guess(guess.tokens[:count], guess.confidence[:count])
+        return guess
 
     def _write(self) -> None:
         slots: list[int] = []

@@ -129,3 +129,23 @@ def test_a_drafter_that_fails_ends_drafting_alone(monkeypatch: pytest.MonkeyPatc
     assert row.drafts == 0
     assert good.asked == []
     assert drafting._tokens[1] == [10, 11, 12, 13, 14]
+
+
+def test_nothing_is_drafted_behind_a_token_that_ends_the_text() -> None:
+    drafting, _, slots = setting(Guess([20, 7, 21], [0.9, 0.8, 0.7]))
+    ends = SamplingParams(max_tokens=9, stop_token_ids=frozenset({7}))
+    drafting.admit(Admit(2, 1, ends, 0, 3, (), ()))
+    drafting.draft(StepPlan(1, (), (Row(2, 1, (10, 11, 12), True),)))
+    drafting.committed(2, [13], 0)
+    rows = (Row(1, 1, None, True, 4, (0,)), Row(2, 1, None, True, 4, (0,)))
+    drafted, _ = drafting.draft(StepPlan(2, (), rows))
+    assert [row.drafts for row in drafted] == [3, 2]
+    assert slots.tokens[1, 4:7].tolist() == [20, 7, 21]
+    assert slots.tokens[2, 4:7].tolist() == [20, 7, 0]
+
+
+def test_it_is_told_how_much_came_to_the_texts_since_they_were_drafted_for() -> None:
+    drafting, _, _ = setting(Guess([20, 21], [0.9, 0.8]))
+    assert drafting.draft(plan((0,)))[1].tokens == 4  # the prompt's three, and one
+    drafting.committed(1, [20, 99, 5], 1)
+    assert drafting.draft(plan((0,)))[1].tokens == 2
