@@ -117,7 +117,8 @@ async def test_leaving_a_stream_frees_what_it_held(link):
             await anext(stream)
         await until(lambda: not link.scheduler.has_work())
         link.scheduler.check()
-        assert client.submit(request(max_tokens=1)).request.id == "r"  # the id is free again
+        await until(lambda: "r" not in client._streams)  # once the end has arrived here, too
+        assert client.submit(request(max_tokens=1)).request.id == "r"
 
 
 async def test_a_cancelled_consumer_frees_what_it_held(link):
