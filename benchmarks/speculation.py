@@ -267,8 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             modes = make_modes(args, streams, stack)
             source = Source(modes[0].llm)
+            gc.unfreeze()  # engines of before
             gc.collect()
-            gc.freeze()  # as the engine's process does: a collection of all this takes 0.1 s
+            gc.freeze()  # as the engine's process does, so that no round has to look at all this
             for work in args.work:
                 for temperature in args.temperatures:
                     requests = max(args.least, streams * 4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ from worker.sizing import GIB
 
 # A CPU machine is shared with everything else on it; a larger pool has to be asked for.
 CPU_POOL_CAP = 4 * GIB
+CGROUP = Path("/sys/fs/cgroup")
 # Page-locked host memory for the pages of paused sequences, if a quarter of what is free allows it.
 GPU_SWAP_BYTES = 4 * GIB
 # Tokens from which on a step is bound by arithmetic: longer steps only delay the first token.
@@ -75,15 +78,40 @@ def resolve_device(name: str, rank: int = 0, ranks: int = 1) -> Device:
 
 
 def available_host_memory() -> int:
-    """Bytes of main memory that could be allocated now."""
+    """Bytes of main memory that could be allocated now, within a container's limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         with open("/proc/meminfo") as meminfo:
             for line in meminfo:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    free = int(line.split()[1]) * 1024
     except OSError:
         pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(free, left_in_container(CGROUP)))
+
+
+def left_in_container(cgroup: Path) -> float:
+    """Bytes up to the limit of the control group mounted there, of version 2 or 1; cached files
+    that are not in use count as free. Infinite where there is no limit."""
+    names = (
+        (cgroup, "memory.max", "memory.current", "inactive_file"),
+        (
+            cgroup / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    )
+    for folder, limit, used, cached in names:
+        try:
+            most = float((folder / limit).read_text().replace("max", "inf"))
+            taken = int((folder / used).read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
+        except (OSError, ValueError):
+            continue
+        stat = dict(line.split(maxsplit=1) for line in lines)
+        return max(most - taken + int(stat.get(cached, 0)), 0)
+    return math.inf
 
 
 DTYPES = {

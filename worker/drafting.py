@@ -155,7 +155,7 @@ class Drafting:
             self.model.forget()
             (depth, tokens), foreseen = self.model.take_work(), self.model.take_hits()
         seconds = time.perf_counter() - started
-        return rows, DraftTime(seconds, depth, tokens if depth else read, foreseen=foreseen)
+        return rows, DraftTime(seconds, depth, tokens or read, foreseen=foreseen)
 
     def _read(self, slot: int) -> int:
         """How many tokens came to a text since this was asked last."""

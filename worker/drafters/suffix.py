@@ -13,6 +13,7 @@ the number of drafts that it expects to be right.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 from worker.drafters.base import LATER, NOTHING, Ask, Guess
 from worker.drafters.memory import Groups
@@ -21,13 +22,12 @@ DEPTH = 10  # tokens of a suffix, and of what follows it
 # Of a memory. A thousand take about 190 kB: all groups together at most 310 MB, a slot 8 MB.
 NODES, NODES_OF_A_SLOT = 200_000, 40_000
 GROUPS = 8  # that are remembered
-NODES_A_TOKEN = (
-    4  # are allowed for at least: text that repeats itself makes fewer, and ages as well
-)
+NODES_A_TOKEN = 4  # at least, as a trie's age goes: text that repeats itself makes fewer
 CATCH_UP = 512  # tokens read in one step, which wait for it
 LONGEST_SHADOW = 2048  # tokens of a text that is read at its end, though nobody asked about it
 LEAST = 0.1  # drafts that are less probable are not made
 _DOUBT = 0.5  # times that something else is taken to have followed
+_promise = itemgetter(0)
 
 
 class Trie:
@@ -194,10 +194,6 @@ class Text:
         self._young, self._old = young, old
         memory.turn_if_full()
         return guessed
-
-
-def _promise(found: tuple[float, Guess]) -> float:
-    return found[0]
 
 
 class _Own:
