@@ -395,25 +395,23 @@ void attend_unit(const T* q, T* out, const Pool& pool, const Batch& batch, Atten
 
 template <class T>
 void attend(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionPlan& plan,
-            const AttentionShape& shape, std::atomic<int64_t>& next) {
-    const int64_t heads = pool.kv_heads, total = int64_t(plan.units.size()) * heads;
+            const AttentionShape& shape, Pieces& stage) {
+    const int64_t heads = pool.kv_heads, total = plan.pieces(heads);
     // Several at a time, so that mostly a thread knows what it does next.
     const int64_t run = std::max<int64_t>(total / (16 * plan.threads), 1);
-    for (int64_t begin; (begin = next.fetch_add(run, std::memory_order_relaxed)) < total;) {
-        const int64_t end = std::min(begin + run, total);
-        for (int64_t i = begin; i < end; i++) {
+    for (Range mine; (mine = stage.take(total, run)).begin < mine.end; stage.done(mine))
+        for (int64_t i = mine.begin; i < mine.end; i++) {
             const Unit& unit = plan.units[i / heads];
             if (pool.format) {
                 attend_unit<T>(q, out, pool, batch, plan, shape, unit, i % heads, nullptr);
                 continue;
             }
-            const int64_t guess = i + 1 < end ? i + 1 : next.load(std::memory_order_relaxed);
+            const int64_t guess = i + 1 < mine.end ? i + 1 : stage.next();
             const int64_t j = std::min(guess, total - 1);
             const Reach reach(pool, batch, shape, plan.units[j / heads]);
             const Tile<T> upcoming = reach.tile<T>(pool, j % heads, reach.begin);
             attend_unit(q, out, pool, batch, plan, shape, unit, i % heads, &upcoming);
         }
-    }
 }
 
 template <class T>
@@ -430,9 +428,9 @@ void merge_splits(T* out, const Pool& pool, AttentionPlan& plan, int64_t heads, 
 }
 
 template void attend(const float*, float*, const Pool&, const Batch&, AttentionPlan&,
-                     const AttentionShape&, std::atomic<int64_t>&);
+                     const AttentionShape&, Pieces&);
 template void attend(const bf16*, bf16*, const Pool&, const Batch&, AttentionPlan&,
-                     const AttentionShape&, std::atomic<int64_t>&);
+                     const AttentionShape&, Pieces&);
 template void merge_splits(float*, const Pool&, AttentionPlan&, int64_t, Share);
 template void merge_splits(bf16*, const Pool&, AttentionPlan&, int64_t, Share);
 

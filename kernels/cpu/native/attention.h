@@ -11,7 +11,7 @@
 #include "buffer.h"
 #include "multiply.h"
 #include "pointwise.h"
-#include "team.h"
+#include "stages.h"
 
 namespace native {
 
@@ -103,6 +103,8 @@ struct AttentionPlan {
         blocks = divided;
     }
 
+    int64_t pieces(int64_t kv_heads) const { return int64_t(units.size()) * kv_heads; }
+
     int64_t partial_size() const { return block_rows * (width + 2); }
 
     // Room for the partial results of every head; called before the work is shared out.
@@ -122,11 +124,11 @@ struct AttentionShape {
     int64_t window;  // 0: none
 };
 
-// One thread's part; `next` counts the (unit, head) pairs taken by anyone.
-// q, out: [tokens, heads, head_dim].
+// One thread's part: the (unit, head) pairs that are the pieces of the stage, `plan.pieces` of them,
+// until none is left. q, out: [tokens, heads, head_dim].
 template <class T>
 void attend(const T* q, T* out, const Pool& pool, const Batch& batch, AttentionPlan& plan,
-            const AttentionShape& shape, std::atomic<int64_t>& next);
+            const AttentionShape& shape, Pieces& stage);
 
 // After every unit is done: merges the splits that were shared out.
 template <class T>

@@ -6,6 +6,7 @@
 
 #include "decoder.h"
 #include "linear.h"
+#include "stages.h"
 #include "truncation.h"
 
 using namespace native;
@@ -74,9 +75,9 @@ class Chain {
     // A draft for each row that is alive, from its hidden state; those that are done leave.
     void draw(const T* hidden) {
         const int64_t rows = alive_.size(), columns = head_.columns;
-        parallel(threads_, columns * head_.inner, [&](Share share) {
-            linear(head_, hidden, logits_.data(), rows, share);
-        });
+        parallel_pieces(
+            threads_, columns * head_.inner, head_.pieces(rows, threads_),
+            [&](Share piece) { linear(head_, hidden, logits_.data(), rows, piece); });
         size_t staying = 0;  // these move up, over those that were read already
         for (int64_t i = 0; i < rows; i++) {
             const int64_t r = alive_[i], count = chain_.counts[r]++;

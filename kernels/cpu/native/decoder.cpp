@@ -1,4 +1,4 @@
-// A whole decoder step in one parallel region: the operators of `ops.cpp` between barriers.
+// A whole decoder step in one parallel region: the operators of `ops.cpp` as stages.
 //
 // At one row a step is a few hundred microseconds of arithmetic; sixty calls with a fork and a join
 // each, and the interpreter between them, would double it.
@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "attention.h"
-#include "barrier.h"
 #include "decoder.h"
 #include "linear.h"
 #include "pointwise.h"
+#include "stages.h"
 
 using namespace native;
 
@@ -81,18 +81,14 @@ class Plans {
     std::vector<std::pair<Key, std::unique_ptr<AttentionPlan>>> plans_;
 };
 
-// The threads take pieces of the product as they come free, so that one whose core another process
-// borrowed for a moment holds up the others by a piece at most. One row streams the weight in long
-// runs, which few pieces leave whole.
 template <class T>
-void project(const NativeProjection& p, const T* x, T* out, int64_t rows, Share share,
-             std::atomic<int64_t>& next) {
+void project(const NativeProjection& p, const T* x, T* out, int64_t rows, int threads,
+             Stages::Walk& stage) {
     const Linear w{(const uint32_t*)p.packed, p.bias, p.columns, p.inner, p.type != 0};
-    const int64_t most = share.count == 1 ? 1 : 4 * share.count;
-    const int64_t pieces = std::max<int64_t>(std::min(w.panels() / (rows == 1 ? 4 : 1), most), 1);
-    for (int64_t piece = next++; piece < pieces; piece = next++)
-        linear(w, x, out, rows, Share{int(piece), int(pieces)});
+    stage.pieces(w.pieces(rows, threads), [&](Share piece) { linear(w, x, out, rows, piece); });
 }
+
+constexpr int kStagesOfLayer = 10;  // at most; the embedding and the choice of tokens add two
 
 template <class T>
 void run(const NativeModel& model, const NativeStep& step, int threads) {
@@ -101,75 +97,72 @@ void run(const NativeModel& model, const NativeStep& step, int threads) {
                       step.table_stride, step.copies, step.copies_stride};
     const Slots slots{step.slots, step.copy_slots};
     Plans plans(model, batch, threads);
-    // What is next to be taken of each shared-out piece of work.
-    struct Next {
-        std::atomic<int64_t> qkv{0}, attention{0}, output{0}, gate_up{0}, down{0};
-    };
-    std::vector<Next> nexts(model.num_layers);
-    Barrier barrier(threads);
+    Stages stages(threads, 2 + kStagesOfLayer * model.num_layers);
     const int64_t hidden = model.hidden, heads = model.heads, width = heads * model.head_dim;
 
     parallel(threads, INT64_MAX, [&](Share share) {
-        const auto meet = [&] { barrier.wait(share.index, share.count); };
+        Stages::Walk stage(stages, share);
         T *residual = at.residual, *normed = at.normed, *attended = at.attended;
         int64_t tokens = step.tokens;
-        const Range mine = part(tokens, share);
-        for (int64_t t = mine.begin; t < mine.end; t++)
-            std::memcpy(residual + t * hidden, (const T*)model.embedding + step.ids[t] * hidden,
-                        hidden * sizeof(T));
-        rms_norm(residual, (const T*)model.layers[0].input_norm, normed, tokens, hidden, model.eps,
-                 share);
-        meet();
+        stage.shares([&](Share share) {
+            const Range mine = part(tokens, share);
+            for (int64_t t = mine.begin; t < mine.end; t++)
+                std::memcpy(residual + t * hidden, (const T*)model.embedding + step.ids[t] * hidden,
+                            hidden * sizeof(T));
+            rms_norm(residual, (const T*)model.layers[0].input_norm, normed, tokens, hidden,
+                     model.eps, share);
+        });
         for (int64_t i = 0; i < model.num_layers; i++) {
             const NativeLayer& layer = model.layers[i];
             const bool last = i + 1 == model.num_layers;
             const Pool pool{layer.pool, model.kv_heads, model.page_size, model.head_dim,
                             layer.format, layer.copies};
+            const Rotary rotary{layer.cos_sin, layer.rotary_half, layer.q_norm, layer.k_norm,
+                                layer.qk_eps};
+            const AttentionShape shape{heads, layer.scale, layer.window};
             AttentionPlan& plan = *plans.find(layer);
-            Next& next = nexts[i];
 
-            project(layer.qkv, normed, at.qkv, tokens, share, next.qkv);
-            meet();
-            rope_append(at.qkv, at.q, pool, step.positions, slots, tokens, heads,
-                        Rotary{layer.cos_sin, layer.rotary_half, layer.q_norm, layer.k_norm,
-                               layer.qk_eps},
-                        share);
-            meet();
-            attend(at.q, attended, pool, batch, plan,
-                   AttentionShape{heads, layer.scale, layer.window}, next.attention);
-            meet();
-            if (!plan.blocks.empty()) {
-                merge_splits(attended, pool, plan, heads, share);
-                meet();
-            }
+            project(layer.qkv, normed, at.qkv, tokens, threads, stage);
+            stage.shares([&](Share share) {
+                rope_append(at.qkv, at.q, pool, step.positions, slots, tokens, heads, rotary,
+                            share);
+            });
+            stage.taking(plan.pieces(model.kv_heads), [&](Pieces& pieces) {
+                attend(at.q, attended, pool, batch, plan, shape, pieces);
+            });
+            if (!plan.blocks.empty())
+                stage.shares([&](Share share) {
+                    merge_splits(attended, pool, plan, heads, share);
+                });
             if (last && step.reads >= 0) {  // from here on only the wanted tokens matter
-                const Range wanted = part(step.reads, share);
-                for (int64_t r = wanted.begin; r < wanted.end; r++) {
-                    std::memcpy(normed + r * hidden, residual + step.read[r] * hidden,
-                                hidden * sizeof(T));
-                    std::memcpy(at.q + r * width, attended + step.read[r] * width,
-                                width * sizeof(T));
-                }
+                stage.shares([&](Share share) {
+                    const Range wanted = part(step.reads, share);
+                    for (int64_t r = wanted.begin; r < wanted.end; r++) {
+                        std::memcpy(normed + r * hidden, residual + step.read[r] * hidden,
+                                    hidden * sizeof(T));
+                        std::memcpy(at.q + r * width, attended + step.read[r] * width,
+                                    width * sizeof(T));
+                    }
+                });
                 std::swap(residual, normed);
                 attended = at.q;
                 tokens = step.reads;
-                meet();
             }
-            project(layer.output, attended, at.delta, tokens, share, next.output);
-            meet();
-            add_rms_norm(at.delta, residual, (const T*)layer.mlp_norm, normed, tokens, hidden,
-                         model.eps, share);
-            meet();
-            project(layer.gate_up, normed, at.gate_up, tokens, share, next.gate_up);
-            meet();
-            silu_mul(at.gate_up, at.activated, tokens, layer.down.inner, share);
-            meet();
-            project(layer.down, at.activated, at.delta, tokens, share, next.down);
-            meet();
-            add_rms_norm(at.delta, residual,
-                         (const T*)(last ? model.norm : model.layers[i + 1].input_norm),
-                         last ? (T*)step.out : normed, tokens, hidden, model.eps, share);
-            meet();
+            project(layer.output, attended, at.delta, tokens, threads, stage);
+            stage.shares([&](Share share) {
+                add_rms_norm(at.delta, residual, (const T*)layer.mlp_norm, normed, tokens, hidden,
+                             model.eps, share);
+            });
+            project(layer.gate_up, normed, at.gate_up, tokens, threads, stage);
+            stage.shares([&](Share share) {
+                silu_mul(at.gate_up, at.activated, tokens, layer.down.inner, share);
+            });
+            project(layer.down, at.activated, at.delta, tokens, threads, stage);
+            const void* norm = last ? model.norm : model.layers[i + 1].input_norm;
+            stage.shares([&](Share share) {
+                add_rms_norm(at.delta, residual, (const T*)norm, last ? (T*)step.out : normed,
+                             tokens, hidden, model.eps, share);
+            });
         }
     });
 }

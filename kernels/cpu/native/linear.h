@@ -22,6 +22,13 @@ struct Linear {
 
     int64_t units() const { return narrow ? inner / kPack<bf16> : inner; }
     int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+
+    // In how many pieces threads share the product with `rows` rows: none of them is long, but one
+    // row streams the weight in long runs, which few pieces leave whole.
+    int64_t pieces(int64_t rows, int threads) const {
+        const int64_t most = threads == 1 ? 1 : 4 * threads, runs = panels() / (rows == 1 ? 4 : 1);
+        return runs < 1 ? 1 : runs < most ? runs : most;
+    }
 };
 
 // weight: [columns, units] lanes, row-major -> packed, zero-padded.

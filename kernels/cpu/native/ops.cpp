@@ -95,14 +95,16 @@ void native_attend(int type, const void* q, void* out, const NativeFormat* forma
     const int64_t window_block = format ? format->window_block : 0;
     AttentionPlan plan(batch, heads, kv_heads, head_dim, window, window_block, threads);
     plan.reserve(kv_heads);
-    std::atomic<int64_t> next{0};
+    Stages stages(threads, 2);
     with_type(type, [&](auto tag) {
         using T = decltype(tag);
         parallel(threads, plan.work, [&](Share share) {
-            attend((const T*)q, (T*)out, kv, batch, plan, shape, next);
+            Stages::Walk stage(stages, share);
+            stage.taking(plan.pieces(kv_heads), [&](Pieces& pieces) {
+                attend((const T*)q, (T*)out, kv, batch, plan, shape, pieces);
+            });
             if (plan.blocks.empty()) return;
-#pragma omp barrier
-            merge_splits((T*)out, kv, plan, heads, share);
+            stage.shares([&](Share share) { merge_splits((T*)out, kv, plan, heads, share); });
         });
     });
 }
@@ -132,9 +134,9 @@ void native_linear(int type, int weight_type, const void* packed, const void* bi
     with_type(type, [&](auto tag) {
         using T = decltype(tag);
         const Linear w{(const uint32_t*)packed, bias, columns, inner, weight_type != 0};
-        parallel(threads, columns * inner, [&](Share share) {
-            if (wide) linear(w, (const T*)x, (float*)out, rows, share);
-            else linear(w, (const T*)x, (T*)out, rows, share);
+        parallel_pieces(threads, columns * inner, w.pieces(rows, threads), [&](Share piece) {
+            if (wide) linear(w, (const T*)x, (float*)out, rows, piece);
+            else linear(w, (const T*)x, (T*)out, rows, piece);
         });
     });
 }
