@@ -1,4 +1,4 @@
-"""Prompts as token ids: templates rendered and text tokenized off the event loop."""
+"""Prompts as token ids: templates rendered and text tokenized, long ones off the event loop."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class Prompts:
                 "continue_final_message",
             )
         messages = [template_message(m, i) for i, m in enumerate(body.messages or [])]
-        self._guard(sum(len(m["content"]) for m in messages), completion, "messages")
+        characters = sum(len(m["content"]) for m in messages)
+        self._guard(characters, completion, "messages")
+        extra = documents or variables or body.chat_template_kwargs  # of any size
 
         def make() -> list[int]:
             text = template.render(
@@ -79,23 +81,26 @@ class Prompts:
             )
 
         try:
-            return await self.off_loop(make)
+            return await self.off_loop(make, None if extra else characters)
         except TemplateError as error:
             raise invalid(f"{error}", "messages", "invalid_messages") from None
 
-    async def encode(self, text: str, *, add_special_tokens: bool, completion: int) -> list[int]:
-        """Token ids of a plain prompt. Raises `ApiError`."""
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, completion: int, of: int = 1
+    ) -> list[int]:
+        """Token ids of a plain prompt, `of` so many in one request. Raises `ApiError`."""
         self._guard(len(text), completion, "prompt")
 
         def make() -> list[int]:
             return self.text.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-        return await self.off_loop(make)
+        return await self.off_loop(make, len(text) if of == 1 else None)
 
-    async def off_loop(self, function: Callable[[], T]) -> T:
-        """The result of a function that tokenizes. Raises `ApiError` when too many wait."""
+    async def off_loop(self, function: Callable[[], T], characters: int | None = None) -> T:
+        """The result of a function that tokenizes, where `TextPool.run` has it run. Raises
+        `ApiError` when too many wait."""
         try:
-            return await self.pool.run(function)
+            return await self.pool.run(function, characters)
         except PoolFullError:
             raise unavailable("Too many prompts are waiting to be tokenized.", 1.0) from None
 
@@ -141,7 +146,7 @@ def prompt_list(value: object, max_model_len: int) -> list[str | list[int]]:
     """
     if isinstance(value, str):
         prompts: list[Any] = [value]
-    elif isinstance(value, list) and value and _is_id(value[0]):
+    elif isinstance(value, list) and value and type(value[0]) is int:
         prompts = [value]
     elif isinstance(value, list):
         prompts = value
@@ -159,7 +164,7 @@ def prompt_list(value: object, max_model_len: int) -> list[str | list[int]]:
                 raise context_exceeded(
                     limit=max_model_len, prompt=len(prompt), completion=0, param="prompt"
                 )
-            if not all(map(_is_id, prompt)):
+            if set(map(type, prompt)) != {int}:
                 raise invalid("Token ids must be integers.", f"prompt[{index}]", "invalid_type")
         elif not isinstance(prompt, str):
             raise invalid(
@@ -222,6 +227,3 @@ def _arguments(arguments: object) -> object:
         return arguments
     return value if isinstance(value, dict) else arguments
 
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -9,6 +9,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# A text of so many characters is tokenized where it stands, in about half a millisecond: to wake a
+# thread, and to take turns with it at the interpreter, costs as much and more where cores are busy.
+SHORT = 2_000
+
 
 class PoolFullError(Exception):
     """Too much text is already waiting to be tokenized."""
@@ -22,11 +26,14 @@ class TextPool:
         self._limit = limit
         self._pending = 0
 
-    async def run(self, function: Callable[[], T]) -> T:
+    async def run(self, function: Callable[[], T], characters: int | None = None) -> T:
         """The function's result. Raises `PoolFullError` at once when the queue is full.
 
-        A cancelled caller does not wait; the function, once started, runs to its end.
+        `characters`: of the text it works on, where that is known; a short one needs no thread. A
+        cancelled caller does not wait; the function, once started, runs to its end.
         """
+        if characters is not None and characters <= SHORT:
+            return function()
         if self._pending >= self._limit:
             raise PoolFullError
         future = self._executor.submit(function)

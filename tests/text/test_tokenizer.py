@@ -12,7 +12,7 @@ import pytest
 from tests.text import backends
 from text.assets import load_text
 from text.generation import load_generation
-from text.pool import PoolFullError, TextPool
+from text.pool import SHORT, PoolFullError, TextPool
 from text.tokenizer import Tokenizer, TokenizerError
 
 TEXT = "hello wörld 🎉 日本語"
@@ -106,6 +106,9 @@ async def test_the_pool_is_bounded_and_leaves_the_loop_free() -> None:
     await asyncio.sleep(0)
     with pytest.raises(PoolFullError):
         await pool.run(lambda: 8)
+    with pytest.raises(PoolFullError):
+        await pool.run(lambda: 8, SHORT + 1)
+    assert await pool.run(threading.get_ident, SHORT) == threading.get_ident()
     gate.set()
     assert await first
     assert await second == 7
