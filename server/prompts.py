@@ -226,4 +226,3 @@ def _arguments(arguments: object) -> object:
     except orjson.JSONDecodeError:
         return arguments
     return value if isinstance(value, dict) else arguments
-
