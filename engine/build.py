@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Kernels compiled by an earlier start are found in less; compiling them takes several seconds.
-LOOKUP_SECONDS = 1.0
+LOOKUP_SECONDS = 0.4
 
 # Latest positions of each sequence that keep all of their bits: much attention falls on them. Not
 # measured.
