@@ -61,17 +61,23 @@ class RequestStream(AsyncIterator[Output]):
             raise StopAsyncIteration
         return self._ready.popleft()
 
+    async def arrival(self) -> None:
+        """Waits until `batch` need not wait: something is unread, or nothing more will come.
+
+        Nothing is lost where the wait is cancelled. Raises `RejectedError` or `EngineDeadError`.
+        """
+        while not self._arrived and self._unfinished and self._error is None:
+            await self._wait()
+        if not self._arrived and self._error is not None:
+            raise self._error
+
     async def batch(self) -> list[Output]:
         """Waits until something is unread and returns all of it, one output per choice.
 
         `[]` after the last choice's finish. Raises `RejectedError` or `EngineDeadError`.
         """
-        while not self._arrived:
-            if self._error is not None:
-                raise self._error
-            if not self._unfinished:
-                return []
-            await self._wait()
+        if not self._arrived:
+            await self.arrival()
         arrived, self._arrived = self._arrived, []
         self._unread_tokens = 0
         return merged(arrived)

@@ -17,6 +17,10 @@ class RequestStream(Protocol):
         """How often it went on in another engine after its own had died."""
         ...
 
+    async def arrival(self) -> None:
+        """Wait until `batch` need not wait; raises what it would. Loses nothing when cancelled."""
+        ...
+
     async def batch(self) -> list[Output]:
         """Wait for at least one output and return everything queued, in order; `[]` once every
         choice has finished. Raises `RejectedError` or `EngineDeadError`."""

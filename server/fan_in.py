@@ -10,7 +10,7 @@ from server.engine_face import RequestStream
 
 
 class FanIn:
-    """Has the face of a `RequestStream`. The first error of any stream is raised by `batch`."""
+    """Has the face of a `RequestStream`. The first error of any stream is raised."""
 
     def __init__(self, streams: Sequence[RequestStream]) -> None:
         self._streams = streams
@@ -25,16 +25,17 @@ class FanIn:
         """Of the stream that had the most."""
         return max(stream.resumptions for stream in self._streams)
 
-    async def batch(self) -> list[Output]:
+    async def arrival(self) -> None:
         while not self._queued and self._open and self._error is None:
             self._arrived.clear()
             await self._arrived.wait()
-        if self._queued:
-            queued, self._queued = self._queued, []
-            return queued
-        if self._error is not None:
+        if not self._queued and self._error is not None:
             raise self._error
-        return []
+
+    async def batch(self) -> list[Output]:
+        await self.arrival()
+        queued, self._queued = self._queued, []
+        return queued
 
     def close(self) -> None:
         """Stop reading; the streams are closed by their owner."""

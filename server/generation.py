@@ -51,7 +51,6 @@ class Generation:
     _choices: dict[tuple[str, int], _Choice] = field(default_factory=dict)
     _streams: list[RequestStream] = field(default_factory=list)
     _source: RequestStream | None = None
-    _early: asyncio.Task[list[Output]] | None = None
     _problem: ApiError | None = None  # of a choice that ended without an answer
 
     def start(self) -> None:
@@ -76,12 +75,14 @@ class Generation:
         """Wait a moment for the first outputs, so that a refusal by the engine can still become an
         HTTP status. Raises `ApiError`."""
         assert self._source is not None
-        self._early = asyncio.ensure_future(self._source.batch())
-        self._early.add_done_callback(_retrieve)
-        await asyncio.wait((self._early,), timeout=seconds)
-        if self._early.done() and (error := self._early.exception()) is not None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._source.arrival()
+        except TimeoutError:
+            pass  # admitted, or still in the queue: from now on errors are events of the stream
+        except (RejectedError, EngineDeadError) as error:
             self.close()
-            raise self._as_api_error(error)
+            raise from_engine(error) from None
 
     async def pieces(self) -> list[Piece] | None:
         """What the next batch of outputs brought, perhaps nothing to show; None at the end.
@@ -93,7 +94,7 @@ class Generation:
         except (RejectedError, EngineDeadError) as error:
             if self._all_shown():
                 return None
-            raise self._as_api_error(error) from None
+            raise from_engine(error) from None
         if not outputs:
             return None
         now = self.clock()
@@ -104,8 +105,6 @@ class Generation:
 
     def close(self) -> None:
         """Abort whatever still runs."""
-        if self._early is not None:
-            self._early.cancel()
         if self._source is not None:
             self._source.close()
         for stream in self._streams:
@@ -151,9 +150,6 @@ class Generation:
 
     async def _next_batch(self) -> list[Output]:
         assert self._source is not None
-        if self._early is not None:
-            early, self._early = self._early, None
-            return await early
         if not self._all_shown():
             return await self._source.batch()
         try:
@@ -236,14 +232,3 @@ class Generation:
                 return unavailable(finish.message or "The request was ended by the server.")
             case _:
                 return None
-
-    def _as_api_error(self, error: BaseException) -> ApiError:
-        if isinstance(error, RejectedError | EngineDeadError):
-            return from_engine(error)
-        raise error
-
-
-def _retrieve(task: asyncio.Task[list[Output]]) -> None:
-    """Mark the task's error as seen: when the client has left, nobody awaits it."""
-    if not task.cancelled():
-        task.exception()
