@@ -377,7 +377,7 @@ class ServerConfig:
         "For requests without a limit. Default: generation_config.json's, else what fits the"
         " context (16 on /v1/completions).",
     )
-    tokenizer_threads: int = option(1, "Threads that tokenize prompts.")
+    tokenizer_threads: int = option(1, "Threads that tokenize long prompts.")
     log_level: str = option(
         "info",
         "Least severe log lines to write.",
