@@ -226,6 +226,22 @@ async def test_a_choice_ends_once():
     assert [o.tokens async for o in stream] == [(1,)]
 
 
+async def test_an_arrival_takes_nothing_away():
+    stream, _ = stream_of()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await stream.arrival()
+    waiting = asyncio.create_task(stream.arrival())
+    await asyncio.sleep(0)
+    stream.put(output(7))
+    await waiting
+    stream.fail(EngineDeadError("gone"))
+    await stream.arrival()  # what arrived comes before the end
+    assert (await stream.batch())[0].tokens == (7,)
+    with pytest.raises(EngineDeadError, match="gone"):
+        await stream.arrival()
+
+
 async def test_one_wake_up_per_message():
     stream, _ = stream_of(n=3)
     waiting = asyncio.create_task(stream.batch())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,24 @@ def test_a_step_equals_its_operators(
             for read in (batch.query_starts[1:].long() - 1, torch.arange(0)):
                 some = decoder.forward(ids, batch, found_kv, read)
                 assert torch.equal(some, expected[read])
+
+
+def test_threads_that_lose_their_core_do_not_hang_or_change_a_step(
+    native: NativeOps, threads: None
+) -> None:
+    """More threads than cores: some are late for most stages and asleep in others."""
+    g = torch.Generator().manual_seed(4)
+    shape = Shape(heads=4, kv_heads=2, head_dim=32)
+    model = Model(native, torch.float32, shape, bias=False)
+    decoder = model.decoder()
+    batch, pages = make_batch([(5, 1), (70, 1), (0, 37)], shape.page_size, g)
+    ids = torch.randint(0, VOCABULARY, (len(batch.positions),), generator=g)
+    kv = [torch.randn(pages, 2, 2, 16, 32, generator=g) for _ in model.layers]
+    torch.set_num_threads(1)
+    expected = decoder.forward(ids, batch, kv)
+    torch.set_num_threads(2 * (os.cpu_count() or 1) + 1)
+    for _ in range(100):
+        assert torch.equal(decoder.forward(ids, batch, kv), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
