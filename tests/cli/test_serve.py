@@ -199,8 +199,7 @@ def test_a_start_that_fails_is_one_sentence(name, flags, sentence):
 
 
 def test_chat_asks_the_server_and_says_when_there_is_none(capsys):
-    with serving(model(vocab_size=100_000)) as server:
-        # Random words, of which two dozen are hardly all spaces.
+    with serving(model(vocab_size=100_000), "--seed", "1") as server:  # or it may end at once
         assert main(["chat", "hello", "--max-tokens", "24", "--url", server.base]) == 0
     assert capsys.readouterr().out.strip()
     assert main(["chat", "hello", "--url", server.base]) == 1
