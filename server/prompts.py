@@ -62,9 +62,10 @@ class Prompts:
                 "continue_final_message",
             )
         messages = [template_message(m, i) for i, m in enumerate(body.messages or [])]
-        characters = sum(len(m["content"]) for m in messages)
-        self._guard(characters, completion, "messages")
-        extra = documents or variables or body.chat_template_kwargs  # of any size
+        self._guard(sum(len(m["content"]) for m in messages), completion, "messages")
+        # All that is rendered counts, thoughts and tool calls too.
+        extra = documents or variables or body.chat_template_kwargs
+        size = None if extra else len(orjson.dumps(messages))
 
         def make() -> list[int]:
             text = template.render(
@@ -81,20 +82,20 @@ class Prompts:
             )
 
         try:
-            return await self.off_loop(make, None if extra else characters)
+            return await self.off_loop(make, size)
         except TemplateError as error:
             raise invalid(f"{error}", "messages", "invalid_messages") from None
 
     async def encode(
-        self, text: str, *, add_special_tokens: bool, completion: int, of: int = 1
+        self, text: str, *, add_special_tokens: bool, completion: int, alone: bool = True
     ) -> list[int]:
-        """Token ids of a plain prompt, `of` so many in one request. Raises `ApiError`."""
+        """Token ids of a plain prompt; `alone`: the only one of its request. Raises `ApiError`."""
         self._guard(len(text), completion, "prompt")
 
         def make() -> list[int]:
             return self.text.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-        return await self.off_loop(make, len(text) if of == 1 else None)
+        return await self.off_loop(make, len(text) if alone else None)
 
     async def off_loop(self, function: Callable[[], T], characters: int | None = None) -> T:
         """The result of a function that tokenizes, where `TextPool.run` has it run. Raises
@@ -164,7 +165,7 @@ def prompt_list(value: object, max_model_len: int) -> list[str | list[int]]:
                 raise context_exceeded(
                     limit=max_model_len, prompt=len(prompt), completion=0, param="prompt"
                 )
-            if set(map(type, prompt)) != {int}:
+            if not set(map(type, prompt)) <= {int}:
                 raise invalid("Token ids must be integers.", f"prompt[{index}]", "invalid_type")
         elif not isinstance(prompt, str):
             raise invalid(

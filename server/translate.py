@@ -75,7 +75,7 @@ class Translator:
         params = await self._params(body, limit, body.logprobs, of_prompt)
         work, texts = [], []
         for prompt in prompts:
-            ids = await self._completion_ids(body, prompt, limit, of=len(prompts))
+            ids = await self._completion_ids(body, prompt, limit, alone=len(prompts) == 1)
             work.append(ids)
             if body.echo:
                 texts.append(self._echo_text(body, prompt, ids))
@@ -102,7 +102,7 @@ class Translator:
         return name
 
     async def _completion_ids(
-        self, body: CompletionBody, prompt: str | list[int], limit: int | None, of: int
+        self, body: CompletionBody, prompt: str | list[int], limit: int | None, alone: bool
     ) -> list[int]:
         if isinstance(prompt, list):
             ids = prompt
@@ -111,7 +111,7 @@ class Translator:
                 prompt,
                 add_special_tokens=body.add_special_tokens is not False,
                 completion=limit or 0,
-                of=of,
+                alone=alone,
             )
         return self._fit(body, ids, limit, "prompt")
 
