@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdlib>
 #include <memory>
 #include <thread>
 
@@ -45,7 +46,7 @@ class alignas(64) Pieces {
 class Stages {
   public:
     Stages(int most_threads, int64_t most_stages)
-        : stages_(std::make_unique<Pieces[]>(most_stages)),
+        : most_(most_stages), stages_(std::make_unique<Pieces[]>(most_stages)),
           seats_(std::make_unique<Seat[]>(most_threads)) {}
 
     // One thread's way through the stages; all threads make the same calls.
@@ -69,6 +70,7 @@ class Stages {
         // The same where `work(stage)` takes its pieces by itself, until there are none.
         template <class Work>
         void taking(int64_t pieces, Work work) {
+            if (at_ == stages_.most_) std::abort();  // whoever added a stage did not count it
             Pieces& stage = stages_.stages_[at_++];
             work(stage);
             stages_.await(stage, int(pieces), share_);
@@ -135,6 +137,7 @@ class Stages {
     static void wake(Pieces&) {}
 #endif
 
+    const int64_t most_;
     std::unique_ptr<Pieces[]> stages_;
     std::unique_ptr<Seat[]> seats_;
 };
