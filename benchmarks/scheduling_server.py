@@ -85,13 +85,16 @@ def gaps_between(sample: Sample, start: float, end: float) -> Iterator[float]:
         now += gap
 
 
-def completion(tokens: Sequence[int], count: int) -> dict[str, object]:
-    """A greedy answer of exactly so many tokens."""
+def completion(
+    tokens: Sequence[int], count: int, temperature: float = 0.0, seed: int = 0
+) -> dict[str, object]:
+    """An answer of exactly so many tokens; greedy, unless told otherwise."""
     return {
         "model": "m",
         "prompt": list(tokens),
         "max_tokens": count,
-        "temperature": 0,
+        "temperature": temperature,
+        "seed": seed,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -101,8 +104,9 @@ def completion(tokens: Sequence[int], count: int) -> dict[str, object]:
 async def among_streams(endpoint: Endpoint, text: Sequence[int], sizes: LongPrompt) -> Gaps:
     """Streams run from before the first long prompt until after the last."""
     longest = sizes.tokens + sizes.stream_prompt
+    # Greedy texts that nothing ends soon repeat themselves, and drafts make them grow eightfold.
     bodies = [
-        completion(text[i * sizes.stream_prompt : (i + 1) * sizes.stream_prompt], longest)
+        completion(text[i * sizes.stream_prompt : (i + 1) * sizes.stream_prompt], longest, 1.0, i)
         for i in range(sizes.streams)
     ]
     connections = [Connection(endpoint) for _ in bodies]

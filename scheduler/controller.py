@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Items
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +43,7 @@ MARGIN = 1.02  # by how much drafting must be better than plain decoding to begi
 PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good drafts would be
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
+PROMPTS_SHARE = 0.5  # of what the target leaves beyond a plain step, while prompts are read
 PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
@@ -85,6 +85,8 @@ class Controller:
         self._mtpot_target = mtpot_target
         self._step_tokens = step_tokens
         self._prompts = 0.0  # tokens of prompts in a step, lately
+        self._bound = False  # by a gap target, at the last decision,
+        self._shared = False  # and prompts had a share of it
         # In use; at first the one that asks most drafters, for one of them may know.
         self._option = max(
             range(len(options)), key=lambda i: (len(options[i].drafters), not options[i].ahead)
@@ -120,7 +122,10 @@ class Controller:
                 sequence.drafts = 0
             return NO_RULES
         rows = len(running)
-        changed = abs(rows - self._decided_for) * CHANGE > self._decided_for
+        reading = joining > 0 or self._prompts >= 1.0
+        changed = abs(rows - self._decided_for) * CHANGE > self._decided_for or (
+            self._bound and reading != self._shared
+        )
         wait = EVERY if self._usual or self._news else 1 if self._probing else SELDOM
         if rows and (changed or self._plans >= wait):
             live = [s for s in running if s.fed == len(s.tokens)]
@@ -129,6 +134,7 @@ class Controller:
                 if changed or self._usual or self._probing or self._news:
                     self._news = False
                     self._decided_for = rows
+                    self._shared = reading
                     self._decide(live, self._soon(running, joining, unread))
                 else:
                     self._probe(live)
@@ -273,6 +279,8 @@ class Controller:
     def _batch(self, live: list[Sequence], soon: int) -> Batch:
         rows, shape = len(live), _shape(live)
         seconds = self._steps.plain(shape) + self._overhead
+        longest = self._longest(live, seconds)
+        self._bound = longest < math.inf
         more = StepShape(soon, soon, shape.decode_context * soon // rows)
         # What was never tried is approached in steps: of later drafts little is known by then.
         cap = min(2 * math.ceil(self._usual) + 4, self.most)
@@ -282,14 +290,14 @@ class Controller:
             room=np.array([min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]),
             drafts=self._step_tokens - rows - round(self._prompts),
             overhead=self._overhead,
-            longest=self._longest(live),
+            longest=longest,
         )
 
     def _verifying(self, live: list[Sequence]) -> Verifying:
         """Of rows with up to the most drafts each."""
         rows, shape, ends = len(live), _shape(live), range(VERIFY_POINTS)
         tokens = sorted({round(rows * (1 + self.most) ** (i / ends[-1])) for i in ends})
-        seconds = [self._steps.drafted(replace(shape, tokens=n)) for n in tokens]
+        seconds = [self._steps.drafted(shape.with_drafts(n - rows, rows)) for n in tokens]
         return Verifying(np.array(tokens, dtype=np.float64), np.array(seconds))
 
     def _promise(self, live: list[Sequence], number: int) -> Promise:
@@ -327,10 +335,14 @@ class Controller:
                 return rows
         return asked + 1
 
-    def _longest(self, live: list[Sequence]) -> float:
-        """Seconds from one step to the next, by the strictest gap target."""
+    def _longest(self, live: list[Sequence], plain: float) -> float:
+        """Seconds from one step with drafts to the next, by the strictest gap target; one without
+        takes `plain`. Drafts leave prompts a share, or these would be read a page at a time."""
         target = gap_target(self._mtpot_target, live)
-        return math.inf if target is None else GAP_AIM * target
+        if target is None:
+            return math.inf
+        longest = GAP_AIM * target
+        return longest - PROMPTS_SHARE * max(longest - plain, 0.0) if self._shared else longest
 
     def _probe(self, live: list[Sequence]) -> None:
         """Has one sequence draft for a step, where the time for it was saved up, so that it is
@@ -342,7 +354,7 @@ class Controller:
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
         drafts = min(2, sequence.most_drafts, self.most)
         plain = _shape(live)
-        more = self._steps.drafted(replace(plain, tokens=plain.tokens + drafts))
+        more = self._steps.drafted(plain.with_drafts(drafts, len(live)))
         more -= self._steps.plain(plain)
         for turn in range(self._turn, self._turn + len(self.options)):
             number = turn % len(self.options)
@@ -386,7 +398,7 @@ class Controller:
             return
         # Prompts take the same time in all, whatever they stand beside.
         alone = StepShape(live, live, shape.decode_context)
-        without = replace(shape, tokens=live + prompts)
+        without = shape.with_drafts(live + prompts - shape.tokens, live)
         plain = self._steps.plain(alone)
         chunks = self._steps.plain(without) - plain
         tokens = sum(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from scheduler.admission import Admission
-from scheduler.fair_share import Account
+from scheduler.fair_share import PROMPT_WEIGHT, Account
 from scheduler.gap import GapBudget, gap_target
 from scheduler.memory import Hits, Memory
 from scheduler.policy import chunk_size, demotable, lane_size
@@ -120,7 +120,7 @@ class Decider:
         others = self._continue_live(d, running)
         admits = bool(waiting and self._memory.free_slots and not d.blocked and not d.pressure)
         if d.rows and (others or admits):
-            self._limit_gap(d)
+            self._limit_gap(d, running)
         if several and (others or admits):
             room = Room(
                 self._config.max_num_seqs,
@@ -254,16 +254,35 @@ class Decider:
                 if self._pool.demotable(page) and page not in d.demotions:
                     yield page, (sequence, place)
 
-    def _limit_gap(self, d: Decision) -> None:
-        """Leaves no more of the budget to chunks than the live rows can wait for."""
+    def _limit_gap(self, d: Decision, running: list[Sequence]) -> None:
+        """Leaves no more of the budget to chunks than the live rows can wait for.
+
+        A page is read however long that takes. Where it would be too long beside drafts, there are
+        none in this step.
+        """
         target = gap_target(self._config.mtpot_target, d.rows)
-        if target is not None:
-            rows, tokens = len(d.rows), self._config.max_step_tokens - d.budget
-            live = StepShape(rows, tokens, d.context, 0)
-            # Between two outputs of a stream lies more than a step.
-            seconds = target / self._waits.stretch
-            d.gap = GapBudget(self._cost, seconds, live, self._config.page_size)
-            d.budget = d.gap.room(0, d.budget)
+        if target is None:
+            return
+        # Between two outputs of a stream lies more than a step, and none is quite as predicted.
+        seconds = target / self._waits.longest_stretch
+        page = self._config.page_size
+        longest = max((s.fed for s in running[: d.keep] if s.fed < len(s.tokens)), default=0)
+        live = self._live_shape(d)
+        with_page = self._cost.seconds(live.with_chunk(page, longest))
+        if live.tokens > live.rows and with_page > seconds:
+            for work in d.work:
+                if work is not None:
+                    d.budget += work.drafts
+                    work.drafts = work.ahead = 0
+            live = self._live_shape(d)
+        d.gap = GapBudget(self._cost, seconds, live, page)
+        d.budget = d.gap.room(0, d.budget)
+
+    def _live_shape(self, d: Decision) -> StepShape:
+        """Of the step without chunks."""
+        rows = len(d.rows)
+        tokens = self._config.max_step_tokens - d.budget
+        return StepShape(rows, rows, d.context).with_drafts(tokens - rows, rows)
 
     def _continue_prompts(self, d: Decision, served: float = math.inf) -> None:
         """Chunks for admitted sequences that have not caught up; they hold their pages already.
@@ -318,7 +337,10 @@ class Decider:
         if d.gap is not None and fed:
             budget = d.gap.room(fed, budget)
         if d.spare is not None:
-            budget = d.spare.room(sequence.account, budget)
+            charged = (
+                sequence.prompt_len - sequence.cached_tokens if sequence.admitted is not None else 0
+            )
+            budget = d.spare.room(sequence.account, budget, PROMPT_WEIGHT * charged)
         return budget
 
     def _use(self, d: Decision, sequence: Sequence, work: Work, fed: int, tokens: int) -> None:

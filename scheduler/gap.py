@@ -12,19 +12,17 @@ from scheduler.profile import StepShape, chunk_pairs
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
 
-# Of the target; the rest is for what a prediction of the mean does not know.
-_AIM = 0.9
-
 
 class GapBudget:
     """Chunk tokens by what they add to the time of one step."""
 
     __slots__ = ("_cost", "_least", "_seconds", "_shape")
 
-    def __init__(self, cost: StepCost, target: float, live: StepShape, page_size: int) -> None:
-        """`live` is the step without chunks. However slow that is, a page of prompt fits."""
+    def __init__(self, cost: StepCost, seconds: float, live: StepShape, page_size: int) -> None:
+        """`seconds` are those that a step may take. `live` is the step without chunks. However slow
+        that is, a page of prompt fits."""
         self._cost = cost
-        self._seconds = target * _AIM
+        self._seconds = seconds
         self._shape = live
         self._least = page_size
 

@@ -30,7 +30,7 @@ class StepShape:
     rows: int = 0  # sequences with a row in the step
     tokens: int = 0  # tokens computed: 1 + drafts of each live row, and the chunks
     decode_context: int = 0  # KV positions read by live rows, summed
-    chunk_pairs: int = 0  # for chunks: positions attended, summed over their tokens
+    chunk_pairs: int = 0  # positions attended, summed over the tokens of chunks and over drafts
 
     def with_chunk(self, tokens: int, context: int) -> StepShape:
         """The shape with one more row: a chunk of so many tokens after `context` positions."""
@@ -40,6 +40,25 @@ class StepShape:
             self.decode_context,
             self.chunk_pairs + chunk_pairs(tokens, context),
         )
+
+    def with_drafts(self, drafts: int, live: int) -> StepShape:
+        """The shape with so many drafts more, of `live` rows together; or fewer, if negative.
+
+        A draft reads what the row reads, once more: a device short of compute rather than of
+        bandwidth takes the time of it again.
+        """
+        pairs = draft_pairs(abs(drafts), self.decode_context, live)
+        return StepShape(
+            self.rows,
+            self.tokens + drafts,
+            self.decode_context,
+            self.chunk_pairs + (pairs if drafts > 0 else -pairs),
+        )
+
+
+def draft_pairs(drafts: int, context: int, live: int) -> int:
+    """Positions attended by drafts of `live` rows that together read `context` positions."""
+    return drafts * context // live if live else 0
 
 
 def chunk_pairs(tokens: int, context: int) -> int:

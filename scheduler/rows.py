@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from scheduler.decide import Decision
 from scheduler.pages import PagePool
 from scheduler.plan import Row, StepPlan, StepResult
@@ -14,12 +12,13 @@ from scheduler.sequence import Sequence
 def launch_rows(decision: Decision, pool: PagePool) -> tuple[tuple[Row, ...], StepShape]:
     """The rows, and the shape of their step. Sequences are fed and pending from here on."""
     rows: list[Row] = []
-    more = pairs = 0  # tokens beyond one a row; positions attended by chunks
+    more = pairs = drafted = live = 0  # tokens beyond one a row; positions attended by chunks
     for sequence, work in zip(decision.rows, decision.work, strict=True):
         if work is None:
             sequence.pending_min += 1
             sequence.pending_max += 1
             rows.append(sequence.plain_row)
+            live += 1
             continue
         drafts = work.drafts
         new: tuple[int, ...] = ()
@@ -31,7 +30,8 @@ def launch_rows(decision: Decision, pool: PagePool) -> tuple[tuple[Row, ...], St
             pairs += chunk_pairs(work.tokens, sequence.fed)
             row = _chunk(sequence, work.tokens, new)
         else:
-            more += drafts
+            live += 1
+            drafted += drafts
             drafters = sequence.drafters if drafts else ()
             row = Row(
                 sequence.slot, sequence.epoch, None, True, drafts, drafters, work.ahead, None, new
@@ -40,7 +40,8 @@ def launch_rows(decision: Decision, pool: PagePool) -> tuple[tuple[Row, ...], St
             sequence.pending_min += 1
             sequence.pending_max += 1 + drafts
         rows.append(row)
-    return tuple(rows), StepShape(len(rows), len(rows) + more, decision.context, pairs)
+    shape = StepShape(len(rows), len(rows) + more, decision.context, pairs)
+    return tuple(rows), shape.with_drafts(drafted, live)
 
 
 def _chunk(sequence: Sequence, use: int, new: tuple[int, ...]) -> Row:
@@ -59,4 +60,6 @@ def shape_as_run(plan: StepPlan, result: StepResult) -> StepShape:
         for row, done in zip(plan.rows, result.rows, strict=True)
         if row.drafts
     )
-    return replace(plan.shape, tokens=plan.shape.tokens - unused) if unused else plan.shape
+    if not unused:
+        return plan.shape
+    return plan.shape.with_drafts(-unused, sum(row.chunk is None for row in plan.rows))

@@ -248,11 +248,11 @@ class Scheduler:
             raise ValueError(f"{len(result.rows)} results for {len(plan.rows)} rows")
         outputs = self.take_outputs()
         shape = shape_as_run(plan, result)
-        if not plan.copies:
-            self.cost.observe(shape, result.seconds)
         size = self.config.page_size
         sequences = self._in_flight.pop(plan.step)
         self._gate.waits.settled(shape, result.seconds, now, busy=bool(self._in_flight))
+        if not plan.copies:
+            self.cost.observe(shape, result.seconds)
         for row, sequence, done in zip(plan.rows, sequences, result.rows, strict=True):
             if row is sequence.plain_row and (output := self._go_on(sequence, done)):
                 outputs.append(output)  # nearly always; what follows comes to the same

@@ -3,9 +3,9 @@
 The order of turns alone is not enough: who comes next in a full batch still waits until a sequence
 ends, and then for steps full of other people's prompts. So while several tenants are about, one
 that holds more than an equal share of the slots or pages leaves a part of both free. Others may use
-it; it fills again with ends. And of every step, the prompts of a tenant that was served more than
-another take a part only: who comes next waits for the steps in flight first, and they should be
-short.
+it; it fills again with ends. And of every step, the prompts of such a tenant take a part only, as do
+those of one that was served more than another: who comes next waits for the steps in flight first,
+and they should be short.
 
 A tenant that was itself served much less than another leaves it nothing: it holds much because its
 sequences are long, and turns must not leave it behind without end.
@@ -37,7 +37,7 @@ class Room(NamedTuple):
 class Spare:
     """What stands free for others during one planning step."""
 
-    __slots__ = ("_behind", "_fed", "_held", "_least", "_room", "_tenants", "_used")
+    __slots__ = ("_behind", "_fed", "_held", "_least", "_much", "_room", "_tenants", "_used")
 
     def __init__(self, room: Room, tenants: list[Account], running: Iterable[Sequence]) -> None:
         self._room = room
@@ -50,6 +50,8 @@ class Spare:
         self._held: Counter[Account] = Counter()  # pages; shared ones count for each
         for sequence in running:
             self.admit(sequence.account, len(sequence.pages))
+        # Who had much before the step: what a prompt may have of it does not change meanwhile.
+        self._much = {account for account in self._used if self._has_much(account, 0, 0)}
 
     def admit(self, account: Account, pages: int) -> None:
         """One more of its sequences runs."""
@@ -58,21 +60,29 @@ class Spare:
 
     def beside(self, account: Account, pages: int) -> tuple[int, int]:
         """Slots and pages that must be left if one more of its sequences takes `pages`."""
-        room, used = self._room, self._used[account]
-        if not used or account.served < self._behind:
-            return 0, 0
-        share = 1 / self._tenants
-        if used + 1 > share * room.slots or self._held[account] + pages > share * room.pages:
+        room = self._room
+        if self._used[account] and self._has_much(account, 1, pages):
             return max(room.slots // PART, LEAST), room.pages // PART
         return 0, 0
+
+    def _has_much(self, account: Account, slots: int, pages: int) -> bool:
+        """Whether it would hold more than an equal share if it got so much more."""
+        if account.served < self._behind:
+            return False
+        room, share = self._room, 1 / self._tenants
+        return (
+            self._used[account] + slots > share * room.slots
+            or self._held[account] + pages > share * room.pages
+        )
 
     def feed(self, account: Account, tokens: int) -> None:
         """So many more tokens of its prompts are in the step."""
         self._fed[account] += tokens
 
-    def room(self, account: Account, most: int) -> int:
-        """How many tokens, up to `most`, its next chunk may have."""
-        if account.served <= self._least:
+    def room(self, account: Account, most: int, own: int = 0) -> int:
+        """How many tokens, up to `most`, the next chunk of a prompt may have, for which the tenant
+        was charged `own` already."""
+        if account.served - own <= self._least and account not in self._much:
             return most
         part = max(self._room.tokens // STEP_PART, 1)
         return max(min(most, part - self._fed[account]), 0)

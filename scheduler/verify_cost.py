@@ -11,8 +11,11 @@ from scheduler.profile import StepShape
 from scheduler.step_cost import StepCost
 
 LEAST_PLAIN = 6  # steps without drafts before there are any
-STALE = 512  # steps with drafts after which plain ones have to be seen again
+# Steps with drafts after which plain ones have to be seen again: at first, when what is known of
+# them is from a machine that was still waking up; doubled each time, up to the most.
+FIRST_STALE, STALE = 32, 512
 _RATE = 0.05  # smoothing, per step
+_AFTER = 3  # the n-th plain step after drafts counts as much as n + 3 would on average
 _CLIP = 2.0  # of a factor: steps that were so much slower or faster were disturbed
 
 
@@ -27,7 +30,9 @@ class VerifyCost:
         self._drafted = {False: 1.0, True: beside}
         self._ahead_steps = 0
         self._plain_steps = 0
+        self._in_a_row = 0  # of these, since the last step with drafts
         self._since_plain = 0
+        self._stale_after = FIRST_STALE
 
     @property
     def ready(self) -> bool:
@@ -37,7 +42,7 @@ class VerifyCost:
     @property
     def stale(self) -> bool:
         """Whether they were seen too long ago."""
-        return self._since_plain >= STALE
+        return self._since_plain >= self._stale_after
 
     def plain(self, shape: StepShape) -> float:
         """Of a step without drafts."""
@@ -58,11 +63,15 @@ class VerifyCost:
         if predicted <= 0.0 or seconds <= 0.0:
             return
         if not drafts:
+            if self.stale:
+                self._stale_after = min(2 * self._stale_after, STALE)
             self._plain_steps, self._since_plain = self._plain_steps + 1, 0
-            rate = max(_RATE, 1.0 / self._plain_steps)
+            self._in_a_row += 1
+            rate = max(_RATE, 1.0 / self._plain_steps, 1.0 / (self._in_a_row + _AFTER))
             self._plain *= 1.0 + rate * (_clipped(seconds / predicted) - 1.0)
         else:
             self._since_plain += 1
+            self._in_a_row = 0
             ratio, known = _clipped(seconds / predicted), self._drafted[ahead]
             rate = _RATE
             if ahead:  # at first it is a guess, and there may be few steps to see

@@ -33,6 +33,9 @@ _LARGEST_ERROR = 3.0  # that counts in full
 _STEP = 0.2  # by which the margin moves, as a share of the usual error or of itself
 _BOUND = 4.0  # of the correction, either way
 _PACE = 0.05  # smoothing of step times, per settled step
+_PUNCTUAL = 0.99  # of the steps that do more than a token a row
+_FIRST_DELAY = 1.15  # times the predicted time, before any such step was seen
+_DELAY_STEP = 0.05  # by which that moves
 KNOWN_STEPS = 8  # before so many nothing is predicted
 
 
@@ -91,6 +94,7 @@ class Waits:
         self._wall = 0.0  # seconds from one settled step to the next, smoothed
         self._model = 0.0  # the same as the cost model has it
         self._steps = 0
+        self._delay = _FIRST_DELAY
         self._settled_at: float | None = None  # None: the pipeline ran dry
         # Since the start: seconds from one settled step to the next, and those of the profile.
         self.seconds = self.uncorrected = 0.0
@@ -123,6 +127,15 @@ class Waits:
         return max(1.0, min(self._wall / self._model, _BOUND))
 
     @property
+    def longest_stretch(self) -> float:
+        """The same for all but one in a hundred of the steps that do more than a token a row.
+
+        These are what a gap target is kept by, and their times scatter: for other processes, for
+        what the cost model does not know. The quantile is followed as `margin` is.
+        """
+        return self.stretch * self._delay
+
+    @property
     def known(self) -> bool:
         """Whether the time of a step is."""
         return self._steps >= KNOWN_STEPS and self._wall > 0.0
@@ -130,6 +143,8 @@ class Waits:
     def settled(self, shape: StepShape, seconds: float, now: float, busy: bool) -> None:
         """A step of `seconds` has settled; `busy` if another was in flight already."""
         wall = seconds if self._settled_at is None else now - self._settled_at
+        if shape.tokens > shape.rows and shape.decode_context and self._settled_at is not None:
+            self._delayed(wall, self._cost.seconds(shape) * self.stretch)
         self._steps += 1
         self.seconds += wall
         self.uncorrected += self._cost.uncorrected(shape)
@@ -137,6 +152,13 @@ class Waits:
         self._wall += rate * (wall - self._wall)
         self._model += rate * (self._cost.seconds(shape) - self._model)
         self._settled_at = now if busy else None
+
+    def _delayed(self, wall: float, expected: float) -> None:
+        """A step that a gap target is kept by took so long."""
+        if expected > 0.0:
+            late = wall > expected * self._delay
+            self._delay += _DELAY_STEP * (_PUNCTUAL if late else _PUNCTUAL - 1.0)
+            self._delay = max(1.0, min(self._delay, _BOUND))
 
     def admitted(self, forecast: WaitForecast | None, waited: float) -> None:
         """A request got a slot after `waited` seconds."""

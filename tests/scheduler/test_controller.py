@@ -75,8 +75,9 @@ def test_drafts_fit_into_a_step_and_the_best_are_taken() -> None:
         rows = tuple(Row(i + 1, 1, None, True, s.drafts, (0,)) for i, s in enumerate(running))
         done = [RowResult((1,) * (row.drafts + 1), proposed=row.drafts) for row in rows]
         for sequence, row, result in zip(running, rows, done, strict=True):
-            result.drafter = 0 if row.drafts else -1
-            policy.learn(sequence, row, result)
+            if row.drafts:
+                result.drafter = 0
+                policy.learn(sequence, row, result)
         work = DraftTime(1e-4, 1, 30) if any(row.drafts for row in rows) else DraftTime()
         now += 5e-3
         shape = StepShape(30, 30 + sum(row.drafts for row in rows), 1200)
@@ -341,6 +342,34 @@ def test_a_gap_target_bounds_the_step() -> None:
     assert 2 < bounded < free
     assert less <= middle
     assert drafts(None, middle / GAP_AIM) == (bounded, less)
+
+
+def test_prompts_get_a_share_of_what_a_gap_target_leaves() -> None:
+    """Drafts would take all of it. As soon as a prompt waits, not at the next decision."""
+    cost = StepCost.from_profile(H200_8B)
+    plain = StepShape(100, 100, 4000)
+    seconds = cost.seconds(plain)
+    target = (seconds + 1e-4) / GAP_AIM
+    policy = Controller([Option((0,), False)], ["suffix"], MOST, cost, mtpot_target=target)
+    scheduler = Scheduler(SchedulerConfig(num_pages=4000, max_num_seqs=256), policy, cost=cost)
+    for i in range(100):
+        scheduler.add(Request(str(i), (1,) * 40, SamplingParams(max_tokens=500), 0.0), 0.0)
+    live = [s for group in scheduler._requests.values() for s in group]
+    for sequence in live:
+        sequence.fed = len(sequence.tokens)
+    for _ in range(LEAST_PLAIN):
+        policy._steps.observe(plain, False, seconds)
+
+    def taken(joining: int) -> float:
+        """Seconds that the drafts of all take."""
+        policy.plan(live, joining, 400 * joining)
+        drafts = sum(s.drafts for s in live)
+        return cost.seconds(plain.with_drafts(drafts, 100)) - seconds
+
+    all_of_it = taken(0)
+    assert 0.7e-4 < all_of_it <= 1e-4
+    assert 0.0 < taken(1) <= 0.5e-4
+    assert taken(0) == pytest.approx(all_of_it)
 
 
 def test_texts_written_without_drafts_say_when_drafts_would_pay() -> None:

@@ -137,6 +137,31 @@ def test_a_part_of_a_step_is_for_the_prompts_of_one_tenant() -> None:
     assert spare.room(ahead, 200) == 0
 
 
+def test_the_charge_for_a_prompt_does_not_slow_it_down() -> None:
+    """Who comes back is lifted to what the flood was served, and its prompt is charged when it is
+    let in. For that alone it is not ahead of the flood; whose prompts stay small meanwhile."""
+    flood, modest = some("flood", 2000, 0.0, 200), some("modest", 1, 0.0, 100)
+    long = request("long", range(4000), 5, arrival=20.0, tenant="modest")
+    clocked = run("slots", modest, flood, [long])
+    budget = clocked.scheduler.config.max_step_tokens
+    sizes = [[len(row.chunk) for row in plan.rows if row.chunk] for plan, _ in clocked.steps]
+    own = [max(chunks) for chunks in sizes if chunks and max(chunks) > budget // STEP_PART]
+    assert sum(own) >= 4000 - 2 * budget // STEP_PART
+    beside = [sum(chunks) - max(chunks) for chunks in sizes if chunks and max(chunks) in own]
+    assert max(beside[1:]) <= budget // STEP_PART
+
+
+def test_what_a_chunk_may_have_stays_so_for_a_step() -> None:
+    """A long chunk that was let in is widened to what is left, never cut off."""
+    one, _ = both = accounts(one=5, other=5)
+    spare = Spare(Room(slots=4, pages=320, tokens=256, much=100), both, [])
+    before = spare.room(one, 200)
+    for _ in range(4):
+        spare.admit(one, 80)
+        spare.feed(one, 100)
+    assert spare.room(one, 200) == before == 200
+
+
 def test_a_tenant_counts_as_about_for_a_while() -> None:
     waiting = Scheduler(SchedulerConfig(num_pages=10))._waiting
     waiting.open("stays", 1, 0.0)

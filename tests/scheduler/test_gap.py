@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from scheduler.gap import GapBudget
+from scheduler.plan import Row
 from scheduler.profile import Profile, StepShape, chunk_pairs
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
+from scheduler.speculation import FixedDrafts
 from scheduler.step_cost import UNLIMITED, StepCost
 from scheduler.wait import Waits
 from tests.scheduler.clocked import Clocked
@@ -98,6 +101,55 @@ def test_what_passes_between_two_steps_counts(monkeypatch: pytest.MonkeyPatch) -
     # Negative control.
     monkeypatch.setattr(Waits, "stretch", 1.0)
     assert gap(crowd(between=0.5, mtpot_target=0.05)) > 0.06
+
+
+def test_steps_that_scatter_are_late_one_time_in_a_hundred() -> None:
+    """A machine on which others run too. The rest of the target is used."""
+    noise = np.random.default_rng(1)
+    scheduler = Scheduler(
+        SchedulerConfig(num_pages=40_000, max_num_seqs=16, max_model_len=60_000, mtpot_target=0.05),
+        cost=profiled(),
+    )
+    clocked = Clocked(scheduler, lambda shape: seconds(shape) * float(noise.lognormal(0, 0.15)))
+    streams = [request(f"s{i}", range(i, i + 100), 9000, arrival=0.0) for i in range(8)]
+    long = [request(f"l{i}", range(i, LONG + i), 1, arrival=1.0 + 4 * i) for i in range(30)]
+    clocked.run([*streams, *long], until=120.0)
+    chunks = [took for plan, took in clocked.steps if plan.shape.chunk_pairs]
+    late = chunks[len(chunks) // 2 :]
+    assert len(late) > 300
+    assert sum(took > 0.05 for took in late) <= 0.025 * len(late)
+    assert np.median(late) > 0.05 / 1.15**3
+
+
+def test_a_page_of_prompt_comes_before_drafts() -> None:
+    """Where both together would be too late, nothing is drafted while the prompt is read."""
+    target = 0.020  # a plain step takes 12 ms, and 15 with a page; with 20 drafts a row, 24
+
+    def run(**config: float) -> Clocked:
+        scheduler = Scheduler(
+            SchedulerConfig(num_pages=2000, max_num_seqs=16, max_model_len=9000, **config),
+            FixedDrafts(20),
+            cost=profiled(),
+        )
+        clocked = Clocked(scheduler, seconds)
+        streams = [request(f"s{i}", range(i, i + 100), 800, arrival=0.0) for i in range(8)]
+        clocked.run([*streams, request("long", range(2000), 1, arrival=1.0)])
+        return clocked
+
+    def drafts(clocked: Clocked) -> set[bool]:
+        """Whether there are any in steps that read the long prompt beside streams."""
+        mixed = [p for p, _ in clocked.steps if p.shape.decode_context and any(map(chunk, p.rows))]
+        return {any(row.drafts for row in plan.rows) for plan in mixed}
+
+    assert drafts(run()) == {True}
+    bound = run(mtpot_target=target)
+    assert drafts(bound) == {False}
+    read = [took for plan, took in bound.steps if plan.shape.decode_context and plan.rows[-1].chunk]
+    assert max(read) <= target
+
+
+def chunk(row: Row) -> bool:
+    return row.chunk is not None
 
 
 def test_without_a_profile_it_learns() -> None:

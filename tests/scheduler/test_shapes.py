@@ -6,25 +6,29 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.plan import StepPlan
+from scheduler.plan import Row, RowResult, StepPlan, StepResult
+from scheduler.profile import StepShape
+from scheduler.rows import shape_as_run
 from tests.scheduler.driving import Pair, pair, request
 from tests.scheduler.test_invariance import workload
 
 
-def counted(both: Pair, plan: StepPlan) -> tuple[int, int, int, int]:
-    """Rows, tokens, positions read by live rows as far as is settled, pairs of chunks."""
+def counted(both: Pair, plan: StepPlan) -> tuple[int, int, int, int, int, int]:
+    """Rows, tokens, positions read by live rows as far as is settled, pairs of chunks; live rows,
+    and their drafts."""
     by_slot = {sequence.slot: sequence for sequence in both.scheduler._running}
-    tokens = context = pairs = 0
+    tokens = context = pairs = live = drafts = 0
     for row in plan.rows:
         sequence = by_slot[row.slot]
         if row.chunk is None:
+            live, drafts = live + 1, drafts + row.drafts
             tokens += 1 + row.drafts
             context += len(sequence.tokens)
         else:
             tokens += len(row.chunk)
             first = sequence.fed - len(row.chunk)
             pairs += sum(position + 1 for position in range(first, sequence.fed))
-    return len(plan.rows), tokens, context, pairs
+    return len(plan.rows), tokens, context, pairs, live, drafts
 
 
 @pytest.mark.parametrize(("depth", "drafts"), [(0, 0), (1, 0), (1, 3)])
@@ -44,9 +48,21 @@ def test_shapes_of_plans(depth: int, drafts: int) -> None:
     both.finish()
     assert len(seen) > 40
     assert any(shape.decode_context and shape.chunk_pairs for shape, _ in seen)
-    for shape, (rows, tokens, context, pairs) in seen:
+    for shape, (rows, tokens, context, pairs, live, drafted) in seen:
+        pairs += drafted * shape.decode_context // max(live, 1)  # each reads what its row reads
         assert (shape.rows, shape.tokens, shape.chunk_pairs) == (rows, tokens, pairs)
         assert context <= shape.decode_context <= context + rows * depth * (1 + drafts)
+
+
+def test_drafts_that_were_not_made_are_taken_off_the_shape() -> None:
+    """None made: the shape is that of the step without; all made: that of the plan."""
+    rows = tuple(Row(i, 1, None, True, k, (0,)) for i, k in enumerate((3, 0, 4)))
+    without = StepShape(4, 53, 900, 5000)
+    plan = StepPlan(0, (), (*rows, Row(3, 1, (7,) * 50, False)), shape=without.with_drafts(7, 3))
+    assert (plan.shape.tokens, plan.shape.chunk_pairs) == (60, 5000 + 7 * 300)
+    for made, shape in ((0, without), (1, plan.shape)):
+        results = tuple(RowResult(proposed=made * row.drafts) for row in plan.rows)
+        assert shape_as_run(plan, StepResult(0, results)) == shape
 
 
 def test_the_cost_learns_from_settled_steps() -> None:
