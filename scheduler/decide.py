@@ -322,13 +322,14 @@ class Decider:
     def _widen(self, d: Decision) -> None:
         """Gives what is left of the budget to the long prompts, the first in order first."""
         for sequence, work, fed in d.long:
-            known = len(sequence.tokens)
-            d.budget += work.tokens
+            known, before = len(sequence.tokens), work.tokens
+            d.budget += before
             if d.gap is not None:
-                d.gap.remove(work.tokens, fed)
+                d.gap.remove(before, fed)
             if d.spare is not None:
-                d.spare.feed(sequence.account, -work.tokens)
-            budget = self._room(d, sequence, fed, d.budget)
+                d.spare.feed(sequence.account, -before)
+            # Another one of its tenant may have got more than the part that counts for this one.
+            budget = max(self._room(d, sequence, fed, d.budget), before)
             use = chunk_size(fed, known, budget, self._config.page_size)
             self._use(d, sequence, work, fed, use)
 

@@ -3,9 +3,9 @@
 The order of turns alone is not enough: who comes next in a full batch still waits until a sequence
 ends, and then for steps full of other people's prompts. So while several tenants are about, one
 that holds more than an equal share of the slots or pages leaves a part of both free. Others may use
-it; it fills again with ends. And of every step, the prompts of such a tenant take a part only, as do
-those of one that was served more than another: who comes next waits for the steps in flight first,
-and they should be short.
+it; it fills again with ends. And of every step, the prompts of such a tenant take a part only, as
+do those of one that was served more than another: who comes next waits for the steps in flight
+first, and they should be short.
 
 A tenant that was itself served much less than another leaves it nothing: it holds much because its
 sequences are long, and turns must not leave it behind without end.
