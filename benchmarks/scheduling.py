@@ -25,6 +25,7 @@ from benchmarks.report import json_line, rows_table, table
 from benchmarks.scheduling_cases import flood, long_prompt, planning_row, speed_row
 from benchmarks.scheduling_policies import (
     SECONDS,
+    SEEDS,
     SERVED,
     Outcome,
     compare,
@@ -41,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument("--quick", action="store_true", help="half of the seconds, fewer traces")
+    out.add_argument(
+        "--quick", action="store_true", help="half of the seconds, fewer traces, one of each"
+    )
     out.add_argument("--traces", nargs="+", choices=SECONDS, help="only these")
     out.add_argument("--profile", metavar="FILE", help="a measured machine instead of the model")
     out.add_argument("--kv-tokens", type=int, default=SERVED.kv_tokens, help="size of the pool")
@@ -64,7 +67,7 @@ def main() -> None:
     rows = [planning_row(), speed_row(scenario, 60 if given.quick else 200)]
     rows += [*long_prompt(scenario, 0.02), flood(scenario)]
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-        outcomes = compare(scenario, lengths, pool)
+        outcomes = compare(scenario, lengths, pool, 1 if given.quick else SEEDS)
     print(f"step times {scenario.profile.label}; pool of {scenario.kv_tokens:,} tokens")
     print(outcomes_table(outcomes), end="\n\n")
     for name, by_policy in outcomes.items():
