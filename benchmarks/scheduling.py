@@ -42,9 +42,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument(
-        "--quick", action="store_true", help="half of the seconds, fewer traces, one of each"
-    )
+    out.add_argument("--quick", action="store_true", help="shorter, fewer traces, one of each")
     out.add_argument("--traces", nargs="+", choices=SECONDS, help="only these")
     out.add_argument("--profile", metavar="FILE", help="a measured machine instead of the model")
     out.add_argument("--kv-tokens", type=int, default=SERVED.kv_tokens, help="size of the pool")

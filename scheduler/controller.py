@@ -44,6 +44,7 @@ PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good dr
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PROMPTS_SHARE = 0.5  # of what the target leaves beyond a plain step, while prompts are read
+IDLE_RATE = 0.05  # smoothing of what lies between two steps, per step
 PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
@@ -104,7 +105,8 @@ class Controller:
         self._credit = 0.0  # seconds that may go into probes
         self._probing = False
         self._settled_at: float | None = None
-        self._overhead = 0.0  # seconds between steps in which nothing is computed
+        self._idle = Idle()
+        self._asked = 0  # rows of the last step that had drafts
 
     # --- the policy -----------------------------------------------------------------------------
 
@@ -278,7 +280,7 @@ class Controller:
 
     def _batch(self, live: list[Sequence], soon: int) -> Batch:
         rows, shape = len(live), _shape(live)
-        seconds = self._steps.plain(shape) + self._overhead
+        seconds = self._steps.plain(shape) + self._idle.plain
         longest = self._longest(live, seconds)
         self._bound = longest < math.inf
         more = StepShape(soon, soon, shape.decode_context * soon // rows)
@@ -286,10 +288,10 @@ class Controller:
         cap = min(2 * math.ceil(self._usual) + 4, self.most)
         return Batch(
             plain=rows / seconds,
-            soon=soon / (self._steps.plain(more) + self._overhead),
+            soon=soon / (self._steps.plain(more) + self._idle.plain),
             room=np.array([min(s.most_drafts, s.limit - len(s.tokens) - 2, cap) for s in live]),
             drafts=self._step_tokens - rows - round(self._prompts),
-            overhead=self._overhead,
+            overhead=self._idle.drafted,
             longest=longest,
         )
 
@@ -365,7 +367,8 @@ class Controller:
             if option.computes:
                 unread = len(sequence.tokens) - sequence.read_to if option.reads else 0
                 forwards, tokens = drafts, float(drafts + unread)
-            price = cost.total(1, forwards, tokens) + max(more, 0.0)
+            # The step before has to be read for it, and it for the step after.
+            price = cost.total(1, forwards, tokens) + max(more, 0.0) + 2 * self._idle.added
             if price <= self._credit:
                 self._credit -= price
                 self._turn = turn + 1
@@ -379,12 +382,14 @@ class Controller:
     def _watch(self, plan: StepPlan, result: StepResult, now: float, asked: int) -> None:
         """Notes what lies between steps, and whether drafting is slower than plain decoding."""
         before, self._settled_at = self._settled_at, now
+        alone = not asked and not self._asked
+        self._asked = asked
         if before is None:
             return
         wall = now - before
         computed = result.seconds + result.drafting.seconds
         if wall < 4 * computed:  # else nobody was there for a while
-            self._overhead += 0.05 * (max(wall - computed, 0.0) - self._overhead)
+            self._idle.observe(max(wall - computed, 0.0), drafts=not alone)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
         prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
         self._prompts += PROMPTS_RATE * (prompts - self._prompts)
@@ -397,19 +402,49 @@ class Controller:
         if not asked or self._probing:
             return
         # Prompts take the same time in all, whatever they stand beside.
-        alone = StepShape(live, live, shape.decode_context)
         without = shape.with_drafts(live + prompts - shape.tokens, live)
-        plain = self._steps.plain(alone)
+        plain = self._steps.plain(StepShape(live, live, shape.decode_context))
         chunks = self._steps.plain(without) - plain
         tokens = sum(
             len(done.tokens)
             for row, done in zip(plan.rows, result.rows, strict=True)
             if row.chunk is None
         )
-        seconds = max(computed - chunks, 0.0) + self._overhead
-        pause = self._net.saw(tokens, live * seconds / (plain + self._overhead))
+        seconds = max(computed - chunks, 0.0) + self._idle.drafted
+        pause = self._net.saw(tokens, live * seconds / (plain + self._idle.plain))
         if pause:
             self._resting, self._usual = pause, 0.0
+
+
+class Idle:
+    """Seconds from one step to the next in which nothing is computed.
+
+    A step with drafts is planned when the one before it has been read, and is read before the next:
+    nothing is in flight meanwhile, as it is between plain steps.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = {False: 0.0, True: 0.0}  # by whether there are drafts on either side
+        self._steps = {False: 0, True: 0}
+
+    def observe(self, seconds: float, *, drafts: bool) -> None:
+        self._steps[drafts] += 1
+        rate = max(IDLE_RATE, 1.0 / self._steps[drafts])
+        self._seconds[drafts] += rate * (seconds - self._seconds[drafts])
+
+    @property
+    def plain(self) -> float:
+        return self._seconds[False]
+
+    @property
+    def drafted(self) -> float:
+        """As between plain steps, until it was seen."""
+        return self.plain + self.added
+
+    @property
+    def added(self) -> float:
+        """How much longer it is beside drafts."""
+        return max(self._seconds[True] - self.plain, 0.0) if self._steps[True] else 0.0
 
 
 def _unread(live: list[Sequence], survival: Floats) -> Floats:

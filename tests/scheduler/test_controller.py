@@ -20,7 +20,7 @@ from benchmarks.speculation_simulated import (
     rate,
 )
 from scheduler.allocation import Option
-from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, Controller
+from scheduler.controller import GAP_AIM, PROBE_SHARE, TWIN_AFTER, TWIN_STEPS, Controller
 from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
@@ -154,6 +154,7 @@ class Alone:
         self.now = 0.0
         self.lengths: list[int] = []
         self.shadows: tuple[Shadow, ...] = ()
+        self.idle = 0.0  # seconds between a step with drafts and its neighbours
 
     def step(self, chance: float) -> None:
         self.rules = rules = self.policy.plan([self.sequence])
@@ -171,7 +172,6 @@ class Alone:
             self.policy.learn(self.sequence, row, done)
         shape = StepShape(1, 1 + drafts, 40)
         plan = StepPlan(0, (), (row,), shape, rules.least, rules.heard)
-        self.now += 5e-3
         self._behind += right + 1
         work = DraftTime()
         if drafts and 1 in drafters:
@@ -182,6 +182,7 @@ class Alone:
         if ahead:  # it pays under no circumstances
             seconds *= 3
             work = work._replace(beside=1e-3 * ahead, ahead=1)
+        self.now += seconds + work.seconds + self.idle * any(self.lengths[-2:])
         result = StepResult(0, (done,), seconds, work, self.shadows)
         self.shadows = ()
         self.policy.settled(plan, result, self.now)
@@ -287,6 +288,33 @@ def test_what_plain_steps_take_is_seen_before_and_between_drafts(chance: float) 
         policy.settled(plan, StepResult(0, (done,), seconds, work), now)
     assert set(lengths[:6]) == {0}
     assert sum(lengths[-500:]) <= 25
+
+
+def test_what_lies_between_steps_with_drafts_counts() -> None:
+    """They are not in flight two at a time, as plain ones are. Four tokens in twice the time are a
+    gain, two in three times are not."""
+    for chance, idle, drafted in ((0.5, 0.0, True), (0.8, 5e-3, True), (0.5, 10e-3, False)):
+        alone = Alone(WILLING, Option((0,), False))
+        alone.idle = idle
+        for _ in range(1500):
+            alone.step(chance)
+        assert (alone.mean(500) > 3) == drafted, idle
+        if not drafted:
+            assert alone.mean(500) < 0.2
+
+
+def test_probes_take_no_more_than_their_share_of_the_time() -> None:
+    """With what they keep waiting. Nothing is ever right."""
+    alone = Alone(WILLING, Option((0,), False))
+    alone.idle = 10e-3
+    for _ in range(500):
+        alone.step(0.0)
+    before = alone.now
+    for _ in range(5000):
+        alone.step(0.0)
+    probes = sum(drafts > 0 for drafts in alone.lengths[-5000:])
+    assert probes > 2
+    assert 2 * probes * alone.idle < 1.2 * PROBE_SHARE * (alone.now - before)
 
 
 def test_plain_steps_are_not_forgotten_while_drafts_pay() -> None:
