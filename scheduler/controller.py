@@ -159,7 +159,9 @@ class Controller:
         sequence.pace = max(round(pace * PACES) / PACES, 1.0)
 
     def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
-        drafting = [row.drafters for row in plan.rows if row.drafts]
+        drafting: list[tuple[int, ...]] = []
+        if plan.shape.tokens > plan.shape.rows:
+            drafting = [row.drafters for row in plan.rows if row.drafts]
         asked, work = len(drafting), result.drafting
         if asked:
             served = sum(done.proposed > 0 for done in result.rows)
@@ -391,12 +393,14 @@ class Controller:
         if wall < 4 * computed:  # else nobody was there for a while
             self._idle.observe(max(wall - computed, 0.0), drafts=not alone)
             self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
-        prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
+        prompts, live, shape = 0, plan.shape.rows, plan.shape
+        if shape.tokens > shape.rows:  # seldom, where nobody drafts
+            prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
+            live = sum(row.chunk is None for row in plan.rows)
+            shape = shape_as_run(plan, result)
         self._prompts += PROMPTS_RATE * (prompts - self._prompts)
-        live = sum(row.chunk is None for row in plan.rows)
         if not live or plan.copies:
             return
-        shape = shape_as_run(plan, result)
         drafts = shape.tokens > live + prompts
         self._steps.observe(shape, drafts, result.seconds, result.drafting.ahead > 0)
         if not asked or self._probing:

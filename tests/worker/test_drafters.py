@@ -12,7 +12,7 @@ from worker.drafters.lookup import SIZES, LookupDrafter
 from worker.drafters.memory import Groups, Shares
 from worker.drafters.recycling import RecyclingDrafter
 from worker.drafters.registry import MODEL_FREE
-from worker.drafters.suffix import DEPTH, Memory, SuffixDrafter
+from worker.drafters.suffix import DEPTH, TOKEN_BITS, Memory, SuffixDrafter
 
 A, B = b"group a", b"group b"
 
@@ -49,7 +49,7 @@ def test_a_trie_counts_every_run(seed: int) -> None:
     def node_of(run: tuple[int, ...]) -> int:
         node = 0
         for token in run:
-            node = trie._child[node, token]
+            node = trie._child[node << TOKEN_BITS | token]
         return node
 
     assert len(trie) == len(runs) + 1

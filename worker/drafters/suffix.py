@@ -19,12 +19,13 @@ from worker.drafters.base import LATER, NOTHING, Ask, Guess
 from worker.drafters.memory import Groups
 
 DEPTH = 10  # tokens of a suffix, and of what follows it
-# Of a memory. A thousand take about 190 kB: all groups together at most 310 MB, a slot 8 MB.
+# Of a memory. A thousand take about 150 kB: all groups together at most 240 MB, a slot 6 MB.
 NODES, NODES_OF_A_SLOT = 200_000, 40_000
 GROUPS = 8  # that are remembered
 NODES_A_TOKEN = 4  # at least, as a trie's age goes: text that repeats itself makes fewer
 CATCH_UP = 512  # tokens read in one step, which wait for it
 LONGEST_SHADOW = 2048  # tokens of a text that is read at its end, though nobody asked about it
+TOKEN_BITS = 32  # of a token id: more than any vocabulary takes
 LEAST = 0.1  # drafts that are less probable are not made
 _DOUBT = 0.5  # times that something else is taken to have followed
 _promise = itemgetter(0)
@@ -36,7 +37,8 @@ class Trie:
     def __init__(self, depth: int = DEPTH) -> None:
         self._depth = depth
         self.tokens = 0  # that were added
-        self._child: dict[tuple[int, int], int] = {}
+        # By node and token, in one number: a tuple each would be looked at by every collection.
+        self._child: dict[int, int] = {}
         self._count = [0]
         self._best = [-1]  # by node: the token that followed most often, the newest of equals
         self._most_often = [0]  # how often that was
@@ -50,7 +52,7 @@ class Trie:
         self.tokens += 1
         extended = []
         for node in active:
-            key = (node, token)
+            key = node << TOKEN_BITS | token
             found = child.get(key)
             if found is None:
                 child[key] = found = len(count)
@@ -69,7 +71,8 @@ class Trie:
     def follow(self, active: list[int], token: int) -> list[int]:
         """The same, where nothing is added: of the runs that are in the trie."""
         child = self._child
-        return [*(found for node in active if (found := child.get((node, token)))), 0]
+        keys = (node << TOKEN_BITS | token for node in active)
+        return [*(found for key in keys if (found := child.get(key))), 0]
 
     def next(self, active: list[int]) -> int:
         """The most frequent token after runs that end at these nodes; -1: none has followed."""
@@ -85,12 +88,12 @@ class Trie:
         found = 0.0, NOTHING
         end = len(tokens)
         for length in range(min(self._depth - 1, end), 0, -1):
-            node: int | None = 0
+            node = 0
             for token in tokens[end - length :]:
-                node = child.get((node, token))  # type: ignore[arg-type]
-                if node is None:
+                node = child.get(node << TOKEN_BITS | token, -1)
+                if node < 0:
                     break
-            if not node or best[node] < 0:
+            if node < 0 or best[node] < 0:
                 continue
             drafts: list[int] = []
             confidence: list[float] = []
@@ -115,7 +118,7 @@ class Trie:
                 drafts.append(token)
                 confidence.append(share)
                 suffix.append(token)
-                node = child[node, token]
+                node = child[node << TOKEN_BITS | token]
             if score > found[0]:
                 found = score, Guess(drafts, confidence)
             if score >= 0.8 * most:
@@ -125,12 +128,12 @@ class Trie:
     def _shorter(self, suffix: list[int]) -> tuple[int, list[int]]:
         """The node of the longest shorter suffix that was followed by something; 0 if none was."""
         for start in range(max(len(suffix) - self._depth + 1, 1), len(suffix)):
-            node: int | None = 0
+            node = 0
             for token in suffix[start:]:
-                node = self._child.get((node, token))  # type: ignore[arg-type]
-                if node is None:
+                node = self._child.get(node << TOKEN_BITS | token, -1)
+                if node < 0:
                     break
-            if node and self._best[node] >= 0:
+            if node >= 0 and self._best[node] >= 0:
                 return node, suffix[start:]
         return 0, suffix
 
