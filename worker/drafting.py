@@ -190,6 +190,8 @@ class Drafting:
     def finished(self, work: DraftTime) -> DraftTime:
         """The step is: what drafting has taken of it altogether."""
         self.wait()
+        if not self._ahead and not self._took:
+            return work  # nothing was made ahead
         seconds = work.seconds + self._waited
         work = work._replace(seconds=seconds, beside=self._took, ahead=self._ahead)
         self._ahead, self._took, self._waited = 0, 0.0, 0.0
