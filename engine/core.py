@@ -1,12 +1,13 @@
 """The engine's loop: joins the pure scheduler to a worker and to the API processes.
 
-    loop     plan 1  plan 2 | settle 1  publish 1  plan 3 | settle 2  publish 2  plan 4 | ...
-    worker          [ ----- step 1 ----- ][ ----- step 2 ----- ][ ----- step 3 ----- ][ ...
+    loop     plan 1         plan 2 | settle 1  publish 1  plan 3 | settle 2  publish 2  plan 4 | ...
+    worker          [ ----- step 1 ----- ][ ------- step 2 ------- ][ ------- step 3 ------- ][ ...
 
 Plan N + 1 is launched before the result of step N is read, so the worker finds its next step
-waiting and never idles for the loop. The loop sleeps in one place, `transport.receive`, which
-returns for a message, for a finished step (the worker's thread calls `wake`) or at the end of a
-drain; nothing spins.
+waiting and never idles for the loop; but not long before step N is predicted to end, for whoever
+arrives until then is in it. The loop sleeps in one place, `transport.receive`, which returns for a
+message, for a finished step (the worker's thread calls `wake`), when a step is to be planned or at
+the end of a drain; nothing spins.
 
 A turn applies messages before it settles, so that an abort that arrived while a step ran already
 counts when its result is read: the row dies on its epoch and its tokens are not published.
@@ -15,6 +16,7 @@ counts when its result is read: the row dies on its epoch and its tokens are not
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -37,12 +39,12 @@ from engine.messages import (
 from engine.transport import EngineTransport
 from scheduler.gate import Overloaded
 from scheduler.plan import StepPlan, StepResult
+from scheduler.policy import IN_FLIGHT, plan_at
 from scheduler.request import Output, Request
 from scheduler.scheduler import ContextTooLong, Scheduler
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 2  # one step runs while the next waits: depth 1
 # The scheduler holds work but plans nothing although nothing is in flight: asked again after this.
 RETRY_SECONDS = 0.02
 
@@ -107,6 +109,7 @@ class EngineCore:
         self._facts = facts
         self._clock = clock
         self._in_flight: deque[_InFlight] = deque()
+        self._hold = 0.0  # until then the step after the one that runs is not planned
         self._clients: set[bytes] = set()
         self._routes: dict[str, _Route] = {}  # by the scheduler's id
         self._outbox: dict[bytes, list[Output]] = {}
@@ -162,9 +165,11 @@ class EngineCore:
             return 0.0  # its wake-up may be spent: two steps that end at once wake a loop once
         if not self._in_flight and self._scheduler.has_work():
             return RETRY_SECONDS
-        if self._drain_until is None:
-            return None
-        return max(self._drain_until - self._clock(), 0.0)
+        until = math.inf if self._drain_until is None else self._drain_until
+        now = self._clock()
+        if self._held(now):
+            until = min(until, self._hold)
+        return None if until == math.inf else max(until - now, 0.0)
 
     # -- messages ---------------------------------------------------------------------------
 
@@ -234,18 +239,35 @@ class EngineCore:
     # -- steps ------------------------------------------------------------------------------
 
     def _launch(self) -> None:
-        while len(self._in_flight) < MAX_IN_FLIGHT:
-            plan = self._scheduler.plan(self._clock())
+        while len(self._in_flight) < IN_FLIGHT:
+            now = self._clock()
+            if self._held(now):
+                return
+            plan = self._scheduler.plan(now)
             self._collect(self._scheduler.take_outputs())
             if plan is None:
                 return
             pending = self._worker.launch(plan)
+            if not self._in_flight:
+                self._begins(plan, now)
             self._in_flight.append(_InFlight(plan, pending))
             pending.notify(self._transport.wake)
 
+    def _held(self, now: float) -> bool:
+        """Whether the next step is better planned later: a step runs, and will for a while, in
+        which requests may come that otherwise would wait for a step more."""
+        return len(self._in_flight) == 1 and now < self._hold
+
+    def _begins(self, plan: StepPlan, now: float) -> None:
+        """The worker begins a step."""
+        self._hold = plan_at(now, self._scheduler.cost.seconds(plan.shape))
+
     def _settle(self, step: _InFlight) -> None:
         result = step.pending.wait()
-        self._collect(self._scheduler.settle(step.plan, result, self._clock()))
+        now = self._clock()
+        self._collect(self._scheduler.settle(step.plan, result, now))
+        if self._in_flight:
+            self._begins(self._in_flight[0].plan, now)
         if not self._in_flight:
             self._launch()  # the worker idles: feed it before the clients
         tokens = sum(

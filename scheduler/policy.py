@@ -7,6 +7,20 @@ from scheduler.profile import StepShape, chunk_pairs
 from scheduler.request import Request
 from scheduler.step_cost import StepCost
 
+IN_FLIGHT = 2  # steps: one runs while the next waits
+# A step is planned when so much of the time of the one before is left, by its prediction: a share
+# that covers the prediction's error, and what planning and the way to the worker take.
+HEADROOM, LEAST_HEADROOM = 0.3, 1.5e-3  # share, seconds
+
+
+def plan_at(begins: float, seconds: float) -> float:
+    """When to plan the step after one that begins then and is predicted to take so long.
+
+    Early enough that the worker finds it waiting, and no earlier: who arrives before that is in it,
+    and who arrives after it has to wait for a whole step more.
+    """
+    return begins + seconds - max(HEADROOM * seconds, LEAST_HEADROOM)
+
 
 def order_of(request: Request, serial: int, ageing: float) -> tuple[float, int]:
     """Rank in every queue; lower is served sooner, and nothing ranked lower is its victim.

@@ -19,6 +19,7 @@ from typing import Protocol
 from scheduler.gate import Overloaded
 from scheduler.outcome import Record, SimulationReport, Targets, Timeline
 from scheduler.plan import RowResult, StepPlan, StepResult
+from scheduler.policy import IN_FLIGHT, plan_at
 from scheduler.profile import StepShape
 from scheduler.request import Output, Request, SamplingParams
 from scheduler.rows import shape_as_run
@@ -26,7 +27,6 @@ from scheduler.scheduler import ContextTooLong, Scheduler
 from scheduler.simulated_drafts import DraftingCosts, Drafts
 from scheduler.trace import TraceRequest
 
-IN_FLIGHT = 2  # steps: one runs while the next waits, as in the engine
 RETRY_SECONDS = 0.02  # as in the engine: work is there, but nothing can run
 PATIENCE = 10_000  # retries in a row after which the scheduler counts as stuck
 
@@ -172,6 +172,8 @@ class SimulatedEngine:
         self._heard = math.inf  # an arrival that the loop has not yet acted upon
         self._retry = math.inf
         self._retries = 0
+        self._hold = 0.0  # until then the step after the one that runs is not planned
+        self._held = math.inf  # the same, while it waits for that
 
     def submit(self, request: TraceRequest, number: int) -> Record:
         """The request of that number arrives, at an instant up to which the engine was run."""
@@ -220,7 +222,7 @@ class SimulatedEngine:
 
     def _next(self) -> float:
         """When something happens next; infinite if nothing will."""
-        return min(self._heard, self._done, self._retry)
+        return min(self._heard, self._done, self._retry, self._held)
 
     @property
     def _done(self) -> float:
@@ -234,6 +236,8 @@ class SimulatedEngine:
             self._collect(self.scheduler.settle(plan, result, now), now)
             self.timeline.steps += 1
             self.timeline.step_seconds += result.seconds
+            if self._in_flight:
+                self._begins(self._in_flight[0][0], now)
         self._launch(now)
         if self._in_flight or not self.scheduler.has_work():
             self._retries = 0
@@ -246,7 +250,11 @@ class SimulatedEngine:
 
     def _launch(self, now: float) -> None:
         scheduler = self.scheduler
+        self._held = math.inf
         while len(self._in_flight) < IN_FLIGHT:
+            if self._in_flight and now < self._hold:
+                self._held = self._hold
+                return
             plan = scheduler.plan(now)
             self._collect(scheduler.take_outputs(), now)
             if plan is None:
@@ -257,7 +265,13 @@ class SimulatedEngine:
             result = self._worker.run(plan, self._cost)
             seconds = copies + result.drafting.seconds + result.seconds
             self._free = max(self._free, now) + seconds
+            if not self._in_flight:
+                self._begins(plan, now)
             self._in_flight.append((plan, result, self._free))
+
+    def _begins(self, plan: StepPlan, now: float) -> None:
+        """The worker begins a step."""
+        self._hold = plan_at(now, self.scheduler.cost.seconds(plan.shape))
 
     def _collect(self, outputs: Iterable[Output], now: float) -> None:
         records = self._open
