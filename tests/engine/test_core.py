@@ -11,8 +11,10 @@ import pytest
 from engine.core import EngineCore
 from engine.messages import Abort, Dead, Drain, Hello, Ready, Rejected, Step, Submit
 from engine.transport import LocalEngineTransport
+from scheduler.profile import Profile, StepShape
 from scheduler.request import FinishReason, Request, SamplingParams
 from scheduler.scheduler import Scheduler
+from scheduler.step_cost import StepCost
 from tests.engine.workers import FACTS, ThreadedWorker, scheduler_config
 from tests.fakes import Script
 
@@ -112,6 +114,35 @@ def test_next_step_is_launched_before_the_result_is_read(make):
     engine.finish_step()
     assert engine.worker.log == [("launch", 0), ("launch", 1), ("done", 0), ("launch", 2)]
     assert len(client.tokens("r")) == 1
+
+
+def test_a_step_is_planned_when_the_one_before_is_nearly_over(make):
+    """Who arrives while it runs is in the next one, not in the one after. With a step's time known:
+    a second. The loop wakes up for it by itself."""
+    now = [0.0]
+    engine = make(gated=True, clock=lambda: now[0])
+    engine.scheduler.cost = StepCost.from_profile(Profile(((StepShape(1, 1, 1), 1.0),)))
+    client = Client(engine.transport)
+    client.send(Submit(request("first")))
+    engine.turns(2)
+    assert engine.worker.log == [("launch", 0)]
+    assert engine.core._patience() == pytest.approx(0.7)
+    now[0] = 0.69
+    client.send(Submit(request("second")))
+    engine.turns(1)
+    assert engine.worker.log == [("launch", 0)]
+    now[0] = 0.71
+    engine.turns(2)
+    assert engine.worker.log == [("launch", 0), ("launch", 1)]
+    assert engine.core._patience() is None
+    now[0] = 1.0
+    engine.finish_step()
+    assert engine.core._patience() == pytest.approx(0.7, abs=0.02)
+    engine.finish_step()
+    assert len(client.tokens("first")) == 2
+    assert len(client.tokens("second")) == 1, "it was in the second step"
+    # The step has ended before it was expected to: the next one starts at once.
+    assert engine.worker.log[-2:] == [("done", 1), ("launch", 2)]
 
 
 @pytest.mark.parametrize("count", [1, 5])
