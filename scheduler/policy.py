@@ -10,7 +10,7 @@ from scheduler.step_cost import StepCost
 IN_FLIGHT = 2  # steps: one runs while the next waits
 # A step is planned when so much of the time of the one before is left, by its prediction: a share
 # that covers the prediction's error, and what planning and the way to the worker take.
-HEADROOM, LEAST_HEADROOM = 0.3, 1.5e-3  # share, seconds
+HEADROOM, LEAST_HEADROOM = 0.3, 2.5e-3  # share, seconds; the loop sleeps in whole milliseconds
 
 
 def plan_at(begins: float, seconds: float) -> float:
