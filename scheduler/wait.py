@@ -27,7 +27,7 @@ from scheduler.sequence import WaitForecast
 from scheduler.step_cost import StepCost
 
 _RATE = 0.05  # smoothing of past waits, per admission that was predicted to wait
-_IN_TIME = 0.9  # of those let in for a target
+_IN_TIME = 0.95  # of those let in for a target
 _FIRST_ERROR = 0.3  # of a predicted wait, before any has ended
 _LARGEST_ERROR = 3.0  # that counts in full
 _STEP = 0.2  # by which the margin moves, as a share of the usual error or of itself
@@ -108,7 +108,7 @@ class Waits:
 
     @property
     def margin(self) -> float:
-        """The share of a predicted wait by which nine in ten of those let in wait no longer.
+        """The share of a predicted wait by which 19 in 20 of those let in wait no longer.
 
         Under lasting overload every request that is let in is predicted to be just in time, and
         with a prediction that is right on average half of them would be late, after having taken
