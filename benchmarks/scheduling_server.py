@@ -358,20 +358,24 @@ def rows(
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks.scheduling_server",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("--model", type=Path, default=Path("assets/demo/target"))
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--traces", nargs="+", choices=TRACES, default=list(TRACES))
     add("--seconds", type=float, default=30.0, help="of arrivals of a trace (30)")
     add("--profile", type=Path, metavar="FILE", help="measured step times of this machine")
     add("--keep-profile", type=Path, metavar="FILE", help="where to keep those measured now")
-    args = parser.parse_args(argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     setting = Setting(model=args.model, seconds=args.seconds)
     found = rows(setting, args.profile, args.parts, args.traces, keep_profile=args.keep_profile)
     print(rows_table(found))

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_bench, gpu_check, kv_formats, scheduling, serving, speculation
+from benchmarks import (
+    gpu_bench,
+    gpu_check,
+    kv_formats,
+    scheduling,
+    scheduling_server,
+    serving,
+    speculation,
+)
 from cli import calibrate, document, plan, quantize, simulate
 from cli import profile as profiling
 from cli.options import options
@@ -88,6 +96,7 @@ def test_options_exist(page: Path) -> None:
         simulate.parser(),
         plan.parser(),
         scheduling.parser(),
+        scheduling_server.parser(),
         speculation.parser(),
         kv_formats.parser(),
         gpu_check.parser(),
