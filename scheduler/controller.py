@@ -423,8 +423,8 @@ class Controller:
 class Idle:
     """Seconds from one step to the next in which nothing is computed.
 
-    A step with drafts is planned when the one before it has been read, and is read before the next:
-    nothing is in flight meanwhile, as it is between plain steps.
+    A step with drafts begins when the one before it has been read, and is read before the next one
+    begins; plain steps follow each other unread.
     """
 
     def __init__(self) -> None:

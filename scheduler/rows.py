@@ -12,7 +12,8 @@ from scheduler.sequence import Sequence
 def launch_rows(decision: Decision, pool: PagePool) -> tuple[tuple[Row, ...], StepShape]:
     """The rows, and the shape of their step. Sequences are fed and pending from here on."""
     rows: list[Row] = []
-    more = pairs = drafted = live = 0  # tokens beyond one a row; positions attended by chunks
+    more = pairs = 0  # of chunks: tokens beyond one a row, and positions attended
+    drafted = live = 0  # drafts, and the rows that may have some
     for sequence, work in zip(decision.rows, decision.work, strict=True):
         if work is None:
             sequence.pending_min += 1
