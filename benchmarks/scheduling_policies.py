@@ -11,7 +11,7 @@ import gc
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -186,12 +186,13 @@ def _evicted(accepted: list[Record], since: float) -> float:
 
 def mean_of(outcomes: list[Outcome]) -> Outcome:
     """Of one policy on several traces of a kind; the course over time is that of the first."""
+    first = outcomes[0]
     means = {
         f.name: float(np.mean([getattr(o, f.name) for o in outcomes]))
         for f in fields(Outcome)
         if f.name not in ("trace", "policy", "series")
     }
-    return replace(outcomes[0], **means)
+    return Outcome(trace=first.trace, policy=first.policy, series=first.series, **means)
 
 
 def offered_load(scenario: Scenario, name: str, seconds: float) -> float:

@@ -291,7 +291,7 @@ def test_sums_of_the_queue_stay_right() -> None:
     assert len(both.scheduler._waiting.backlog) == 0
 
 
-def test_the_margin_holds_nine_tenths_of_the_errors() -> None:
+def test_the_margin_holds_nineteen_twentieths_of_the_errors() -> None:
     """Who is predicted to be just in time is refused where predictions err."""
     waits = Waits(StepCost.learning())
     assert waits.margin == 0.0
@@ -299,7 +299,7 @@ def test_the_margin_holds_nine_tenths_of_the_errors() -> None:
     for _ in range(3000):
         waits.admitted(WaitForecast(10.0, 11.0, 10.0), 10.0 * rng.uniform(0.5, 1.5))
         margins.append(waits.margin)
-    assert sum(margins[1000:]) / 2000 == pytest.approx(0.4, abs=0.03)
+    assert sum(margins[1000:]) / 2000 == pytest.approx(0.45, abs=0.03)
     assert waits.correction == pytest.approx(1.0, abs=0.1)
     for _ in range(300):
         waits.admitted(WaitForecast(10.0, 11.0, 10.0), 10.0)

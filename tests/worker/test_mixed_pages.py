@@ -203,7 +203,7 @@ class Watch:
 
 def mixed(rng: random.Random) -> Pair:
     both = pair(
-        num_pages=1 + rng.choice([80, 120, 160]),
+        num_pages=1 + rng.choice([60, 80, 120]),
         page_size=SIZE,
         slots=rng.randint(8, 16),
         budget=rng.randint(32, 96),
