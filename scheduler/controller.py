@@ -31,7 +31,7 @@ from scheduler.safety_net import SafetyNet
 from scheduler.sequence import Sequence
 from scheduler.speculation import NO_RULES, Rules
 from scheduler.step_cost import UNLIMITED, StepCost
-from scheduler.verify_cost import VerifyCost
+from scheduler.verify_cost import Idle, VerifyCost
 
 Floats = NDArray[np.float64]
 
@@ -44,7 +44,6 @@ PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good dr
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PROMPTS_SHARE = 0.5  # of what the target leaves beyond a plain step, while prompts are read
-IDLE_RATE = 0.05  # smoothing of what lies between two steps, per step
 PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
@@ -418,37 +417,6 @@ class Controller:
         pause = self._net.saw(tokens, live * seconds / (plain + self._idle.plain))
         if pause:
             self._resting, self._usual = pause, 0.0
-
-
-class Idle:
-    """Seconds from one step to the next in which nothing is computed.
-
-    A step with drafts begins when the one before it has been read, and is read before the next one
-    begins; plain steps follow each other unread.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = {False: 0.0, True: 0.0}  # by whether there are drafts on either side
-        self._steps = {False: 0, True: 0}
-
-    def observe(self, seconds: float, *, drafts: bool) -> None:
-        self._steps[drafts] += 1
-        rate = max(IDLE_RATE, 1.0 / self._steps[drafts])
-        self._seconds[drafts] += rate * (seconds - self._seconds[drafts])
-
-    @property
-    def plain(self) -> float:
-        return self._seconds[False]
-
-    @property
-    def drafted(self) -> float:
-        """As between plain steps, until it was seen."""
-        return self.plain + self.added
-
-    @property
-    def added(self) -> float:
-        """How much longer it is beside drafts."""
-        return max(self._seconds[True] - self.plain, 0.0) if self._steps[True] else 0.0
 
 
 def _unread(live: list[Sequence], survival: Floats) -> Floats:

@@ -47,18 +47,13 @@ class StepShape:
         A draft reads what the row reads, once more: a device short of compute rather than of
         bandwidth takes the time of it again.
         """
-        pairs = draft_pairs(abs(drafts), self.decode_context, live)
+        pairs = abs(drafts) * self.decode_context // live if live else 0
         return StepShape(
             self.rows,
             self.tokens + drafts,
             self.decode_context,
             self.chunk_pairs + (pairs if drafts > 0 else -pairs),
         )
-
-
-def draft_pairs(drafts: int, context: int, live: int) -> int:
-    """Positions attended by drafts of `live` rows that together read `context` positions."""
-    return drafts * context // live if live else 0
 
 
 def chunk_pairs(tokens: int, context: int) -> int:

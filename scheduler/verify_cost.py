@@ -1,4 +1,5 @@
-"""`VerifyCost`: the seconds of steps with and without drafts, as they are now.
+"""`VerifyCost`: the seconds of steps with and without drafts, as they are now; `Idle`: what lies
+between them.
 
 `StepCost` knows how a step's time depends on its shape, and follows the machine by one factor. What
 is asked here is a difference of a few per cent between two shapes, of which only one is run at a
@@ -78,6 +79,37 @@ class VerifyCost:
                 self._ahead_steps += 1
                 rate = max(_RATE, 1.0 / self._ahead_steps)
             self._drafted[ahead] = known + rate * (ratio - known)
+
+
+class Idle:
+    """Seconds from one step to the next in which nothing is computed.
+
+    A step with drafts begins when the one before it has been read, and is read before the next one
+    begins; plain steps follow each other unread.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = {False: 0.0, True: 0.0}  # by whether there are drafts on either side
+        self._steps = {False: 0, True: 0}
+
+    def observe(self, seconds: float, *, drafts: bool) -> None:
+        self._steps[drafts] += 1
+        rate = max(_RATE, 1.0 / self._steps[drafts])
+        self._seconds[drafts] += rate * (seconds - self._seconds[drafts])
+
+    @property
+    def plain(self) -> float:
+        return self._seconds[False]
+
+    @property
+    def drafted(self) -> float:
+        """As between plain steps, until it was seen."""
+        return self.plain + self.added
+
+    @property
+    def added(self) -> float:
+        """How much longer it is beside drafts."""
+        return max(self._seconds[True] - self.plain, 0.0) if self._steps[True] else 0.0
 
 
 def _clipped(ratio: float) -> float:
