@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scheduler.request import Finish, FinishReason, Load
+from scheduler.request import Finish, FinishReason, Load, Occupancy
 from scheduler.trace import TraceRequest
 
 NATURAL = (FinishReason.STOP, FinishReason.LENGTH)
@@ -91,16 +91,13 @@ class Timeline:
         self._before = (0, 0, 0.0)  # preemptions, steps, their seconds at the interval's start
         self._preemptions = 0
 
-    def note(self, now: float, load: Load) -> None:
+    def note(self, now: float, found: Occupancy) -> None:
         """The gauges as they are from `now` on."""
         while now >= (end := (len(self.rows) + 1) * self.interval):
             self._advance(end)
             self._close()
         self._advance(now)
-        shares = (pages / load.pages_total for pages in (load.pages_held, load.pages_reserved))
-        used, reserve = shares
-        self._gauges = [used, load.running, load.waiting, reserve]
-        self._preemptions = load.preemptions
+        *self._gauges, self._preemptions = found
 
     def _advance(self, to: float) -> None:
         seconds = to - self._now

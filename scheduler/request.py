@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -204,6 +205,16 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish: Finish | None = None
     demoted: int = 0  # as in `Finish`, so far: an engine that dies says nothing at the end
+
+
+class Occupancy(NamedTuple):
+    """Of `Load`, what changes with every step."""
+
+    used: float  # share of all pages
+    running: int
+    waiting: int
+    reserve: float  # share of all pages that admission keeps free
+    preemptions: int  # since start
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,15 @@ from scheduler.gate import Gate
 from scheduler.memory import Hits, Memory
 from scheduler.plan import Admit, Demotion, Row, RowResult, StepPlan, StepResult
 from scheduler.policy import swap_pays
-from scheduler.request import Finish, FinishReason, Load, Output, Request, SchedulerConfig
+from scheduler.request import (
+    Finish,
+    FinishReason,
+    Load,
+    Occupancy,
+    Output,
+    Request,
+    SchedulerConfig,
+)
 from scheduler.rows import launch_rows, shape_as_run
 from scheduler.sequence import Phase, Sequence, WaitForecast
 from scheduler.speculation import DraftPolicy, FixedDrafts
@@ -443,6 +451,17 @@ class Scheduler:
             self._admission,
             self._gate.usual_wait(self._running, self._counts.steps),
             self._gate.waits,
+        )
+
+    def occupancy(self) -> Occupancy:
+        """What the simulator looks at after every turn: of `load`, what costs nothing to know."""
+        pool = self._memory.pool
+        return Occupancy(
+            (pool.total - pool.available) / pool.total,
+            len(self._running),
+            len(self._waiting),
+            self._admission.reserved / pool.total,
+            self._counts.preemptions,
         )
 
     def predicted_wait(self, request: Request, now: float) -> WaitForecast | None:

@@ -246,7 +246,7 @@ class SimulatedEngine:
             self._retries += 1
             if self._retries > PATIENCE:
                 raise StuckError(f"{self.pending} requests wait, and none ever runs")
-        self.timeline.note(now, self.scheduler.load())
+        self.timeline.note(now, self.scheduler.occupancy())
 
     def _launch(self, now: float) -> None:
         scheduler = self.scheduler

@@ -13,7 +13,7 @@ from scheduler.admission import POLICIES, make_policy
 from scheduler.outcome import SimulationReport, Targets, Timeline, percentile
 from scheduler.plan import StepPlan
 from scheduler.profile import StepShape
-from scheduler.request import Load, SchedulerConfig
+from scheduler.request import Occupancy, SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.simulate import StuckError, simulate, true_lengths
 from scheduler.trace import TraceRequest
@@ -237,21 +237,15 @@ def test_the_oracle_evicts_nobody():
     assert run(trace, policy="aggressive", **tight).summary()["evictions"] > 0
 
 
-def load(held: int, running: int, preemptions: int = 0) -> Load:
-    return Load(
-        pages_total=10,
-        pages_held=held,
-        pages_reserved=1,
-        running=running,
-        preemptions=preemptions,
-    )
+def found(held: int, running: int, preemptions: int = 0) -> Occupancy:
+    return Occupancy(held / 10, running, 0, 0.1, preemptions)
 
 
 def test_the_timeline_weighs_by_time():
     timeline = Timeline(2.0)
-    timeline.note(1.0, load(5, 1))
-    timeline.note(1.5, load(10, 2, 3))
-    timeline.note(5.0, load(0, 0, 4))
+    timeline.note(1.0, found(5, 1))
+    timeline.note(1.5, found(10, 2, 3))
+    timeline.note(5.0, found(0, 0, 4))
     columns = timeline.columns()
     assert columns["time"] == [0.0, 2.0]
     assert columns["used"] == pytest.approx([(0.5 * 0.5 + 0.5 * 1.0) / 2, 1.0])
