@@ -3,6 +3,7 @@
 ThreadExecutor, for a CPU: a step is computed and read before the next one begins.
 
     thread   [ step 1 ......... ][ step 2 ......... ][ step 3 ...
+    told                            step 1               step 2
 
 StreamExecutor, for a GPU: a step begins when it is launched, and is read when it is done.
 
@@ -14,6 +15,7 @@ StreamExecutor, for a GPU: a step begins when it is launched, and is read when i
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -62,6 +64,11 @@ class Executor(Protocol):
         """Runs `function` on the executor's thread, after the steps launched so far have begun."""
         ...
 
+    def computes(self) -> None:
+        """A step says, on the executor's thread, that it needs the interpreter no more for a
+        while."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -69,11 +76,15 @@ class ThreadExecutor:
     """Runs steps in order on one thread of its own.
 
     On a CPU that thread stands for the device's stream: while it computes step N + 1, the engine's
-    thread settles and publishes step N. Torch's thread count is a property of the calling thread,
+    thread settles and publishes step N. So the end of step N is told when N + 1 computes, if that
+    is waiting already: told before, both threads would want the interpreter, and the step would
+    begin when the other one is through. Torch's thread count is a property of the calling thread,
     so it is set inside.
     """
 
     def __init__(self, threads: int) -> None:
+        self._launched = self._ended = 0
+        self._untold: deque[tuple[Future[StepResult], StepResult]] = deque()
         self._pool = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="worker",
@@ -82,13 +93,34 @@ class ThreadExecutor:
         )
 
     def submit(self, begin: Callable[[], Begun]) -> PendingStep:
-        return PendingStep(self._pool.submit(lambda: begin().read()))
+        pending: Future[StepResult] = Future()
+        self._pool.submit(self._run, begin, pending)
+        self._launched += 1
+        return PendingStep(pending)
+
+    def _run(self, begin: Callable[[], Begun], pending: Future[StepResult]) -> None:
+        try:
+            result = begin().read()
+        except BaseException as error:
+            self.computes()
+            pending.set_exception(error)
+            return
+        finally:
+            self._ended += 1
+        self._untold.append((pending, result))
+        if self._ended >= self._launched:
+            self.computes()
 
     def call(self, function: Callable[[], None]) -> None:
         self._pool.submit(function).result()
 
+    def computes(self) -> None:
+        while self._untold:
+            pending, result = self._untold.popleft()
+            pending.set_result(result)
+
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
 
 
 class StreamExecutor:
@@ -137,6 +169,9 @@ class StreamExecutor:
 
     def call(self, function: Callable[[], None]) -> None:
         self._pool.submit(function).result()
+
+    def computes(self) -> None:
+        pass  # the device does, beside this thread
 
     def close(self) -> None:
         self.call(lambda: None)  # whatever was launched has begun

@@ -193,6 +193,7 @@ class Worker:
             if self._drafting is not None:
                 if any(row.drafts or row.ahead for row in rows):
                     self._slots.flush()  # before a thread beside this one reads the page table
+                    self._executor.computes()
                 rows, drafting = self._drafting.draft(plan)
                 shadows = self._drafting.take_shadows()
                 self._drafting.look_ahead(rows)
@@ -277,6 +278,7 @@ class Worker:
         asked = [i for i, row in enumerate(rows) if self._wants_prompt_logprobs(row)]
         # Prompt log-probabilities read every position; otherwise only the sampled ones are.
         read = None if asked else samples.tokens
+        self._executor.computes()
         hidden = runner.forward(batch.ids, batch.attention, self._kv, read)
         prompt_logprobs = {
             i: self._prompt_logprobs(runner, hidden, batch, i, first[i]) for i in asked
