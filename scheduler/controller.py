@@ -22,6 +22,7 @@ from scheduler.acceptance import Acceptance
 from scheduler.allocation import Allocation, Batch, Option, Promise, Verifying, allocate
 from scheduler.calibration import Calibration
 from scheduler.draft_cost import DraftCost
+from scheduler.exploration import Exploration
 from scheduler.foreseen import Foreseen
 from scheduler.gap import gap_target
 from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
@@ -36,11 +37,12 @@ from scheduler.verify_cost import Idle, VerifyCost
 Floats = NDArray[np.float64]
 
 EVERY = 8  # steps from one decision to the next while there are drafts, unless the batch changes
-CHANGE = 4  # by more than one row of so many
+CHANGE = 2  # by more than one row of so many
 SELDOM = 32  # steps from one probe to the next while there are none; they are what may change that
+PROMISING = 0.5  # a text written without drafts is news if so many would have been right
+WATCH_EVERY = 8  # of so many steps one is looked at while nobody drafts
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
 MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
-PROBE_SHARE = 0.005  # of the time may go into drafts that only tell how good drafts would be
 REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PROMPTS_SHARE = 0.5  # of what the target leaves beyond a plain step, while prompts are read
@@ -48,8 +50,10 @@ PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
 VERIFY_POINTS = 8  # at which the time to verify is asked for
-TWIN_AFTER = 1024  # plans after which a draft model works ahead, or does not, for a try; doubled
-LONGEST_TWIN = 16 * TWIN_AFTER  # each time that changes nothing
+# Plans after which a draft model works ahead, or does not, for a try: soon at first, when what is
+# known is from a machine that was still waking up; doubled each time that changes nothing.
+TWIN_AFTER = 128
+LONGEST_TWIN = 128 * TWIN_AFTER
 TWIN_STEPS = 12  # that a try lasts
 
 
@@ -96,13 +100,14 @@ class Controller:
         self._foreseen = Foreseen()
         self._usual = 0.0  # drafts of a sequence, on average
         self._rules = NO_RULES
-        self._news = False  # from texts that were written without drafts
+        self._news = False  # that drafts may pay, while nobody drafts
         self._turn = 0  # whose turn it is to be probed
+        self._probed: Sequence | None = None  # by the last plan
         self._decided_for = self._plans = self._decisions = 0
         self._net = SafetyNet()
         self._resting = 0  # plans without drafts to come
-        self._credit = 0.0  # seconds that may go into probes
-        self._probing = False
+        self._exploration = Exploration()
+        self._unwatched = 0  # steps since one was looked at
         self._settled_at: float | None = None
         self._idle = Idle()
         self._asked = 0  # rows of the last step that had drafts
@@ -124,27 +129,30 @@ class Controller:
             return NO_RULES
         rows = len(running)
         reading = joining > 0 or self._prompts >= 1.0
-        changed = abs(rows - self._decided_for) * CHANGE > self._decided_for or (
-            self._bound and reading != self._shared
-        )
-        wait = EVERY if self._usual or self._news else 1 if self._probing else SELDOM
-        if rows and (changed or self._plans >= wait):
+        changed = abs(rows - self._decided_for) * CHANGE > self._decided_for
+        if self._usual:
+            due = changed or self._plans >= EVERY or (self._bound and reading != self._shared)
+        else:
+            if self._probed is not None:
+                self._probed.drafts, self._probed = 0, None
+            due = changed or self._plans >= (EVERY if self._news else SELDOM)
+        if rows and due and self._steps.ready:
             live = [s for s in running if s.fed == len(s.tokens)]
-            if live and self._steps.ready:
+            if not any(s.most_drafts for s in live):
+                pass  # nobody wants any
+            elif self._usual or ((changed or self._news) and self._exploration.decide()):
+                self._plans, self._decided_for, self._shared = 0, rows, reading
+                self._decide(live, self._soon(running, joining, unread))
+            elif self._plans >= SELDOM:
                 self._plans = 0
-                if changed or self._usual or self._probing or self._news:
-                    self._news = False
-                    self._decided_for = rows
-                    self._shared = reading
-                    self._decide(live, self._soon(running, joining, unread))
-                else:
-                    self._probe(live)
+                self._probe(live)
         return self._tried(self._rules)
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
         if not done.proposed and done.drafter >= 0:
             return  # it is still catching up
         accepted = max(len(done.tokens) - 1, 0)
+        self._news |= accepted > 0
         self.acceptance.learn(sequence, row.drafters, row.drafts, done.proposed, accepted)
         if done.confidence:
             self._calibration[done.drafter].learn(done.confidence, accepted)
@@ -169,9 +177,14 @@ class Controller:
             self._foreseen.settled(asked, served, work.foreseen if self._was_ahead else None)
         for shadow in result.shadows:
             self.acceptance.learn_from(shadow, self.most)
-            self._news = True
+            self._news |= sum(shadow.right) >= PROMISING * len(shadow.right)
         self._was_ahead = work.ahead > 0
-        self._watch(plan, result, now, asked)
+        calm = self._steps.ready and not (asked or self._asked or self._usual)
+        if calm and self._unwatched + 1 < WATCH_EVERY:
+            self._unwatched += 1
+            self._settled_at = now
+        else:
+            self._watch(plan, result, now, asked)
 
     def _observe(self, drafters: tuple[int, ...], plan: StepPlan, work: DraftTime) -> None:
         """What drafting has taken."""
@@ -217,7 +230,7 @@ class Controller:
                 batch,
                 self.options[number],
                 self._promise(live, number),
-                self.draft_costs[number],
+                self._cost(number),
                 verifying.slower(self._steps.beside) if self.options[number].ahead else verifying,
             )
             for number in numbers
@@ -243,7 +256,16 @@ class Controller:
             sequence.drafters = self._drafters(sequence, chosen)
             if not drafts:
                 sequence.exact_pace = sequence.pace = 1.0
-        self._probing = False
+        self._news = False
+
+    def _cost(self, number: int) -> DraftCost:
+        """Of an option's drafts. Where a model makes them and was not seen to, what it took beside
+        other drafters, or by itself."""
+        cost = self.draft_costs[number]
+        if cost.seen or not self.options[number].computes:
+            return cost
+        others = zip(self.options, self.draft_costs, strict=True)
+        return next((c for option, c in others if option.computes and c.seen), cost)
 
     def _heard(self, live: list[Sequence], best: Allocation) -> tuple[float, ...]:
         """How much a drafter must promise to be heard before those that would be asked after it:
@@ -370,10 +392,9 @@ class Controller:
                 forwards, tokens = drafts, float(drafts + unread)
             # The step before has to be read for it, and it for the step after.
             price = cost.total(1, forwards, tokens) + max(more, 0.0) + 2 * self._idle.added
-            if price <= self._credit:
-                self._credit -= price
+            if self._exploration.probe(price):
                 self._turn = turn + 1
-                self._probing = True
+                self._probed = sequence
                 sequence.drafts = drafts
                 sequence.drafters = self._drafters(sequence, number)
                 return
@@ -385,13 +406,14 @@ class Controller:
         before, self._settled_at = self._settled_at, now
         alone = not asked and not self._asked
         self._asked = asked
+        like_it, self._unwatched = 1 + self._unwatched, 0
         if before is None:
             return
         wall = now - before
         computed = result.seconds + result.drafting.seconds
         if wall < 4 * computed:  # else nobody was there for a while
             self._idle.observe(max(wall - computed, 0.0), drafts=not alone)
-            self._credit = min(self._credit + PROBE_SHARE * wall, 1.0)
+            self._exploration.earn(like_it * wall)
         prompts, live, shape = 0, plan.shape.rows, plan.shape
         if shape.tokens > shape.rows:  # seldom, where nobody drafts
             prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
@@ -402,12 +424,16 @@ class Controller:
             return
         drafts = shape.tokens > live + prompts
         self._steps.observe(shape, drafts, result.seconds, result.drafting.ahead > 0)
-        if not asked or self._probing:
+        if not asked:
             return
         # Prompts take the same time in all, whatever they stand beside.
         without = shape.with_drafts(live + prompts - shape.tokens, live)
         plain = self._steps.plain(StepShape(live, live, shape.decode_context))
         chunks = self._steps.plain(without) - plain
+        if self._exploration.probing:
+            extra = computed - chunks - plain + 2 * self._idle.added
+            self._exploration.charge(max(extra, 0.0))
+            return
         tokens = sum(
             len(done.tokens)
             for row, done in zip(plan.rows, result.rows, strict=True)

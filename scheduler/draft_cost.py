@@ -35,6 +35,11 @@ class DraftCost:
         self._coefficients = (0.0, 0.0, 0.0)
         self._steps = 0
 
+    @property
+    def seen(self) -> bool:
+        """Whether anything was observed."""
+        return self._steps > 0
+
     def observe(self, rows: int, work: DraftTime) -> None:
         """A step asked for drafts of so many rows."""
         if work.seconds <= 0.0:

@@ -225,6 +225,7 @@ class Scheduler:
         if sequence.request.id in self._unadmitted:
             self._unadmitted.discard(sequence.request.id)
             self._gate.waits.admitted(sequence.forecast, now - sequence.request.arrival)
+        self._drafts.begin(sequence)  # others may have as many drafts by now as it was given then
         loads = self._memory.seat(sequence, hits, self._counts.steps)
         cached = sequence.computed
         insort(self._running, sequence, key=attrgetter("order"))

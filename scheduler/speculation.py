@@ -29,7 +29,7 @@ class DraftPolicy(Protocol):
     """
 
     def begin(self, sequence: Running) -> None:
-        """It arrives."""
+        """It arrives; and again when it gets a slot."""
         ...
 
     def plan(self, running: list[Running], joining: int = 0, unread: int = 0) -> Rules:

@@ -20,13 +20,14 @@ from benchmarks.speculation_simulated import (
     rate,
 )
 from scheduler.allocation import Option
-from scheduler.controller import GAP_AIM, PROBE_SHARE, TWIN_AFTER, TWIN_STEPS, Controller
+from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, Controller
+from scheduler.exploration import PROBE_SHARE
 from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
 from scheduler.scheduler import Scheduler
 from scheduler.simulated_drafts import DraftingCosts
-from scheduler.speculation import NO_RULES
+from scheduler.speculation import NO_RULES, FixedDrafts
 from scheduler.step_cost import StepCost
 from scheduler.verify_cost import LEAST_PLAIN
 
@@ -410,6 +411,26 @@ def test_texts_written_without_drafts_say_when_drafts_would_pay() -> None:
         for _ in range(12):
             alone.step(1.0)
     assert alone.mean(4) > 1
+
+
+def test_who_gets_a_slot_has_as_many_drafts_as_others() -> None:
+    """Not those of the time when it came, when nobody had any."""
+    policy = FixedDrafts(0)
+    scheduler = Scheduler(SchedulerConfig(num_pages=20), policy)
+    scheduler.add(Request("0", (1,) * 40, SamplingParams(max_tokens=40), 0.0), 0.0)
+    ((sequence,),) = scheduler._requests.values()
+    policy._drafts = 3
+    assert sequence.drafts == 0
+    scheduler.plan(1.0)
+    assert sequence.drafts == 3
+
+
+def test_a_batch_in_which_nobody_wants_drafts_decides_nothing() -> None:
+    alone = Alone(Speculation(enabled=False))
+    for _ in range(200):
+        alone.step(0.9)
+    assert set(alone.lengths) == {0}
+    assert alone.policy._decisions == 0
 
 
 def test_working_ahead_is_kept_where_it_pays() -> None:

@@ -1,0 +1,55 @@
+"""`Exploration`: what may be spent on finding out whether drafts would pay, while nobody drafts.
+
+There are probes, drafts that only tell how good drafts would be, and decisions, which look at what
+is known by now. Both have a share of the time, and can be saved up a little. A probe is let in by
+what it is predicted to take, and charged what it took.
+"""
+
+from __future__ import annotations
+
+PROBE_SHARE = 0.005  # of the time
+DECISION_SHARE = 0.01
+DECISION = 1e-3  # seconds that one takes at most: the scheduler has no clock to measure that with
+SAVED_DECISIONS = 4
+SAVED_PROBES = 1.0  # seconds
+
+
+class Exploration:
+    """Counts seconds."""
+
+    def __init__(self) -> None:
+        self._for_probes = 0.0
+        self._for_decisions = SAVED_DECISIONS * DECISION
+        self._price: float | None = None  # of the probe that is under way
+
+    def earn(self, seconds: float) -> None:
+        """So much time has passed in steps."""
+        self._for_probes = min(self._for_probes + PROBE_SHARE * seconds, SAVED_PROBES)
+        most = SAVED_DECISIONS * DECISION
+        self._for_decisions = min(self._for_decisions + DECISION_SHARE * seconds, most)
+
+    def decide(self) -> bool:
+        """Whether there may be a decision now, which is then paid."""
+        if self._for_decisions < DECISION:
+            return False
+        self._for_decisions -= DECISION
+        return True
+
+    def probe(self, price: float) -> bool:
+        """Whether there may be a probe now that is predicted to take so long."""
+        if price > self._for_probes:
+            return False
+        self._for_probes -= price
+        self._price = price
+        return True
+
+    @property
+    def probing(self) -> bool:
+        """A probe was let in and has not been charged."""
+        return self._price is not None
+
+    def charge(self, seconds: float) -> None:
+        """The probe has taken so long."""
+        assert self._price is not None
+        self._for_probes += self._price - seconds
+        self._price = None
