@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks.kv_texts import held_out, inject_outliers, training_texts
 from benchmarks.report import Row, json_line, rows_table, table
 from engine.build import build_worker
 from engine.llm import LLM
@@ -48,7 +49,6 @@ from kernels.kv.presets import AUTO, PRESETS, layer_formats
 from kernels.ops import AttentionLayer
 from makers.demo_data import Corpus, Mixture
 from makers.demo_recall import lookup, needles
-from models.decoder import Decoder, DecoderLayer
 from models.loader import load_decoder
 from scheduler.request import SamplingParams
 from worker.kv_moments import balance
@@ -68,28 +68,6 @@ SLOWER = 2.5  # times the time of dense attention, at most
 QWEN3_8B = {"layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
-def inject_outliers(decoder: Decoder, seed: int = 0) -> None:
-    """Scales keys and values so that they look like a large model's; outputs stay the same."""
-    spec, rng = decoder.spec, torch.Generator().manual_seed(seed)
-    half = spec.head_dim // 2
-    for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
-        attention = layer.attention
-        assert attention.q_norm is not None
-        assert attention.k_norm is not None
-        pair = torch.exp(0.5 * torch.randn(half, generator=rng))
-        slow = torch.randperm(half // 4, generator=rng)[:4] + half - half // 4
-        pair[slow] = 6 + 9 * torch.rand(4, generator=rng)
-        both = torch.cat([pair, pair])
-        attention.k_norm.data *= both
-        attention.q_norm.data /= both
-        value = torch.exp(0.7 * torch.randn(spec.num_kv_heads, spec.head_dim, generator=rng))
-        qkv, output = attention.qkv.weight.data, attention.output.weight.data
-        qkv[-spec.num_kv_heads * spec.head_dim :] *= value.flatten()[:, None]
-        group = spec.num_heads // spec.num_kv_heads
-        output /= value.repeat_interleave(group, 0).flatten()
-
-
 Windowing = tuple[int, int]  # first tokens and block of the latest that are dense
 
 
@@ -98,10 +76,12 @@ def formats_of(
     name: str,
     boundary: int | None = None,
     windows: Windowing = (0, 0),
+    halves: bool = False,
 ) -> list[KVFormat]:
     spec = reader.model.spec
     shape = (spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
-    return layer_formats(name, *shape, boundary, None, *((0, 0) if name == AUTO else windows))
+    near = (0, 0) if name == AUTO else windows
+    return layer_formats(name, *shape, boundary, None, *near, halves)
 
 
 def quality(
@@ -141,26 +121,6 @@ def quality(
             share = whole[name].same / whole[name].tokens
             rows.append(Row(f"{label}, {name}: same first choice", share, SAME[name]))
     return lines, rows
-
-
-def held_out(corpus: Corpus, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
-    """Texts that the models were not trained on."""
-    rng = Random("kv formats")
-    made: list[list[int]] = []
-    texts = [text for text in corpus.unseen_texts if len(text) > 2 * length]
-    while len(made) < count:
-        text = rng.choice(texts)
-        start = rng.randrange(max(len(text) - 6 * length, 1))
-        ids = tokenizer.encode(text[start : start + 6 * length]).ids[:length]
-        if len(ids) == length:
-            made.append(ids)
-    return made
-
-
-def training_texts(corpus: Corpus, tokenizer: Tokenizer) -> list[list[int]]:
-    """What a user would calibrate with: not what formats are judged by."""
-    some = Random("calibration").sample(corpus.texts, 6)
-    return [tokenizer.encode(text[:6000]).ids[:1024] for text in some]
 
 
 def own_text(model: Path, name: str, length: int, cache: str | None) -> list[int]:

@@ -71,6 +71,17 @@ def median_interval(
     return statistics.median(ordered), ordered[k - 1], ordered[n - k]
 
 
+def share_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for the chance of a success; 0 to 1 of no trials."""
+    if not trials:
+        return 0.0, 1.0
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, spread = successes / trials, z * z / trials
+    middle = (share + spread / 2) / (1 + spread)
+    reach = z / (1 + spread) * math.sqrt((share * (1 - share) + spread / 4) / trials)
+    return max(middle - reach, 0.0), min(middle + reach, 1.0)
+
+
 def machine() -> str:
     """The machine in words: processor, cores this process may use, memory, system, Python."""
     name = platform.processor() or platform.machine()

@@ -12,7 +12,11 @@ import pytest
 from benchmarks import (
     gpu_bench,
     gpu_check,
+    kv_demotion,
+    kv_demotion_load,
     kv_formats,
+    kv_ties,
+    kv_windows,
     scheduling,
     scheduling_server,
     serving,
@@ -99,6 +103,10 @@ def test_options_exist(page: Path) -> None:
         scheduling_server.parser(),
         speculation.parser(),
         kv_formats.parser(),
+        kv_demotion.parser(),
+        kv_demotion_load.parser(),
+        kv_ties.parser(),
+        kv_windows.parser(),
         gpu_check.parser(),
         gpu_bench.parser(),
     ):

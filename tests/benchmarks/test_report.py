@@ -8,7 +8,14 @@ import random
 
 import pytest
 
-from benchmarks.report import Row, json_line, median_interval, percentile, rows_table
+from benchmarks.report import (
+    Row,
+    json_line,
+    median_interval,
+    percentile,
+    rows_table,
+    share_interval,
+)
 
 
 def test_percentile_interpolates() -> None:
@@ -39,6 +46,13 @@ def test_median_interval_covers() -> None:
         _, low, high = median_interval([rng.gauss(0, 1) for _ in range(9)])
         hits += low <= 0 <= high
     assert 0.945 < hits / trials < 0.98  # exactly 0.961
+
+
+def test_share_interval() -> None:
+    assert share_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert share_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert share_interval(0, 0) == (0.0, 1.0)
 
 
 def test_rows() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kv_formats import inject_outliers
+from benchmarks.kv_texts import inject_outliers
 from kernels.kv.balance import LARGEST, Balance, exponents, paired
 from kernels.kv.presets import layer_formats
 from kernels.torch_ops import TorchOps
