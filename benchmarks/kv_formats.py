@@ -9,9 +9,11 @@ distributions of the next token are compared with those of dense pages, by posit
 the same model made to look like a large one: pairs of key dimensions that rotate slowly are scaled
 by six to fifteen, others at random, queries by the inverse, and values' dimensions at random, with
 the output projection undoing it; in exact arithmetic that changes nothing. "balanced" is that one
-after `foresight calibrate` has made its channels alike, by texts of the training. "own text" are
-4,000 tokens that the model sampled with the format in use, read again with both. Boundary layers
-are as the server sets them.
+after `foresight calibrate` has made its channels alike, by texts of the training. "sizes" is the
+model with all keys of a layer and values of a head larger or smaller by a power of two, up to 1,024
+either way, queries and the output projection undoing it. "own text" are 4,000 tokens that the model
+sampled with the format in use, read again with both. Boundary layers are as the server sets them.
+"fp8, scales" has a scale for each head, as calibrate finds them by the same texts of the training.
 
 "exact mode" is int8n with drafts by the upper halves of its own pages.
 
@@ -26,7 +28,7 @@ import argparse
 import inspect
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,15 +45,19 @@ from engine.build import build_worker
 from engine.llm import LLM
 from kernels.cpu.build import start_build
 from kernels.cpu.ops import NativeOps
+from kernels.kv.balance import Balance
+from kernels.kv.calibration import Calibration
 from kernels.kv.codec import Affine
 from kernels.kv.format import KVFormat, dense_rows, page_bytes, windows_of
 from kernels.kv.presets import AUTO, PRESETS, layer_formats
 from kernels.ops import AttentionLayer
 from makers.demo_data import Corpus, Mixture
 from makers.demo_recall import lookup, needles
+from models.balance import apply_balance
+from models.decoder import Decoder
 from models.loader import load_decoder
 from scheduler.request import SamplingParams
-from worker.kv_moments import balance
+from worker.kv_moments import balance, head_scales
 from worker.kv_quality import PAGE, Distance, Reader, one_row
 from worker.window_pages import dense_page_count
 
@@ -64,8 +70,19 @@ CAPACITY = {"int8n": 1.9, "int4h": 3.3, "k4v2h": 3.8}
 AFFINE = [name for name, preset in PRESETS.items() if isinstance(preset.keys(), Affine)]
 CONTEXT = 8192  # tokens
 HALF_BITS, WHOLE_BITS = 4.25, 8.25  # of int8n's numbers in a head of 128, with their scales
+LARGEST_SIZE = 10  # powers of two that heads are made larger or smaller by, at most
 SLOWER = 2.5  # times the time of dense attention, at most
 QWEN3_8B = {"layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128}
+
+
+def inject_sizes(decoder: Decoder, seed: int = 0) -> None:
+    """Makes heads larger and smaller; outputs stay the same bit for bit. Heads of keys share their
+    norm, so all of a layer have one size."""
+    spec, rng = decoder.spec, torch.Generator().manual_seed(seed)
+    shape = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
+    keys = torch.randint(-LARGEST_SIZE, LARGEST_SIZE + 1, (shape[0], 1, 1), generator=rng)
+    values = torch.randint(-LARGEST_SIZE, LARGEST_SIZE + 1, (*shape[:2], 1), generator=rng)
+    apply_balance(decoder, Balance(keys.expand(shape), values.expand(shape)))
 
 
 Windowing = tuple[int, int]  # first tokens and block of the latest that are dense
@@ -76,30 +93,47 @@ def formats_of(
     name: str,
     boundary: int | None = None,
     windows: Windowing = (0, 0),
+    fitted: Calibration | None = None,
     halves: bool = False,
 ) -> list[KVFormat]:
     spec = reader.model.spec
     shape = (spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
     near = (0, 0) if name == AUTO else windows
-    return layer_formats(name, *shape, boundary, None, *near, halves)
+    return layer_formats(name, *shape, boundary, fitted, *near, halves)
+
+
+def with_scales(
+    reader: Reader,
+    names: Sequence[str],
+    training: Sequence[Sequence[int]],
+    boundary: int | None,
+    windows: Windowing,
+) -> dict[str, list[KVFormat]]:
+    """By name, for `quality`; those whose heads can have scales once more, with them."""
+    found = {name: formats_of(reader, name, boundary, windows) for name in names}
+    spec = reader.model.spec
+    means = torch.zeros(spec.num_layers, spec.num_kv_heads, spec.head_dim)
+    for name in names:
+        if PRESETS[name].scaled:
+            scales = head_scales(reader, training, means)
+            fitted = Calibration(name, (), means, Balance.nothing(means.shape), scales)
+            found[f"{name}, scales"] = formats_of(reader, name, boundary, windows, fitted)
+    return found
 
 
 def quality(
     reader: Reader,
-    names: Sequence[str],
+    formats: Mapping[str, Sequence[KVFormat]],
     texts: Sequence[Sequence[int]],
     label: str,
-    boundary: int | None = None,
-    windows: Windowing = (0, 0),
 ) -> tuple[list[tuple[str, ...]], list[Row]]:
     """Lines by format and position, and the rows that have a target."""
-    found = {(name, bucket): Distance() for name in names for bucket in range(len(BUCKETS) - 1)}
-    whole = {name: Distance() for name in names}
+    found = {(name, bucket): Distance() for name in formats for bucket in range(len(BUCKETS) - 1)}
+    whole = {name: Distance() for name in formats}
     for tokens in texts:
         following = torch.tensor(tokens[1:])
         dense = reader.log_probabilities(tokens, formats_of(reader, AUTO))[:-1]
-        for name in names:
-            forms = formats_of(reader, name, boundary, windows)
+        for name, forms in formats.items():
             other = reader.log_probabilities(tokens, forms)[:-1]
             whole[name].add(other, dense, following)
             for bucket in range(len(BUCKETS) - 1):
@@ -108,7 +142,7 @@ def quality(
                     found[name, bucket].add(other[part], dense[part], following[part])
         print(f"{label}: {len(tokens)} tokens", file=sys.stderr, flush=True)
     lines, rows = [], []
-    for name in names:
+    for name in formats:
         for bucket in range(len(BUCKETS) - 1):
             if found[name, bucket].tokens:
                 span = f"{BUCKETS[bucket]} to {BUCKETS[bucket + 1]}"
@@ -283,19 +317,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     decoder = load_decoder(args.model, dtype=torch.float32, device=CPU)
     reader = Reader(decoder, ops, torch.float32, CPU)
     windows = (args.sink, args.window)
-    plain = quality(reader, args.formats, texts, "held-out", args.boundary, windows)
+    training = training_texts(corpus, tokenizer)
+
+    def measure(label: str, names: Sequence[str] = args.formats) -> None:
+        forms = with_scales(reader, names, training, args.boundary, windows)
+        found = quality(reader, forms, texts, label)
+        lines.extend(found[0])
+        rows.extend(found[1])
+
+    measure("held-out")
     exact = reader.log_probabilities(texts[0], formats_of(reader, AUTO))
+    own_lines: list[tuple[str, ...]] = []
     for name in args.own_formats:
         own = own_text(args.model, name, args.own, args.cache_dir)
-        found = quality(reader, [name], [own], "own text")
-        lines += found[0]
+        own_lines += quality(reader, {name: formats_of(reader, name)}, [own], "own text")[0]
     inject_outliers(decoder)
     changed = reader.log_probabilities(texts[0], formats_of(reader, AUTO)).exp() - exact.exp()
-    outliers = quality(reader, args.formats, texts, "outliers", args.boundary, windows)
-    balance(reader, training_texts(corpus, tokenizer))
-    balanced = quality(reader, args.formats, texts, "balanced", args.boundary, windows)
-    lines = [*plain[0], *outliers[0], *balanced[0], *lines]
-    rows += [*plain[1], *outliers[1], *balanced[1]]
+    measure("outliers")
+    balance(reader, training)
+    measure("balanced")
+    if scaled := [name for name in args.formats if PRESETS[name].scaled]:
+        reader.model = load_decoder(args.model, dtype=torch.float32, device=CPU)
+        inject_sizes(reader.model)
+        measure("sizes", scaled)
+    lines += own_lines
     rows.append(
         Row(
             "outliers: largest change of a dense probability",
@@ -313,7 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.exact_lengths:
         rows += exact_mode(args.model, args.exact_lengths, args.cache_dir)
     rows += capacity(args.formats, windows)
-    rows += attention_times(ops, args.formats, 8192, args.rounds)
+    native = [name for name in args.formats if name in AFFINE]
+    rows += attention_times(ops, native, 8192, args.rounds)
     header = ("text", "format", "positions", "loss", "KL, nats", "same first choice")
     print(table(header, lines) + "\n")
     print(rows_table(rows))

@@ -7,8 +7,10 @@ the model would choose move, and how wrong attention's logits become in each lay
 and values that stand out are made like the others first, by powers of two that go into the weights
 and change nothing else. For the format asked for it takes the mean of each layer's keys, which is
 subtracted before they are stored, and gives eight bits to as many layers as the limit needs, those
-first whose own error is largest. The result is a file for `foresight serve --kv-calibration`. A
-format that stays above the limit with a third of the layers in eight bits is refused.
+first whose own error is largest. For fp8 it finds the largest number of each head, too, and a
+scale that brings twice that into the format's range. The result is a file for `foresight serve
+--kv-calibration`. A format that stays above the limit with a third of the layers in eight bits is
+refused.
 """
 
 from __future__ import annotations
@@ -154,7 +156,7 @@ class Trial:
     """Dense pages and others on the same texts."""
 
     def __init__(self, reader: Reader, texts: Sequence[Sequence[int]], console: Console) -> None:
-        from worker.kv_moments import balance, key_means
+        from worker.kv_moments import balance, head_scales, key_means
 
         self._reader, self._texts, self._console = reader, texts, console
         spec = reader.model.spec
@@ -165,6 +167,7 @@ class Trial:
             console.print(f"{count} are made alike, here and where the calibration is used")
         self._dense = [self._read(tokens, "auto") for tokens in texts]
         self._means = key_means(reader, texts)
+        self._scales = head_scales(reader, texts, self._means)
         self._errors: dict[str, list[LogitError]] = {}
 
     def compare(self) -> Points:
@@ -213,8 +216,6 @@ class Trial:
 
     def fit(self, name: str, limit: float) -> Calibration:
         """Raises `CommandError` if the limit is not met."""
-        from kernels.kv.calibration import Calibration
-
         if name not in self._errors:
             raise CommandError(f"{name} does not suit this model.")  # it is printed why
         layers = self._shape[0]
@@ -235,14 +236,14 @@ class Trial:
             moved = found.divergence / found.tokens
             self._console.print(f"{count} layers in eight bits: {moved:.3g} nats")
             if moved <= limit:
-                return Calibration(name, tuple(sorted(wide)), self._means, self._balance)
+                return self._calibration(name, sorted(wide))
         raise CommandError(
             f"{name} moves the next token's distribution by {moved:.3g} nats with {count} layers "
             f"in eight bits, more than the limit of {limit:g}: take a format of more bits."
         )
 
     def distance(self, name: str, wide: Collection[int] | None = None) -> Distance:
-        """`wide`: the layers in eight bits, with key means; None: as without a calibration."""
+        """`wide`: the layers in eight bits, with what was found; None: as without a calibration."""
         import torch
 
         from worker.kv_quality import Distance
@@ -260,12 +261,16 @@ class Trial:
         return self._reader.log_probabilities(tokens, self._formats(name, wide))
 
     def _formats(self, name: str, wide: Collection[int] | None = None) -> list[KVFormat]:
-        from kernels.kv.calibration import Calibration
         from kernels.kv.presets import layer_formats
         from worker.kv_quality import PAGE
 
         layers, heads, dim = self._shape
-        fitted = None
-        if wide is not None:
-            fitted = Calibration(name, tuple(wide), self._means, self._balance)
+        fitted = None if wide is None else self._calibration(name, wide)
         return layer_formats(name, layers, heads, PAGE, dim, None, fitted)
+
+    def _calibration(self, name: str, wide: Collection[int]) -> Calibration:
+        from kernels.kv.calibration import Calibration
+        from kernels.kv.presets import PRESETS
+
+        scales = self._scales if PRESETS[name].scaled else None
+        return Calibration(name, tuple(wide), self._means, self._balance, scales)

@@ -107,7 +107,7 @@ class CacheConfig:
     kv_calibration: str | None = option(
         None,
         "File that `foresight calibrate` wrote for this model and format: key means, which layers"
-        " get 8 bits, and powers of two that make channels alike.",
+        " get 8 bits, powers of two that make channels alike, and those of heads for fp8.",
     )
     kv_boundary_layers: int | None = option(
         None,

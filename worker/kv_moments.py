@@ -1,5 +1,5 @@
-"""What a model's keys, values and queries are like, and what follows for storing them: means, and
-channels that stand out."""
+"""What a model's keys, values and queries are like, and what follows for storing them: means,
+channels that stand out, and how large heads are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.kv.balance import Balance, exponents, paired
+from kernels.kv.scales import HeadScales, scale_exponents
 from kernels.ops import AttentionBatch, AttentionLayer
 from models.balance import apply_balance, attentions, can_be_balanced
 from models.decoder import Decoder
@@ -69,6 +70,22 @@ def moments(reader: Reader, texts: Sequence[Sequence[int]]) -> list[Moments]:
 def key_means(reader: Reader, texts: Sequence[Sequence[int]]) -> Tensor:
     """[layers, kv_heads, head_dim] fp32 on the CPU, of the keys as they would be stored."""
     return torch.stack([found.key_mean for found in moments(reader, texts)])
+
+
+def head_scales(reader: Reader, texts: Sequence[Sequence[int]], means: Tensor) -> HeadScales:
+    """Of keys less their means, [layers, kv_heads, head_dim], and of values. Over all positions:
+    the first ones are unlike others, and stored like them."""
+    largest = torch.zeros(2, *means.shape[:2])
+
+    def notice(
+        index: int, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: AttentionBatch
+    ) -> None:
+        stored = k[batch.positions].float() - means[index].to(k.device), v[batch.positions].float()
+        sizes = torch.stack([x.abs().amax((0, 2)).cpu() for x in stored])
+        largest[:, index] = torch.maximum(largest[:, index], sizes)
+
+    read_dense(reader, texts, notice)
+    return HeadScales(*scale_exponents(largest))
 
 
 def balance(reader: Reader, texts: Sequence[Sequence[int]]) -> Balance:

@@ -25,6 +25,7 @@ from torch import Tensor
 from kernels.kv import dense
 from kernels.kv.codec import Code, Codec, Sizes
 from kernels.kv.rotation import SEED, Rotation
+from kernels.kv.scales import HeadScales
 from kernels.kv.windows import DensePages, Windows
 
 
@@ -88,12 +89,16 @@ class Paged:
         key_mean: Tensor | None = None,
         windows: Windows | None = None,
         halves: bool = False,
+        scales: HeadScales | None = None,
     ) -> None:
         """key_mean: [kv_heads, head_dim], subtracted from every key, which changes no softmax: all
-        scores of a query fall by the same. halves: pages can be demoted. Raises ValueError for
-        heads that a codec does not take, and for halves of what is not two of them.
+        scores of a query fall by the same. halves: pages can be demoted. scales: [kv_heads], of
+        what is encoded. Raises ValueError for heads that a codec does not take, for halves of what
+        is not two of them, and for scales of codes that have their own.
         """
         sizes = keys.sizes(head_dim), values.sizes(head_dim)
+        if scales is not None and any(size.numbers for size in sizes):
+            raise ValueError(f"codes of {keys.name} and {values.name} have scales of their own")
         self.layout = Layout(kv_heads, page_size, *sizes, halves)
         page = self.layout.half_bytes if halves else self.layout.bytes
         if page % 4 or self.layout.starts[2] % 4:  # numbers are read in pairs
@@ -103,16 +108,19 @@ class Paged:
         self.rotation = Rotation(head_dim) if rotated else None
         self.key_mean = None if key_mean is None else key_mean.float().contiguous()
         self.windows = windows
+        self.scales = scales
         self.reads_coarsely = False
         self._mean_on: dict[torch.device, Tensor] = {}
+        self._scales_on: dict[torch.device, Tensor] = {}
 
     @property
     def name(self) -> str:
         rotated = f"r{SEED}" if self.rotation else ""
         mean = "" if self.key_mean is None else f"m{_digest(self.key_mean)}"
+        scales = "" if self.scales is None else self.scales.name
         windows = "" if self.windows is None else self.windows.name
         halves = "h" if self.layout.halves else ""
-        return f"{self.keys.name}-{self.values.name}{rotated}{mean}{windows}{halves}"
+        return f"{self.keys.name}-{self.values.name}{rotated}{mean}{scales}{windows}{halves}"
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
         made_for = (self.layout.kv_heads, self.layout.page_size, self.head_dim)
@@ -143,6 +151,9 @@ class Paged:
         if self.windows is not None:
             assert copies is not None
             dense.append(k, v, self.dense(kv, copies.count, dtype), copies.slots)
+        if self.scales is not None:
+            scales = self._scales(k.device)
+            k, v = k / scales[0], v / scales[1]
         key, value = self.keys.encode(k), self.values.encode(v)
         pages = torch.div(kv_slots, self.layout.page_size, rounding_mode="floor")
         offsets = kv_slots - pages * self.layout.page_size
@@ -158,6 +169,14 @@ class Paged:
         if device not in self._mean_on:
             self._mean_on[device] = self.key_mean.to(device)
         return self._mean_on[device]
+
+    def _scales(self, device: torch.device) -> Tensor:
+        """[2, kv_heads, 1] fp32 there, of keys and of values: copied once, as the mean is."""
+        assert self.scales is not None
+        if device not in self._scales_on:
+            exponents = torch.stack([self.scales.keys, self.scales.values])
+            self._scales_on[device] = exponents.double().exp2().float()[..., None].to(device)
+        return self._scales_on[device]
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         return self.read(kv, pages, self.reads_coarsely)
@@ -176,7 +195,11 @@ class Paged:
             [self.layout.keys.numbers, self.layout.values.numbers], dim=-1
         )
         keys = self.keys.decode(Code(key_high, key_low, of_key), coarse)
-        return keys, self.values.decode(Code(value_high, value_low, of_value), coarse)
+        values = self.values.decode(Code(value_high, value_low, of_value), coarse)
+        if self.scales is not None:
+            scales = self._scales(keys.device)[:, :, None]
+            keys, values = keys * scales[0], values * scales[1]
+        return keys, values
 
     def _read_halves(self, kv: Tensor, entries: Tensor, coarse: bool) -> tuple[Tensor, Tensor]:
         """As `read`, where entries may be halves: all of them coarsely, then whole pages finely."""

@@ -11,6 +11,7 @@ from kernels.kv.calibration import Calibration
 from kernels.kv.codec import Affine, Codec
 from kernels.kv.format import DENSE, KVFormat
 from kernels.kv.paged import Paged
+from kernels.kv.scales import HeadScales
 from kernels.kv.table import Float8, LloydMax, Octopus
 from kernels.kv.windows import Windows
 
@@ -30,6 +31,7 @@ class Preset:
     rotated: bool = True
     # The first and last layers want more bits: at least so many of them at each end. None: no.
     boundary: int | None = None
+    scaled: bool = False  # a calibration finds a scale for each head
 
 
 PRESETS = {
@@ -39,7 +41,7 @@ PRESETS = {
     "int4h64": Preset(lambda: Affine(4, group=64), lambda: Affine(4, group=64), boundary=0),
     "k4v2h": Preset(lambda: Affine(4), lambda: Affine(2, clip=1.5), boundary=1),
     "int2h": Preset(lambda: Affine(2, clip=1.5), lambda: Affine(2, clip=1.5), boundary=1),
-    "fp8": Preset(Float8, Float8, rotated=False),
+    "fp8": Preset(Float8, Float8, rotated=False, scaled=True),
     "turbo4": Preset(lambda: LloydMax(4), lambda: LloydMax(4), boundary=0),
     "turbo3": Preset(lambda: LloydMax(3), lambda: LloydMax(3), boundary=1),
     "turbo2": Preset(lambda: LloydMax(2), lambda: LloydMax(2), boundary=1),
@@ -91,12 +93,21 @@ def layer_formats(
         wide = set(calibration.eight_bit_layers)
     windows = _windows(page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
+    scales = [None] * num_layers if calibration is None else _scales(name, calibration)
     return [
         paged_format(BOUNDARY, kv_heads, page_size, head_dim, means[i], halves=halves)
         if i in wide
-        else paged_format(name, kv_heads, page_size, head_dim, means[i], windows, halves)
+        else paged_format(name, kv_heads, page_size, head_dim, means[i], windows, halves, scales[i])
         for i in range(num_layers)
     ]
+
+
+def _scales(name: str, calibration: Calibration) -> list[HeadScales | None]:
+    """Layer by layer."""
+    found, layers = calibration.scales, len(calibration.key_means)
+    if PRESETS[name].scaled and found is None:
+        raise ValueError(f"the calibration has no scales of heads, which are what {name} is for")
+    return [None if found is None else found.layer(i) for i in range(layers)]
 
 
 def _windows(page_size: int, sink: int, window: int) -> Windows | None:
@@ -120,6 +131,7 @@ def paged_format(
     key_mean: Tensor | None = None,
     windows: Windows | None = None,
     halves: bool = False,
+    scales: HeadScales | None = None,
 ) -> Paged:
     """One layer's pages by the name of a preset. Raises ValueError for heads that it does not
     take."""
@@ -135,6 +147,7 @@ def paged_format(
             key_mean=key_mean,
             windows=windows,
             halves=halves,
+            scales=scales,
         )
     except ValueError as error:
         raise ValueError(f"the KV format {name} does not fit this model: {error}") from error

@@ -142,26 +142,25 @@ class LloydMax:
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """value = scale * an eight-bit float of four exponent and three mantissa bits; no numbers.
+    """value = an eight-bit float of four exponent and three mantissa bits; no numbers.
 
-    Too large values become the largest one, where torch would make them no number at all."""
-
-    scale: float = 1.0
+    Too large values become the largest one, where torch would make them no number at all. What lies
+    outside its range is brought there by a scale of the head: see `HeadScales`."""
 
     @property
     def name(self) -> str:
-        return "e4m3" if self.scale == 1.0 else f"e4m3x{self.scale!r}"
+        return "e4m3"
 
     def sizes(self, n: int) -> Sizes:
         return Sizes(n, 0, 0)
 
     def encode(self, x: Tensor) -> Code:
-        held = (x * (1.0 / self.scale)).clamp(-LARGEST_E4M3, LARGEST_E4M3)
+        held = x.clamp(-LARGEST_E4M3, LARGEST_E4M3)
         codes = held.to(torch.float8_e4m3fn).view(torch.uint8)
         return Code(codes, codes[..., :0], x.new_empty((*x.shape[:-1], 0), dtype=torch.float16))
 
     def decode(self, code: Code, coarse: bool = False) -> Tensor:
-        return code.high.view(torch.float8_e4m3fn).float() * self.scale
+        return code.high.view(torch.float8_e4m3fn).float()
 
 
 # Triplets

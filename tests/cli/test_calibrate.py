@@ -7,17 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.calibrate import pieces, prompts_of
 from cli.config import PROJECT
 from cli.main import main
 from engine.build import build_worker
+from engine.calibrating import build_reader
 from engine.config import EngineConfig
 from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS
+from models.balance import apply_balance
 from tests.engine.test_build import CACHE
+from worker.kv_moments import head_scales
 
 DRAFT = PROJECT / "assets" / "demo" / "draft"
 TEXT = (PROJECT / "cli" / "main.py").read_text()
@@ -54,6 +58,30 @@ def test_a_format_is_fitted_and_served(tmp_path: Path, capsys: pytest.CaptureFix
         max_model_len=512,
     )
     worker, _ = build_worker(config, lambda phase: None)
+    worker.close()
+
+
+def test_heads_of_fp8_get_scales(tmp_path: Path) -> None:
+    """Those that hold twice the largest numbers of the prompts; and the server has them."""
+    assert calibrate(tmp_path, "--limit", "10", kv_format="fp8") == 0
+    found = Calibration.parse((tmp_path / "kv.json").read_text())
+    assert found.scales is not None
+    assert found.scales.keys.shape == found.scales.values.shape == found.key_means.shape[:2]
+    options = {"model": str(DRAFT), "dtype": "float32", "device": "cpu", "compile": False}
+    reader, tokenize, _ = build_reader(EngineConfig.of(**options))
+    apply_balance(reader.model, found.balance)
+    texts = [list(tokenize(TEXT)[:270])]
+    expected = head_scales(reader, texts, found.key_means)
+    assert torch.equal(found.scales.keys, expected.keys)
+    assert torch.equal(found.scales.values, expected.values)
+    assert found.scales.values.unique().numel() > 1, "heads differ"
+    fitted = {"kv_format": "fp8", "kv_calibration": str(tmp_path / "kv.json")}
+    config = EngineConfig.of(**options, **fitted, num_pages=100, max_model_len=512)
+    worker, _ = build_worker(config, lambda phase: None)
+    for i, layer in enumerate(worker._runner._model.attention_layers()):
+        assert isinstance(layer.kv, Paged)
+        assert layer.kv.scales is not None
+        assert layer.kv.scales.name == found.scales.layer(i).name
     worker.close()
 
 

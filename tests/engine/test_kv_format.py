@@ -17,6 +17,7 @@ from kernels.cpu.ops import NativeOps
 from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.presets import AUTO, HALVES, PRESETS
+from kernels.kv.scales import HeadScales
 from scheduler.request import SamplingParams
 from tests.e2e.serving import REPOSITORY
 from tests.engine.test_build import CACHE, build, greedy
@@ -101,6 +102,14 @@ def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> Non
         roots.add(limits.hash_root)
         worker.close()
     assert len(roots) == len(FORMATS) + 5
+    heads = torch.zeros(3, 2, dtype=torch.int64)
+    for scales in (HeadScales(heads, heads), HeadScales(heads, heads + 1)):
+        (tmp_path / "kv.json").write_text(Calibration("fp8", (), means, nothing, scales).dump())
+        calibrated = {"kv_format": "fp8", "kv_calibration": str(tmp_path / "kv.json")}
+        worker, limits = build(tmp_path / "model", **calibrated)
+        roots.add(limits.hash_root)
+        worker.close()
+    assert len(roots) == len(FORMATS) + 7
 
 
 def test_windows_are_the_user_s_to_choose(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
+from kernels.kv.scales import HeadScales
 from kernels.kv.windows import DensePages
 from models.parallel import Shard
 from tests.kernels.batches import Rows
@@ -95,7 +96,8 @@ def test_ranks_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("heads", "size"), [(4, 2), (4, 4), (2, 4), (1, 3)])
 def test_a_rank_gets_the_calibration_of_its_heads(heads: int, size: int) -> None:
     means = torch.randn(3, heads, 8)
-    whole = Calibration("int4h", (1,), means, Balance.nothing(means.shape))
+    scales = HeadScales(*torch.arange(2 * 3 * heads).view(2, 3, heads))
+    whole = Calibration("int4h", (1,), means, Balance.nothing(means.shape), scales)
     held: list[set[int]] = []
     for rank in range(size):
         part = whole.part(*Shard(rank, size).kv_piece(heads))
@@ -107,6 +109,9 @@ def test_a_rank_gets_the_calibration_of_its_heads(heads: int, size: int) -> None
             if any(torch.equal(means[:, i], h) for h in part.key_means.unbind(1))
         ]
         assert len(mine) == part.key_means.shape[1]
+        assert part.scales is not None
+        assert torch.equal(part.scales.keys, scales.keys[:, mine])
+        assert torch.equal(part.scales.values, scales.values[:, mine])
         held.append(set(mine))
     assert set().union(*held) == set(range(heads))
     # Query heads come in order, so a rank's KV heads must be those its queries belong to.

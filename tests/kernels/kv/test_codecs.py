@@ -249,9 +249,6 @@ def test_large_numbers_saturate() -> None:
     codec = Float8()
     found = codec.decode(codec.encode(x))
     assert found.tolist() == [[448.0, -448.0, 448.0, 448.0, 448.0, -3.0, 0.0, 1.0]]
-    scaled = Float8(scale=0.5)
-    assert scaled.decode(scaled.encode(x)).tolist()[0][:3] == [224.0, -224.0, 224.0]
-    assert scaled.name != codec.name
 
 
 @CODECS
