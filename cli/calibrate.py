@@ -170,14 +170,14 @@ class Trial:
     def compare(self) -> Points:
         """Prints what every format does with the layers that it asks for."""
         from kernels.kv.format import page_bytes
-        from kernels.kv.presets import PRESETS
+        from kernels.kv.presets import NAMES
         from worker.kv_quality import PAGE
 
         table = Table("format", "bytes a token", "loss", "KL, nats", "same first choice")
         _, heads, dim = self._shape
         refused: list[str] = []
         points = {}
-        for name in track(PRESETS, "formats", console=self._console, transient=True):
+        for name in track(NAMES, "formats", console=self._console, transient=True):
             try:
                 found = self.distance(name)
             except ValueError as error:  # of the head, or of the kernels

@@ -88,8 +88,8 @@ class Paged(Turned):
         windows: Windows | None = None,
         halves: bool = False,
     ) -> None:
-        """rotated, key_mean: see `Turned`. halves: pages can be demoted. Raises ValueError for heads
-        that a codec does not take, and for halves of what is not two of them."""
+        """rotated, key_mean: see `Turned`. halves: pages can be demoted. Raises ValueError for
+        heads that a codec does not take, and for halves of what is not two of them."""
         sizes = keys.sizes(head_dim), values.sizes(head_dim)
         self.layout = Layout(kv_heads, page_size, *sizes, halves)
         page = self.layout.half_bytes if halves else self.layout.bytes
