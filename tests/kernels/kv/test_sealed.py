@@ -191,6 +191,32 @@ def test_attention_matches_brute_force(seed: int, window: int | None) -> None:
             torch.testing.assert_close(found.float(), expected, **tolerance)
 
 
+def test_a_token_does_not_depend_on_its_step() -> None:
+    """fp32: bitwise the same in one step with all others, in a chunk of any size, and alone."""
+    length, size, form = 300, 32, Sealed(2, 32, 32, Windows(40, 64))
+    shape, ops, g = replace(layer(4, 2, 32), kv=form), TorchOps(), torch.Generator().manual_seed(2)
+    rows = Rows.shuffled([length, 90], size, g)
+    q = torch.randn(length + 90, 4, 32, generator=g)
+    k, v = torch.randn(2, length + 90, 2, 32, generator=g)
+    behind = dense_rows(form, rows.num_pages, 2, size, 32, torch.float32)
+    found = []
+    for most in (length, 100, 17, 1):
+        kv = torch.zeros(rows.num_pages + behind, *form.page_shape(2, size, 32), dtype=torch.uint8)
+        out = []
+        for start in range(0, length, most):
+            stop = min(start + most, length)
+            spans, at = [(0, start, stop)], torch.arange(start, stop)
+            if stop == length:  # the other sequence comes with the last chunk
+                spans.append((1, 0, 90))
+                at = torch.arange(start, length + 90)
+            batch = rows.step(spans)
+            ops.append(k[at], v[at], shape, kv, batch)
+            out.append(ops.attend(q[at], kv, shape, batch))
+        found.append(torch.cat(out))
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
