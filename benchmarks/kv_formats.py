@@ -18,8 +18,9 @@ sampled with the format in use, read again with both. Boundary layers are as the
 "exact mode" is int8n with drafts by the upper halves of its own pages.
 
 Capacity is counted in bytes of pages for Qwen3-8B and a sequence of 8,192 tokens. Attention is
-timed on native kernels in bf16: one sequence, in turns, medians. `--sink` and `--window` give all
-formats dense windows, which count in quality and capacity, not in attention's time.
+timed on native kernels in bf16, of the formats that they read: one sequence, in turns, medians.
+`--sink` and `--window` give all formats dense windows, which count in quality and capacity, not in
+attention's time. A sealed format has a window of 32 tokens at least.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from tokenizers import Tokenizer
 from benchmarks.kv_texts import held_out, inject_outliers, training_texts
 from benchmarks.report import Row, json_line, rows_table, table
 from engine.build import build_worker
+from engine.config import CacheConfig
 from engine.llm import LLM
 from kernels.cpu.build import start_build
 from kernels.cpu.ops import NativeOps
@@ -49,7 +51,7 @@ from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.codec import Affine
 from kernels.kv.format import KVFormat, dense_rows, page_bytes, windows_of
-from kernels.kv.presets import AUTO, PRESETS, layer_formats
+from kernels.kv.presets import AUTO, NAMES, PRESETS, SCALED, SEALED, layer_formats
 from kernels.ops import AttentionLayer
 from makers.demo_data import Corpus, Mixture
 from makers.demo_recall import lookup, needles
@@ -85,20 +87,22 @@ def inject_sizes(decoder: Decoder, seed: int = 0) -> None:
     apply_balance(decoder, Balance(keys.expand(shape), values.expand(shape)))
 
 
-Windowing = tuple[int, int]  # first tokens and block of the latest that are dense
+# First tokens and block of the latest that are dense; None: as the format has it.
+Windowing = tuple[int, int | None]
+UNASKED: Windowing = (0, None)
 
 
 def formats_of(
     reader: Reader,
     name: str,
     boundary: int | None = None,
-    windows: Windowing = (0, 0),
+    windows: Windowing = UNASKED,
     fitted: Calibration | None = None,
     halves: bool = False,
 ) -> list[KVFormat]:
     spec = reader.model.spec
     shape = (spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
-    near = (0, 0) if name == AUTO else windows
+    near = UNASKED if name == AUTO else windows
     return layer_formats(name, *shape, boundary, fitted, *near, halves)
 
 
@@ -114,7 +118,7 @@ def with_scales(
     spec = reader.model.spec
     means = torch.zeros(spec.num_layers, spec.num_kv_heads, spec.head_dim)
     for name in names:
-        if PRESETS[name].scaled:
+        if name in SCALED:
             scales = head_scales(reader, training, means)
             fitted = Calibration(name, (), means, Balance.nothing(means.shape), scales)
             found[f"{name}, scales"] = formats_of(reader, name, boundary, windows, fitted)
@@ -228,12 +232,13 @@ def capacity(formats: Sequence[str], windows: Windowing) -> list[Row]:
     dtype = torch.bfloat16
 
     def size(name: str) -> int:
-        near = (0, 0) if name == AUTO else windows
-        forms = layer_formats(name, layers, heads, PAGE, dim, None, None, *near)
-        copies = dense_page_count(windows_of(forms), 1, PAGE, 0)
+        near = UNASKED if name == AUTO else windows
+        page = SEALED[name].group if name in SEALED else CacheConfig().page_size
+        forms = layer_formats(name, layers, heads, page, dim, None, None, *near)
+        copies = dense_page_count(windows_of(forms), 1, page, 0)
         return sum(
-            (CONTEXT // PAGE + dense_rows(form, copies, heads, PAGE, dim, dtype))
-            * page_bytes(form, heads, PAGE, dim, dtype)
+            (CONTEXT // page + dense_rows(form, copies, heads, page, dim, dtype))
+            * page_bytes(form, heads, page, dim, dtype)
             for form in forms
         )
 
@@ -287,14 +292,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--model", type=Path, default=Path("assets/demo/target"))
-    add("--formats", nargs="+", choices=list(PRESETS), default=AFFINE)
+    add("--formats", nargs="+", choices=NAMES, default=AFFINE)
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--length", type=int, default=2048, help="tokens of each")
     add("--boundary", type=int, help="layers at each end in 8 bits; default: as the server has it")
     add("--sink", type=int, default=0, help="first tokens that are dense")
-    add("--window", type=int, default=0, help="block of the latest tokens that is dense")
+    add("--window", type=int, help="block of the latest tokens that is dense")
     add("--own", type=int, default=4000, help="tokens of the text that the model writes itself")
-    add("--own-formats", nargs="*", choices=list(PRESETS), default=["int8n", "int4h", "k4v2h"])
+    add("--own-formats", nargs="*", choices=NAMES, default=["int8n", "int4h", "k4v2h"])
     add("--needles", type=int, default=20, help="questions about hidden facts; 0: none")
     add("--exact-lengths", type=int, nargs="*", default=[4, 8], help="of drafts on half pages")
     add("--rounds", type=int, default=15, help="of timing")
@@ -336,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measure("outliers")
     balance(reader, training)
     measure("balanced")
-    if scaled := [name for name in args.formats if PRESETS[name].scaled]:
+    if scaled := [name for name in args.formats if name in SCALED]:
         reader.model = load_decoder(args.model, dtype=torch.float32, device=CPU)
         inject_sizes(reader.model)
         measure("sizes", scaled)

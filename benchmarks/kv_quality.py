@@ -11,11 +11,10 @@ deviations; then the first keys, which have no such mean, hold 10 to 50 % of a q
 attention sinks do. Queries look for three of the keys and are scaled until the likeliest token has
 0.43 of the other attention on average.
 
-Every format but the sealed one goes through pages as in the server. The mean of keys is taken from
-256 tokens after the first 64 and is the same for all. Reported: squared errors of keys and values
-over their squares; the error of scores, weighted by attention, but for what all keys of a query
-share; the divergence of attention in nats; the cosine of outputs; how often the likeliest token
-stays so.
+Every format goes through pages as in the server. The mean of keys is taken from 256 tokens after
+the first 64 and is the same for all. Reported: squared errors of keys and values over their
+squares; the error of scores, weighted by attention, but for what all keys of a query share; the
+divergence of attention in nats; the cosine of outputs; how often the likeliest token stays so.
 
 Real heads differ from each other and from this one: it ranks formats, and finds bugs.
 """
@@ -34,10 +33,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Row, json_line, rows_table, table
-from kernels.kv.paged import Paged
-from kernels.kv.presets import PRESETS
-from kernels.kv.rotation import Rotation
-from kernels.kv.sealed import SealedPage
+from kernels.kv.format import dense_rows, page_bytes
+from kernels.kv.presets import NAMES as FORMATS
+from kernels.kv.presets import packed_format
+from kernels.kv.windows import DensePages, Windows
 
 HEAD_DIM = 128
 PAGE = 64
@@ -45,9 +44,6 @@ THETA = 1e6
 SINKS = 4
 LIKELIEST = 0.43
 MEAN_OF = slice(64, 320)  # tokens that the mean of keys is taken from
-
-FORMATS = PRESETS
-SEALED = "sealed2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,28 +134,15 @@ def make_head(seed: int, tokens: int, queries: int, outliers: bool) -> Head:
 
 def store(name: str, k: Tensor, v: Tensor, mean: Tensor | None) -> Stored:
     """Through the pages of a format. k, v: [tokens, HEAD_DIM], whole pages; mean: [HEAD_DIM]."""
-    count = len(k) // PAGE
-    if name == SEALED:
-        page, rotation = SealedPage(1, PAGE, HEAD_DIM), Rotation(HEAD_DIM)
-        shifted = k if mean is None else k - mean
-        shape = (count, 1, PAGE, HEAD_DIM)
-        codes = page.encode(rotation.forth(shifted).view(shape), rotation.forth(v).view(shape))
-        keys, values = (x.reshape(-1, HEAD_DIM) for x in page.decode(codes))
-        return Stored(keys, values, rotation.forth, rotation.back, page.bytes / PAGE)
-    preset = FORMATS[name]
-    paged = Paged(
-        1,
-        PAGE,
-        HEAD_DIM,
-        preset.keys(),
-        preset.values(),
-        rotated=preset.rotated,
-        key_mean=None if mean is None else mean[None],
-    )
-    pool = torch.zeros(count, *paged.page_shape(1, PAGE, HEAD_DIM), dtype=torch.uint8)
-    paged.append(k[:, None], v[:, None], pool, torch.arange(len(k)))
-    keys, values = (x[0, 0] for x in paged.read(pool, torch.arange(count)[None]))
-    return Stored(keys, values, paged.turn, paged.turn_back, paged.layout.bytes / PAGE)
+    count, means = len(k) // PAGE, None if mean is None else mean[None]
+    form = packed_format(name, 1, PAGE, HEAD_DIM, means, Windows(0, PAGE))
+    rows = count + 1 + dense_rows(form, count + 1, 1, PAGE, HEAD_DIM, k.dtype)
+    pool = torch.zeros(rows, *form.page_shape(1, PAGE, HEAD_DIM), dtype=torch.uint8)
+    pages, slots = torch.arange(1, count + 1)[None], torch.arange(PAGE, PAGE + len(k))
+    form.append(k[:, None], v[:, None], pool, slots, DensePages(pages, slots, count + 1))
+    keys, values = (x[0, 0] for x in form.gather(pool, pages))
+    size = page_bytes(form, 1, PAGE, HEAD_DIM, k.dtype) / PAGE
+    return Stored(keys, values, form.turn, form.turn_back, size)
 
 
 def compare(head: Head, stored: Stored, mean: Tensor | None, sinks: int, recent: int) -> Quality:
@@ -207,7 +190,7 @@ def cases(
     tokens: int, queries: int, seeds: int, outliers: bool, sinks: int, recent: int
 ) -> Iterator[Case]:
     heads = [make_head(seed, tokens, queries, outliers) for seed in range(seeds)]
-    for name in (*FORMATS, SEALED):
+    for name in FORMATS:
         for with_mean in (False, True):
             found, size = [], 0.0
             for head in heads:

@@ -27,7 +27,14 @@ from makers.demo_data import Corpus
 from worker.kv_quality import Distance, Reader
 
 NONE = (0, 0)
-WINDOWS = (NONE, (64, 0), (0, 64), (0, 128), (0, 256), (64, 128))  # first tokens, and a block
+WINDOWS: tuple[Windowing, ...] = (
+    NONE,
+    (64, 0),
+    (0, 64),
+    (0, 128),
+    (0, 256),
+    (64, 128),
+)  # first tokens, and a block
 HEADER = ("model", "format", "sink", "window", "loss", "KL, nats", "same first choice", "left")
 
 
@@ -35,7 +42,9 @@ def distances(
     reader: Reader, names: Sequence[str], texts: Sequence[Sequence[int]]
 ) -> dict[tuple[str, Windowing], Distance]:
     """From dense pages, over all tokens but each text's last."""
-    found = {case: Distance() for case in product(names, WINDOWS)}
+    found: dict[tuple[str, Windowing], Distance] = {
+        case: Distance() for case in product(names, WINDOWS)
+    }
     for tokens in texts:
         following = torch.tensor(tokens[1:])
         dense = reader.log_probabilities(tokens, formats_of(reader, AUTO))[:-1]

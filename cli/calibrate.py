@@ -173,14 +173,14 @@ class Trial:
     def compare(self) -> Points:
         """Prints what every format does with the layers that it asks for."""
         from kernels.kv.format import page_bytes
-        from kernels.kv.presets import PRESETS
+        from kernels.kv.presets import NAMES
         from worker.kv_quality import PAGE
 
         table = Table("format", "bytes a token", "loss", "KL, nats", "same first choice")
         _, heads, dim = self._shape
         refused: list[str] = []
         points = {}
-        for name in track(PRESETS, "formats", console=self._console, transient=True):
+        for name in track(NAMES, "formats", console=self._console, transient=True):
             try:
                 found = self.distance(name)
             except ValueError as error:  # of the head, or of the kernels
@@ -270,7 +270,7 @@ class Trial:
 
     def _calibration(self, name: str, wide: Collection[int]) -> Calibration:
         from kernels.kv.calibration import Calibration
-        from kernels.kv.presets import PRESETS
+        from kernels.kv.presets import SCALED
 
-        scales = self._scales if PRESETS[name].scaled else None
+        scales = self._scales if name in SCALED else None
         return Calibration(name, tuple(wide), self._means, self._balance, scales)

@@ -96,12 +96,13 @@ class CacheConfig:
         "auto",
         "Format keys and values are kept in. `auto`: the model's dtype; int8n: 8 bits; k8v4: keys"
         " 8, values 4; int4h: 4; int4h64: 4, a scale for every 64 dimensions; k4v2h: keys 4, values"
-        " 2; int2h: 2; fp8; turbo4, turbo3, turbo2 and octopus: tables of 4, 3, 2 and 2.7 bits, not"
-        " in native code. See docs/kv.md.",
+        " 2; int2h: 2; fp8; turbo4, turbo3, turbo2 and octopus: tables of 4, 3, 2 and 2.7 bits;"
+        " oscar2: 2, keys by channels of a page of 32 tokens or a multiple. The last six are not in"
+        " native code. See docs/kv.md.",
         aliases=("kv-dtype", "kv-cache-dtype"),
         choices=(
             *("auto", "int8n", "k8v4", "int4h", "int4h64", "k4v2h", "int2h"),
-            *("fp8", "turbo4", "turbo3", "turbo2", "octopus"),
+            *("fp8", "turbo4", "turbo3", "turbo2", "octopus", "oscar2"),
         ),
     )
     kv_calibration: str | None = option(
@@ -114,11 +115,12 @@ class CacheConfig:
         "First layers, and last, whose keys and values get 8 bits. Default: as the format asks for,"
         " at most two.",
     )
-    kv_window: int = option(
-        0,
+    kv_window: int | None = option(
+        None,
         "Latest tokens whose keys and values are dense beside a format of fewer bits: those since"
         " the last multiple of so many, a multiple of page_size. Cached prefixes end at such"
-        " multiples. 0: none. See docs/kv.md.",
+        " multiples. 0: none. Default: none, but a page for oscar2, which needs one. See"
+        " docs/kv.md.",
     )
     kv_sink: int = option(
         0,

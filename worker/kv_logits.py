@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.kv.format import KVFormat
+from kernels.kv.format import KVFormat, dense_rows
+from kernels.kv.windows import DensePages
 from kernels.ops import AttentionBatch, AttentionLayer
 from worker.kv_quality import PAGE, Reader, read_dense
 
@@ -69,9 +70,11 @@ def logit_errors(
     def notice(
         index: int, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: AttentionBatch
     ) -> None:
-        length = len(k)
+        length, heads = len(k), layer.num_kv_heads
         pages = -(-length // PAGE)
         slots = torch.arange(length, device=q.device)
+        table = torch.arange(1, pages + 1, device=q.device)[None]  # page 0 is not for keeping
+        copies = DensePages(table, slots + PAGE, pages + 1)
         asking, at = q[::EVERY], batch.positions[::EVERY, None]
         hidden = slots > at
         if layer.window is not None:
@@ -79,11 +82,16 @@ def logit_errors(
         right = _logits(asking, k.transpose(0, 1), layer)
         for name, forms in formats.items():
             form = forms[index]
-            shape = (pages, *form.page_shape(layer.num_kv_heads, PAGE, layer.head_dim))
+            rows = pages + 1 + dense_rows(form, pages + 1, heads, PAGE, layer.head_dim, k.dtype)
+            shape = (rows, *form.page_shape(heads, PAGE, layer.head_dim))
             pool = torch.zeros(shape, dtype=form.pool_dtype(k.dtype), device=q.device)
-            form.append(k.contiguous(), v.contiguous(), pool, slots)
-            keys, _ = form.gather(pool, torch.arange(pages, device=q.device)[None])
+            form.append(k.contiguous(), v.contiguous(), pool, slots + PAGE, copies)
+            keys, _ = form.gather(pool, table)
             other = _logits(form.turn(asking.float()), keys[0, :, :length], layer)
+            if form.windows is not None and form.windows.block:
+                # A page that is not full is always read dense, and may not be packed yet.
+                full = length - length % PAGE
+                other[..., full:] = right[..., full:]
             found[name][index].add(right, other, hidden)
 
     read_dense(reader, texts, notice)

@@ -17,7 +17,8 @@ from models.model import LanguageModel
 from worker.kv_pool import allocate_pool
 from worker.runner import EagerRunner
 
-PAGE, CHUNK = 16, 256  # positions, and tokens read at a time
+PAGE = 32  # positions, as many as a sealed page takes
+CHUNK = 256  # tokens read at a time
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
@@ -166,13 +167,18 @@ class Follower:
         device: torch.device,
     ) -> None:
         """kv, host: as the worker's; dtype: of hidden states."""
-        self._runner, self._coarse = runner, runner.coarse()
+        self._runner = runner
         self._kv = kv
         self._host = host
         self._collective = collective
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._device = device
+
+    @cached_property
+    def _coarse(self) -> Runner:
+        """Made when it is first asked for: not all pages can be read so."""
+        return self._runner.coarse()
 
     @torch.inference_mode()
     def obey(self, command: Command) -> None:

@@ -52,3 +52,13 @@ def gather(kv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     flat = rows.reshape(-1)
     keys = units.index_select(0, flat).view(shape)
     return keys, units.index_select(0, flat + heads).view(shape)
+
+
+def behind(
+    kv: Tensor, count: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype
+) -> Tensor:
+    """The `count` dense pages that lie behind all others of a pool of bytes, [pages, bytes]."""
+    shape = torch.Size((count, 2, kv_heads, page_size, head_dim))
+    size = shape.numel() * dtype.itemsize
+    rows = -(-size // kv.shape[1])
+    return kv[kv.shape[0] - rows :].view(-1)[:size].view(dtype).view(shape)

@@ -1,8 +1,9 @@
 """`KVFormat`: how keys and values lie in a page, and how attention gets them back.
 
 A format is chosen once, at start-up, for each layer. It is handed to the operators with the layer;
-the model's code never looks at it. A token's codes depend on that token's key and value alone, so
-pages can be shared, prompts cut anywhere and drafts overwritten, as with dense pages.
+the model's code never looks at it. A token's codes depend on that token's key and value alone, or,
+where pages are sealed, on those of its page, and nobody reads them before that is full. So pages
+can be shared, prompts cut anywhere and drafts overwritten, as with dense pages.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class KVFormat(Protocol):
         copies: DensePages | None = None,
     ) -> None:
         """k, v: [tokens, kv_heads, head_dim] after the rotary embedding; kv_slots: [tokens], page *
-        page_size + offset; copies: where there are windows. Writes `kv` in place."""
+        page_size + offset; copies: where there are windows. Writes `kv` in place. Tokens of a page
+        come in the order of their positions, some of the latest perhaps once more."""
         ...
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,8 @@ class KVFormat(Protocol):
 
     def coarse(self) -> KVFormat:
         """The same pages, read with fewer bits where that is possible. Writes no dense copies, and
-        reads none, so a step need not say where they lie."""
+        reads none, so a step need not say where they lie. Raises ValueError where pages cannot be
+        read without them."""
         ...
 
 

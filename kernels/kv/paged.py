@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 
 from kernels.kv import dense
 from kernels.kv.codec import Code, Codec, Sizes
-from kernels.kv.rotation import SEED, Rotation
 from kernels.kv.scales import HeadScales
+from kernels.kv.turned import Turned
 from kernels.kv.windows import DensePages, Windows
 
 
@@ -74,7 +73,7 @@ class Layout:
         return self.starts[3]
 
 
-class Paged:
+class Paged(Turned):
     """Keys and values by their codecs, rotated where the preset says so."""
 
     def __init__(
@@ -91,11 +90,9 @@ class Paged:
         halves: bool = False,
         scales: HeadScales | None = None,
     ) -> None:
-        """key_mean: [kv_heads, head_dim], subtracted from every key, which changes no softmax: all
-        scores of a query fall by the same. halves: pages can be demoted. scales: [kv_heads], of
+        """rotated, key_mean: see `Turned`. halves: pages can be demoted. scales: [kv_heads], of
         what is encoded. Raises ValueError for heads that a codec does not take, for halves of what
-        is not two of them, and for scales of codes that have their own.
-        """
+        is not two of them, and for scales of codes that have their own."""
         sizes = keys.sizes(head_dim), values.sizes(head_dim)
         if scales is not None and any(size.numbers for size in sizes):
             raise ValueError(f"codes of {keys.name} and {values.name} have scales of their own")
@@ -103,24 +100,19 @@ class Paged:
         page = self.layout.half_bytes if halves else self.layout.bytes
         if page % 4 or self.layout.starts[2] % 4:  # numbers are read in pairs
             raise ValueError(f"pages of {page} bytes would not keep numbers aligned")
+        super().__init__(head_dim, rotated=rotated, key_mean=key_mean)
         self.keys, self.values = keys, values
-        self.head_dim = head_dim
-        self.rotation = Rotation(head_dim) if rotated else None
-        self.key_mean = None if key_mean is None else key_mean.float().contiguous()
         self.windows = windows
         self.scales = scales
         self.reads_coarsely = False
-        self._mean_on: dict[torch.device, Tensor] = {}
         self._scales_on: dict[torch.device, Tensor] = {}
 
     @property
     def name(self) -> str:
-        rotated = f"r{SEED}" if self.rotation else ""
-        mean = "" if self.key_mean is None else f"m{_digest(self.key_mean)}"
         scales = "" if self.scales is None else self.scales.name
         windows = "" if self.windows is None else self.windows.name
         halves = "h" if self.layout.halves else ""
-        return f"{self.keys.name}-{self.values.name}{rotated}{mean}{scales}{windows}{halves}"
+        return f"{self.keys.name}-{self.values.name}{self.turning}{scales}{windows}{halves}"
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
         made_for = (self.layout.kv_heads, self.layout.page_size, self.head_dim)
@@ -143,11 +135,7 @@ class Paged:
         copies: DensePages | None = None,
     ) -> None:
         dtype = k.dtype
-        k, v = k.float(), v.float()
-        if self.key_mean is not None:
-            k = k - self.mean_on(k.device)
-        if self.rotation is not None:
-            k, v = self.rotation.forth(k), self.rotation.forth(v)
+        k, v = self.turned(k, v)
         if self.windows is not None:
             assert copies is not None
             dense.append(k, v, self.dense(kv, copies.count, dtype), copies.slots)
@@ -162,13 +150,6 @@ class Paged:
         for plane, code in zip(self._planes(kv), found, strict=True):
             if plane.shape[-1]:
                 plane[pages, :, offsets] = code
-
-    def mean_on(self, device: torch.device) -> Tensor:
-        """The key mean there: copied once, for a copy from the host is waited for."""
-        assert self.key_mean is not None
-        if device not in self._mean_on:
-            self._mean_on[device] = self.key_mean.to(device)
-        return self._mean_on[device]
 
     def _scales(self, device: torch.device) -> Tensor:
         """[2, kv_heads, 1] fp32 there, of keys and of values: copied once, as the mean is."""
@@ -213,22 +194,14 @@ class Paged:
         return torch.where(hidden, keys, fine_keys), torch.where(hidden, values, fine_values)
 
     def dense(self, kv: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        shape = torch.Size((count, 2, self.layout.kv_heads, self.layout.page_size, self.head_dim))
-        size = shape.numel() * dtype.itemsize
-        rows = -(-size // self.layout.bytes)
-        return kv[kv.shape[0] - rows :].view(-1)[:size].view(dtype).view(shape)
+        layout = self.layout
+        return dense.behind(kv, count, layout.kv_heads, layout.page_size, self.head_dim, dtype)
 
     def coarse(self) -> Paged:
         """Eight bits are read by their upper halves alone, fewer as they are; no windows."""
         other = copy(self)
         other.reads_coarsely, other.windows = True, None
         return other
-
-    def turn(self, q: Tensor) -> Tensor:
-        return q if self.rotation is None else self.rotation.forth(q).to(q.dtype)
-
-    def turn_back(self, out: Tensor) -> Tensor:
-        return out if self.rotation is None else self.rotation.back(out).to(out.dtype)
 
     def _planes(self, kv: Tensor) -> tuple[Tensor, ...]:
         """Views of the pool, [pages, kv_heads, page_size, ·]; of one seen as halves, the low planes
@@ -241,7 +214,3 @@ class Paged:
             size = plane.shape[1] // self.layout.positions
             views.append(plane.unflatten(1, (self.layout.kv_heads, self.layout.page_size, size)))
         return tuple(views)
-
-
-def _digest(numbers: Tensor) -> str:
-    return sha256(numbers.cpu().numpy().tobytes()).hexdigest()[:16]

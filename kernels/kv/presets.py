@@ -12,6 +12,7 @@ from kernels.kv.codec import Affine, Codec
 from kernels.kv.format import DENSE, KVFormat
 from kernels.kv.paged import Paged
 from kernels.kv.scales import HeadScales
+from kernels.kv.sealed import Sealed
 from kernels.kv.table import Float8, LloydMax, Octopus
 from kernels.kv.windows import Windows
 
@@ -24,7 +25,7 @@ LEAST_LAYERS = 4  # a model of fewer has no ends to speak of
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Codecs of keys and of values."""
+    """Codecs of keys and of values, which code each token by itself."""
 
     keys: Callable[[], Codec]
     values: Callable[[], Codec]
@@ -48,6 +49,20 @@ PRESETS = {
     "octopus": Preset(Octopus, Octopus, boundary=1),
 }
 
+
+@dataclass(frozen=True, slots=True)
+class SealedPreset:
+    """Pages that are sealed when they are full: see `Sealed`."""
+
+    group: int  # tokens of a channel of keys, or channels of a value, that share a scale
+    boundary: int | None = None  # as in `Preset`
+
+
+SEALED = {"oscar2": SealedPreset(group=32, boundary=1)}
+NAMES = (*PRESETS, *SEALED)
+
+# Those whose heads get scales from a calibration.
+SCALED = tuple(name for name, p in PRESETS.items() if p.scaled)
 # Those of which a coarse reading is another one.
 HALVES = tuple(name for name, p in PRESETS.items() if p.keys().sizes(128).low)
 
@@ -61,14 +76,15 @@ def layer_formats(
     boundary_layers: int | None = None,
     calibration: Calibration | None = None,
     sink: int = 0,
-    window: int = 0,
+    window: int | None = None,
     halves: bool = False,
 ) -> list[KVFormat]:
     """One for each layer. `boundary_layers` at each end get eight bits; None: those that the
     calibration names, or as many as the format asks for. The others have dense windows, the first
-    `sink` positions and blocks of `window`, if either is more than none. `halves`: pages can be
-    demoted. Raises ValueError, in a sentence, where a head does not suit the format, a window the
-    pages, the calibration the model, or pages cannot be demoted."""
+    `sink` positions and blocks of `window`, if either is more than none; None: a page where pages
+    are sealed, none elsewhere. `halves`: pages can be demoted. Raises ValueError, in a sentence,
+    where a head or a page does not suit the format, a window the pages, the calibration the model,
+    or pages cannot be demoted."""
     if halves and name != DEMOTED:
         raise ValueError(f"only pages of {DEMOTED} can be demoted, not those of {name}")
     if halves and (sink or window):
@@ -81,23 +97,26 @@ def layer_formats(
         if sink or window:
             raise ValueError("windows are kept dense beside packed pages, and these are dense")
         return [DENSE] * num_layers
-    if name not in PRESETS:
-        raise ValueError(f"there is no KV format {name!r}; there are {', '.join([AUTO, *PRESETS])}")
+    if name not in NAMES:
+        raise ValueError(f"there is no KV format {name!r}; there are {', '.join([AUTO, *NAMES])}")
     if boundary_layers is not None and boundary_layers < 0:
         raise ValueError(f"{boundary_layers} boundary layers are less than none")
     ends = boundary_layers
     if ends is None:
-        ends = _ends(PRESETS[name].boundary, num_layers)
+        ends = _ends((PRESETS | SEALED)[name].boundary, num_layers)
     wide = {i for i in range(num_layers) if min(i, num_layers - 1 - i) < ends}
     if boundary_layers is None and calibration is not None:
         wide = set(calibration.eight_bit_layers)
+    if window is None:
+        window = page_size if name in SEALED else 0
     windows = _windows(page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
     scales = [None] * num_layers if calibration is None else _scales(name, calibration)
+    shape = (kv_heads, page_size, head_dim)
     return [
-        paged_format(BOUNDARY, kv_heads, page_size, head_dim, means[i], halves=halves)
+        paged_format(BOUNDARY, *shape, means[i], halves=halves)
         if i in wide
-        else paged_format(name, kv_heads, page_size, head_dim, means[i], windows, halves, scales[i])
+        else packed_format(name, *shape, means[i], windows, halves, scales[i])
         for i in range(num_layers)
     ]
 
@@ -105,7 +124,7 @@ def layer_formats(
 def _scales(name: str, calibration: Calibration) -> list[HeadScales | None]:
     """Layer by layer."""
     found, layers = calibration.scales, len(calibration.key_means)
-    if PRESETS[name].scaled and found is None:
+    if name in SCALED and found is None:
         raise ValueError(f"the calibration has no scales of heads, which are what {name} is for")
     return [None if found is None else found.layer(i) for i in range(layers)]
 
@@ -123,6 +142,22 @@ def _ends(least: int | None, num_layers: int) -> int:
     return max(min(2, num_layers // EVERY_LAYERS), least)
 
 
+def packed_format(
+    name: str,
+    kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    key_mean: Tensor | None = None,
+    windows: Windows | None = None,
+    halves: bool = False,
+    scales: HeadScales | None = None,
+) -> KVFormat:
+    """One layer's pages by the name of any preset. Raises ValueError, as the two below."""
+    if name in SEALED:
+        return sealed_format(name, kv_heads, page_size, head_dim, key_mean, windows)
+    return paged_format(name, kv_heads, page_size, head_dim, key_mean, windows, halves, scales)
+
+
 def paged_format(
     name: str,
     kv_heads: int,
@@ -133,8 +168,7 @@ def paged_format(
     halves: bool = False,
     scales: HeadScales | None = None,
 ) -> Paged:
-    """One layer's pages by the name of a preset. Raises ValueError for heads that it does not
-    take."""
+    """Pages of a preset by codecs. Raises ValueError for heads that it does not take."""
     preset = PRESETS[name]
     try:
         return Paged(
@@ -149,5 +183,32 @@ def paged_format(
             halves=halves,
             scales=scales,
         )
+    except ValueError as error:
+        raise ValueError(f"the KV format {name} does not fit this model: {error}") from error
+
+
+def sealed_format(
+    name: str,
+    kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    key_mean: Tensor | None = None,
+    windows: Windows | None = None,
+) -> Sealed:
+    """Pages that are sealed. Raises ValueError for windows without a block, and for heads and pages
+    that it does not take."""
+    group = SEALED[name].group
+    if windows is None or not windows.block:
+        raise ValueError(
+            f"pages of {name} are read dense until they are full, which takes a window of the "
+            "latest tokens: leave --kv-window out, or set it to a multiple of the page size"
+        )
+    if page_size % group:
+        raise ValueError(
+            f"{name} stores keys in groups of {group} tokens of a page, which has {page_size}: set "
+            f"--page-size to a multiple of {group}"
+        )
+    try:
+        return Sealed(kv_heads, page_size, head_dim, windows, group=group, key_mean=key_mean)
     except ValueError as error:
         raise ValueError(f"the KV format {name} does not fit this model: {error}") from error

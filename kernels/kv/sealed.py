@@ -1,24 +1,31 @@
-"""`SealedPage`: keys and values of a whole page in two bits, keys channel by channel.
+"""`Sealed`: pages of two bits that are encoded when they are full, keys channel by channel.
 
-A plain reference, not a `KVFormat`: a page's codes depend on all of its tokens, so it can be made
-only of a full page that nobody will write to again. Channels of keys differ more than tokens do,
-which groups along tokens use; what tokens differ by, their norm, is taken out before (OScaR, arXiv
-2605.19660). Other than there, norms are of one head each, so that heads can live on different
-devices, and groups have values in the middles of their cells (see `Affine`).
+Channels of keys differ more than tokens do, which groups along tokens use; what tokens differ by,
+their norm, is taken out before (OScaR, arXiv 2605.19660). Other than there, norms are of one head
+each, so that heads can live on different devices, and groups have values in the middles of their
+cells (see `Affine`).
 
-Keys and values come rotated already, like those of `Paged` inside.
+A page's codes depend on all of its tokens. Until the last one comes they are read dense, which
+`Windows` do already: with blocks of whole pages, a page is read packed by later blocks alone. All
+of a page's dense copies are there when its last position is written, since sequences begin at
+multiples of the block, behind a cached prefix too, and copies of a block are kept until it is full.
 """
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
-from kernels.kv.codec import LARGEST, Affine, Code
+from kernels.kv import dense
+from kernels.kv.codec import LARGEST, Affine, Code, root, squares
+from kernels.kv.turned import Turned
+from kernels.kv.windows import DensePages, Windows
 
 
 class SealedPage:
-    """Pages of [kv_heads, page_size, head_dim]. In bytes:
+    """The code of a page of [kv_heads, page_size, head_dim], keys and values turned. In bytes:
 
     keys' codes [kv_heads, head_dim, page_size / 4] | values' [kv_heads, page_size, head_dim / 4]
     | norms of keys [kv_heads, page_size] fp16 | keys' scales and zeros [kv_heads, head_dim, ·] fp16
@@ -49,7 +56,7 @@ class SealedPage:
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
         """k, v: [..., kv_heads, page_size, head_dim] -> [..., bytes] uint8."""
         k, v = k.float(), v.float()
-        norm = k.square().sum(-1, keepdim=True).sqrt().clamp(max=LARGEST).half()
+        norm = root(squares(k)).clamp(max=LARGEST).half()
         # Divided by what will be read. A norm too small for 16 bits is zero, and so is its key.
         unit = torch.where(norm > 0, k / norm.float(), 0.0)
         key, value = self.codec.encode(unit.transpose(-1, -2)), self.codec.encode(v)
@@ -68,6 +75,73 @@ class SealedPage:
         unit = self.codec.decode(Code(key_codes, key_codes[..., :0], of_keys))
         values = self.codec.decode(Code(value_codes, value_codes[..., :0], of_values))
         return unit.transpose(-1, -2) * norm.float(), values
+
+
+class Sealed(Turned):
+    """Pages by `SealedPage`, and dense copies of what is not sealed yet."""
+
+    def __init__(
+        self,
+        kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        windows: Windows,
+        *,
+        group: int = 32,
+        key_mean: Tensor | None = None,
+    ) -> None:
+        """group: see `SealedPage`. key_mean: see `Turned`. Raises ValueError for heads and pages
+        that do not make groups, and for windows whose blocks are not whole pages."""
+        super().__init__(head_dim, rotated=True, key_mean=key_mean)
+        if not windows.block or windows.block % page_size:
+            raise ValueError(f"blocks of {windows.block} tokens are no pages of {page_size}")
+        self.windows = windows
+        self._page = SealedPage(kv_heads, page_size, head_dim, group)
+        self._shape = (kv_heads, page_size, head_dim)
+
+    @property
+    def name(self) -> str:
+        return f"sealed-{self._page.codec.name}{self.turning}{self.windows.name}"
+
+    def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
+        if (kv_heads, page_size, head_dim) != self._shape:
+            raise ValueError(f"made for heads, page size and head size {self._shape}")
+        return (self._page.bytes,)
+
+    def pool_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.uint8
+
+    def page_size(self, kv: Tensor) -> int:
+        return self._shape[1]
+
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        kv: Tensor,
+        kv_slots: Tensor,
+        copies: DensePages | None = None,
+    ) -> None:
+        """Pages whose last position is among the tokens are sealed, as they are now: once more, if
+        what was written there before was a draft. The null page is not: nobody reads it."""
+        assert copies is not None
+        pool, size = self.dense(kv, copies.count, k.dtype), self._shape[1]
+        dense.append(*self.turned(k, v), pool, copies.slots)
+        last = (kv_slots % size == size - 1) & (kv_slots >= size)
+        ends = last.nonzero().flatten()
+        whole = pool[copies.slots[ends] // size]
+        kv[kv_slots[ends] // size] = self._page.encode(whole[:, 0], whole[:, 1])
+
+    def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._page.decode(kv[pages])
+        return keys.transpose(1, 2).flatten(2, 3), values.transpose(1, 2).flatten(2, 3)
+
+    def dense(self, kv: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        return dense.behind(kv, count, *self._shape, dtype)
+
+    def coarse(self) -> NoReturn:
+        """Raises ValueError: a page that is not sealed can only be read dense."""
+        raise ValueError(f"pages of {self.name} are not read without their dense windows")
 
 
 def _split(flat: Tensor, shapes: tuple[tuple[int, int, int], ...]) -> list[Tensor]:

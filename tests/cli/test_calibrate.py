@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
 from kernels.kv.paged import Paged
-from kernels.kv.presets import PRESETS
+from kernels.kv.presets import NAMES
 from models.balance import apply_balance
 from tests.engine.test_build import CACHE
 from worker.kv_moments import head_scales
@@ -139,7 +139,7 @@ def test_the_comparison_is_printed_by_layer_and_drawn(
     assert "by layer, weighted by attention" in shown
     assert "logit error" in shown
     drawn = plot.read_text()
-    for name in PRESETS:
+    for name in NAMES:
         assert f"<!-- {name} -->" in drawn
 
 
@@ -151,9 +151,10 @@ def test_a_plot_without_matplotlib_is_refused_at_once(
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kv_format", ["turbo4", "oscar2"])
 def test_formats_that_native_code_does_not_read_are_fitted_in_plain_torch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kv_format: str
 ) -> None:
     compiled = ("--compile", "--cache-dir", CACHE, "--limit", "10")
-    assert calibrate(tmp_path, *compiled, kv_format="turbo4") == 0
+    assert calibrate(tmp_path, *compiled, kv_format=kv_format) == 0
     assert "left out" not in capsys.readouterr().out

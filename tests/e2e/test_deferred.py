@@ -101,7 +101,7 @@ def test_drafts_that_stand_on_the_device_wait_for_nothing() -> None:
 
 @pytest.mark.parametrize("drafter", [False, True])
 @pytest.mark.parametrize("pages", [34])
-@pytest.mark.parametrize("kv_format", ["int2h"])
+@pytest.mark.parametrize("kv_format", ["int2h", "oscar2"])
 def test_dense_windows_wait_for_exact_lengths(kv_format: str, pages: int, drafter: bool) -> None:
     config = windowed(replace(CONFIG, num_pages=pages, max_step_tokens=64), kv_format)
     crowded = make_policy("aggressive", watermark=0.0)

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from kernels.kv.format import KVFormat, windows_of
-from kernels.kv.presets import layer_formats
+from kernels.kv.presets import SEALED, layer_formats
+from kernels.kv.sealed import Sealed
+from kernels.kv.windows import Windows
 from kernels.linear.prepare import prepare_linears
 from kernels.torch_ops import TorchOps
 from models.decoder import Decoder
@@ -86,11 +88,14 @@ WINDOWS = {
     "int2h": (40, 16),
     "turbo2": (0, 24),
     "turbo3": (20, 0),
+    "oscar2": (12, 8),
 }
 
 
 def layers(kv_format: str, heads: int = SPEC.num_kv_heads) -> list[KVFormat]:
     dim, size, windows = SPEC.head_dim, CONFIG.page_size, WINDOWS.get(kv_format, (0, 0))
+    if kv_format in SEALED:  # heads and pages are too small for its groups of 32
+        return [Sealed(heads, size, dim, Windows(*windows), group=8)] * SPEC.num_layers
     return layer_formats(kv_format, SPEC.num_layers, heads, size, dim, None, None, *windows)
 
 

@@ -194,7 +194,7 @@ def test_drafts_of_rank_0_are_verified_by_all() -> None:
 
 
 @pytest.mark.parametrize("crowded", [False, True])
-@pytest.mark.parametrize("kv_format", ["k4v2h", "int2h"])
+@pytest.mark.parametrize("kv_format", ["k4v2h", "int2h", "oscar2"])
 def test_dense_windows_on_all_ranks(kv_format: str, crowded: bool) -> None:
     """As below. Prefix hits have the sinks computed again by all."""
     config = replace(CONFIG, num_pages=40 if crowded else 200, max_step_tokens=64)

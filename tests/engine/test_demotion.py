@@ -182,6 +182,7 @@ def test_room_for_halves_is_paid_for_and_told_apart(tmp_path: Path) -> None:
     [
         ({"kv_format": "auto"}, "only pages of int8n can be demoted, not those of auto"),
         ({"kv_format": "k8v4"}, "only pages of int8n can be demoted, not those of k8v4"),
+        ({"kv_format": "oscar2"}, "only pages of int8n can be demoted, not those of oscar2"),
         ({"kv_window": 64}, "pages with dense windows beside them cannot be demoted"),
         ({"kv_sink": 8}, "pages with dense windows beside them cannot be demoted"),
         ({"deterministic": True}, "it cannot be had with --deterministic"),

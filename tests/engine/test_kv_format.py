@@ -16,7 +16,7 @@ from engine.llm import LLM
 from kernels.cpu.ops import NativeOps
 from kernels.kv.balance import Balance
 from kernels.kv.calibration import Calibration
-from kernels.kv.presets import AUTO, HALVES, PRESETS
+from kernels.kv.presets import AUTO, HALVES, NAMES, SEALED
 from kernels.kv.scales import HeadScales
 from scheduler.request import SamplingParams
 from tests.e2e.serving import REPOSITORY
@@ -24,7 +24,12 @@ from tests.engine.test_build import CACHE, build, greedy
 from tests.models.checkpoints import save
 
 DEMO = REPOSITORY / "assets" / "demo" / "target"
-FORMATS = [name for name in PRESETS if name != "int4h64"]  # heads of 16 have no groups of 64
+FORMATS = [name for name in NAMES if name != "int4h64"]  # heads of 32 have no groups of 64
+
+
+def needs(kv_format: str) -> dict[str, object]:
+    """Options: sealed pages are of at least 32 tokens, and heads."""
+    return {"kv_format": kv_format, "page_size": 32 if kv_format in SEALED else 16}
 
 
 @pytest.mark.parametrize(
@@ -48,21 +53,28 @@ def test_eight_bits_say_the_same_in_torch_and_in_native_code(
 
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_every_format_serves(tmp_path: Path, kv_format: str) -> None:
-    save(tmp_path, "llama")
-    worker, limits = build(tmp_path, kv_format=kv_format, compile=True, cache_dir=CACHE)
+    save(tmp_path, "llama", head_dim=32)
+    worker, limits = build(tmp_path, **needs(kv_format), compile=True, cache_dir=CACHE)
     assert len(greedy(worker, limits)) == 12
     worker.close()
 
 
+@pytest.mark.parametrize(
+    ("kv_format", "sentence"),
+    [
+        ("turbo4", "native kernels do not read codes of l4"),
+        ("oscar2", "native kernels do not read pages of format sealed-a2g32"),
+    ],
+)
 def test_pages_that_native_code_does_not_read_are_said_and_served(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kv_format: str, sentence: str
 ) -> None:
-    save(tmp_path, "llama")
+    save(tmp_path, "llama", head_dim=32)
     # `deterministic` waits for the native kernels.
     options = {"compile": True, "deterministic": True, "cache_dir": CACHE}
-    worker, _ = build(tmp_path, kv_format="turbo4", **options)
+    worker, _ = build(tmp_path, **needs(kv_format), **options)
     assert worker._runner.name == "torch"
-    assert "native kernels do not read codes of l4" in caplog.text
+    assert sentence in caplog.text
     worker.close()
 
 
@@ -82,14 +94,14 @@ def test_the_same_bytes_hold_more_pages(tmp_path: Path) -> None:
 
 
 def test_pages_of_different_formats_have_different_hashes(tmp_path: Path) -> None:
-    save(tmp_path / "model", "llama")
+    save(tmp_path / "model", "llama", head_dim=32)
     roots = set()
     for name in (AUTO, *FORMATS):
-        worker, limits = build(tmp_path / "model", kv_format=name)
+        worker, limits = build(tmp_path / "model", **needs(name))
         roots.add(limits.hash_root)
         worker.close()
     assert len(roots) == len(FORMATS) + 1
-    means, nothing = torch.zeros(3, 2, 16), Balance.nothing((3, 2, 16))
+    means, nothing = torch.zeros(3, 2, 32), Balance.nothing((3, 2, 32))
     for calibration in (
         Calibration("int4h", (0,), means, nothing),
         Calibration("int4h", (1,), means, nothing),
@@ -126,11 +138,11 @@ def test_windows_are_the_user_s_to_choose(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_no_format_has_windows_unasked(tmp_path: Path, kv_format: str) -> None:
-    save(tmp_path, "llama")
-    worker, limits = build(tmp_path, kv_format=kv_format)
-    assert worker._slots.windows is None
-    assert limits.prefix_block == 0
+def test_no_format_has_windows_unasked_but_what_is_sealed(tmp_path: Path, kv_format: str) -> None:
+    save(tmp_path, "llama", head_dim=32)
+    worker, limits = build(tmp_path, **needs(kv_format))
+    assert (worker._slots.windows is None) == (kv_format not in SEALED)
+    assert limits.prefix_block == (32 if kv_format in SEALED else 0)
     worker.close()
 
 
@@ -152,6 +164,11 @@ def test_windows_serve_in_native_code(tmp_path: Path, kv_format: str) -> None:
         ({"kv_window": 64}, "windows are kept dense beside packed pages, and these are dense"),
         ({"kv_format": "int4h", "kv_window": 40}, "a window of 40 tokens is no multiple of a page"),
         ({"kv_format": "int4h", "kv_sink": -1}, "are less than none"),
+        ({"kv_format": "oscar2"}, "a page, which has 16: set --page-size to a multiple of 32."),
+        ({**needs("oscar2"), "kv_window": 0}, "leave --kv-window out, or set it to a multiple"),
+        ({**needs("oscar2"), "kv_window": 48}, "a window of 48 tokens is no multiple of a page"),
+        ({**needs("oscar2")}, "oscar2 does not fit this model: 16 numbers"),
+        ({**needs("oscar2"), "drafters": ("coarse",)}, "with --kv-format int8n or k8v4"),
     ],
 )
 def test_windows_that_cannot_be_are_refused(tmp_path: Path, options: dict, sentence: str) -> None:
@@ -192,13 +209,19 @@ def test_drafts_by_half_of_the_bits_through_the_whole_engine(compiled: bool, win
 
 def test_the_configuration_knows_every_preset() -> None:
     (choices,) = [f.metadata["choices"] for f in fields(CacheConfig) if f.name == "kv_format"]
-    assert choices == (AUTO, *PRESETS)
+    assert choices == (AUTO, *NAMES)
     assert HALVES == ("int8n", "k8v4")
 
 
-def test_scales_of_64_dimensions_give_the_text_of_one_request_alone() -> None:
-    """As `tests/e2e/test_kv_formats.py` for the others, whose model has heads too small for it."""
-    options = {"dtype": "float32", "kv_format": "int4h64", "cache_dir": CACHE, "num_pages": 200}
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_format": "int4h64"}, {**needs("oscar2"), "kv_sink": 40, "deterministic": True}],
+    ids=["int4h64", "oscar2"],
+)
+def test_large_groups_give_the_text_of_one_request_alone(options: dict) -> None:
+    """As `tests/e2e/test_kv_formats.py` for the others, whose model has heads and pages too small
+    for these."""
+    options = {"dtype": "float32", "cache_dir": CACHE, "num_pages": 200, **options}
     prompts = ["def main(", "def main(arguments: list[str]) -> int:", "import os\n" * 30]
     params = [
         SamplingParams(max_tokens=30, temperature=t, seed=i) for i, t in enumerate((0.0, 1.0, 0.7))

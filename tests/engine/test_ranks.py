@@ -158,13 +158,20 @@ def test_four_ranks_by_batch_invariant_layers(tmp_path: Path) -> None:
     assert found[4] == found[1]
 
 
-def test_dense_windows_and_hits_on_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "windows",
+    [
+        {"kv_format": "k4v2h", "kv_window": 32, "kv_sink": 8},
+        {"kv_format": "oscar2", "page_size": 32, "kv_sink": 8},
+    ],
+    ids=["k4v2h", "oscar2"],
+)
+def test_dense_windows_and_hits_on_two_processes(tmp_path: Path, windows: dict) -> None:
     """A request alone and on a prefix of another: the same bits. All ranks compute sinks again."""
-    save(tmp_path, "qwen3", num_key_value_heads=4)
+    save(tmp_path, "qwen3", num_key_value_heads=4, head_dim=32)
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, logprobs=0)
     stem = tuple(range(3, 60))
     requests = [Request(f"r{i}", (*stem, 70 + i), params, 0.0) for i in range(3)]
-    windows = {"kv_format": "k4v2h", "kv_window": 32, "kv_sink": 8}
     worker, limits = build_worker(
         config(tmp_path, 2, deterministic=True, **windows), lambda phase: None
     )

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels.kv.paged import Paged
 from kernels.kv.presets import layer_formats
+from kernels.kv.sealed import Sealed, SealedPage
+from kernels.kv.windows import Windows
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.torch_ops import TorchOps
 from models.loader import load_decoder
@@ -101,6 +103,31 @@ def test_the_error_is_that_of_sums_written_out() -> None:
         assert error.squares == pytest.approx(squares, rel=1e-4)
         assert error.divergence == pytest.approx(divergence, rel=1e-3, abs=1e-6)
         assert error.rms == pytest.approx(math.sqrt(squares / queries), rel=1e-4)
+
+
+def test_sealed_pages_are_compared_as_far_as_they_are_full() -> None:
+    """The page that is not is read dense."""
+    tokens, full = TOKENS[: 2 * PAGE + 7], 2 * PAGE
+    recording = Recording()
+    Reader(reader().model, recording, torch.float32, CPU).log_probabilities(tokens, formats("auto"))
+    form = Sealed(2, PAGE, 16, Windows(0, PAGE), group=16)
+    found = logit_errors(reader(), [tokens], {"sealed": [form] * SPEC.num_layers})["sealed"]
+    page, at = SealedPage(2, PAGE, 16, group=16), torch.arange(len(tokens))
+    for (q, k, layer), error in zip(recording.seen, found, strict=True):
+        turned, _ = form.turned(k, k)
+        pages = turned[:full].unflatten(0, (2, PAGE)).transpose(1, 2)
+        sealed = page.decode(page.encode(pages, pages))[0].transpose(1, 2).flatten(0, 1)
+        stored = torch.cat([sealed, turned[full:]])
+        heads = torch.arange(layer.num_heads) // (layer.num_heads // layer.num_kv_heads)
+        asking, expected = q[::EVERY], LogitError()
+        right, wrong = (
+            torch.einsum("qhd,khd->hqk", x, y[:, heads]) * layer.scale
+            for x, y in ((asking, k), (form.turn(asking), stored))
+        )
+        expected.add(right, wrong, at > at[::EVERY, None])
+        assert (error.queries, error.same) == (expected.queries, expected.same)
+        assert error.squares == pytest.approx(expected.squares, rel=1e-4)
+        assert error.squares > 0.0
 
 
 def softmax(logits: list[float]) -> list[float]:

@@ -132,6 +132,8 @@ def test_means_change_no_score_but_what_rounding_does() -> None:
         ("k4v2h", 6, 1),
         ("k4v2h", 36, 2),
         ("int2h", 3, 0),
+        ("oscar2", 6, 1),
+        ("oscar2", 36, 2),
     ],
 )
 def test_first_and_last_layers_have_eight_bits(kv_format: str, layers: int, ends: int) -> None:
