@@ -299,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sink", type=int, default=0, help="first tokens that are dense")
     add("--window", type=int, help="block of the latest tokens that is dense")
     add("--own", type=int, default=4000, help="tokens of the text that the model writes itself")
-    add("--own-formats", nargs="*", choices=NAMES, default=["int8n", "int4h", "k4v2h"])
+    add("--own-formats", nargs="*", choices=list(PRESETS), default=["int8n", "int4h", "k4v2h"])
     add("--needles", type=int, default=20, help="questions about hidden facts; 0: none")
     add("--exact-lengths", type=int, nargs="*", default=[4, 8], help="of drafts on half pages")
     add("--rounds", type=int, default=15, help="of timing")
