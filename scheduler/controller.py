@@ -50,10 +50,8 @@ PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
 PACE_RATE = 0.1  # smoothing of tokens a step, per step
 PACES = 4  # of a token: paces are rounded, since a forecast takes time for each different one
 VERIFY_POINTS = 8  # at which the time to verify is asked for
-# Plans after which a draft model works ahead, or does not, for a try: soon at first, when what is
-# known is from a machine that was still waking up; doubled each time that changes nothing.
-TWIN_AFTER = 128
-LONGEST_TWIN = 128 * TWIN_AFTER
+TWIN_AFTER = 1024  # plans after which a draft model works ahead, or does not, for a try; doubled
+LONGEST_TWIN = 16 * TWIN_AFTER  # each time that changes nothing
 TWIN_STEPS = 12  # that a try lasts
 
 
@@ -138,14 +136,14 @@ class Controller:
             due = changed or self._plans >= (EVERY if self._news else SELDOM)
         if rows and due and self._steps.ready:
             live = [s for s in running if s.fed == len(s.tokens)]
-            if not any(s.most_drafts for s in live):
-                pass  # nobody wants any
-            elif self._usual or ((changed or self._news) and self._exploration.decide()):
+            willing = [s for s in live if s.most_drafts]
+            news = changed or self._news
+            if willing and (self._usual or (news and self._exploration.decide())):
                 self._plans, self._decided_for, self._shared = 0, rows, reading
                 self._decide(live, self._soon(running, joining, unread))
-            elif self._plans >= SELDOM:
+            elif willing and self._plans >= SELDOM:
                 self._plans = 0
-                self._probe(live)
+                self._probe(live, willing)
         return self._tried(self._rules)
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
@@ -369,13 +367,10 @@ class Controller:
         longest = GAP_AIM * target
         return longest - PROMPTS_SHARE * max(longest - plain, 0.0) if self._shared else longest
 
-    def _probe(self, live: list[Sequence]) -> None:
+    def _probe(self, live: list[Sequence], willing: list[Sequence]) -> None:
         """Has one sequence draft for a step, where the time for it was saved up, so that it is
         noticed when drafts would pay after all. The options take turns, but for those that take too
         long."""
-        willing = [s for s in live if s.most_drafts]
-        if not willing:
-            return
         sequence = min(willing, key=lambda s: len(s.tokens))  # there is least to catch up with
         drafts = min(2, sequence.most_drafts, self.most)
         plain = _shape(live)
@@ -406,14 +401,14 @@ class Controller:
         before, self._settled_at = self._settled_at, now
         alone = not asked and not self._asked
         self._asked = asked
-        like_it, self._unwatched = 1 + self._unwatched, 0
+        stands_for, self._unwatched = 1 + self._unwatched, 0  # steps
         if before is None:
             return
         wall = now - before
         computed = result.seconds + result.drafting.seconds
         if wall < 4 * computed:  # else nobody was there for a while
             self._idle.observe(max(wall - computed, 0.0), drafts=not alone)
-            self._exploration.earn(like_it * wall)
+            self._exploration.earn(stands_for * wall)
         prompts, live, shape = 0, plan.shape.rows, plan.shape
         if shape.tokens > shape.rows:  # seldom, where nobody drafts
             prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)

@@ -36,7 +36,8 @@ class Exploration:
         return True
 
     def probe(self, price: float) -> bool:
-        """Whether there may be a probe now that is predicted to take so long."""
+        """Whether there may be a probe now that is predicted to take so long. If there was no room
+        for it in the step after all, it is never charged and has cost what was predicted."""
         if price > self._for_probes:
             return False
         self._for_probes -= price
