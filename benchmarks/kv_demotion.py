@@ -20,14 +20,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from benchmarks import kv_texts
 from benchmarks.kv_formats import formats_of
-from benchmarks.kv_texts import CPU, VERSIONS, training_texts, unread, versions
+from benchmarks.kv_texts import CPU, training_texts, unread, versions
 from benchmarks.report import Row, json_line, table
 from kernels.cpu.build import start_build
 from kernels.kv.format import DENSE, KVFormat
@@ -132,19 +132,12 @@ def judge(
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.kv_demotion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = kv_texts.parser("kv_demotion", __doc__)
     add = made.add_argument
-    add("--model", type=Path, default=Path("assets/demo/target"))
-    add("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
     add("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 7168])
     add("--kept", type=int, nargs="+", default=[0, 64, 256], help="latest tokens not demoted")
     add("--texts", type=int, default=5)
     add("--last", type=int, default=1024, help="tokens of each text that are judged")
-    add("--cache-dir", type=Path, help="where compiled kernels are kept")
     return made
 
 

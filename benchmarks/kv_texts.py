@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,3 +95,16 @@ def versions(
         if name == "balanced":
             balance(reader, calibration)
         yield name, reader
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """With the options that all have who judge formats by the forms of one model."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--model", type=Path, default=Path("assets/demo/target"))
+    made.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
+    made.add_argument("--cache-dir", type=Path, help="where compiled kernels are kept")
+    return made

@@ -25,8 +25,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from benchmarks import kv_texts
 from benchmarks.kv_formats import SAME, formats_of
-from benchmarks.kv_texts import CPU, VERSIONS, held_out, training_texts, unread, versions
+from benchmarks.kv_texts import CPU, held_out, training_texts, unread, versions
 from benchmarks.report import Row, json_line, percentile, rows_table, share_interval, table
 from kernels.cpu.build import start_build
 from kernels.kv.balance import Balance
@@ -118,18 +119,11 @@ def compare(
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.kv_ties",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = kv_texts.parser("kv_ties", __doc__)
     add = made.add_argument
-    add("--model", type=Path, default=Path("assets/demo/target"))
-    add("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--unread", type=int, default=40, help="texts of library modules to read")
     add("--length", type=int, default=2048, help="tokens of each")
-    add("--cache-dir", type=Path, help="where compiled kernels are kept")
     return made
 
 

@@ -13,13 +13,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks import kv_texts
 from benchmarks.kv_formats import AFFINE, Windowing, formats_of
-from benchmarks.kv_texts import VERSIONS, held_out, training_texts, versions
+from benchmarks.kv_texts import held_out, training_texts, versions
 from benchmarks.report import Row, json_line, table
 from kernels.cpu.build import start_build
 from kernels.kv.presets import AUTO
@@ -55,18 +55,11 @@ def distances(
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.kv_windows",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = kv_texts.parser("kv_windows", __doc__)
     add = made.add_argument
-    add("--model", type=Path, default=Path("assets/demo/target"))
-    add("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
     add("--formats", nargs="+", choices=AFFINE, default=["k4v2h", "int2h"])
     add("--texts", type=int, default=12, help="held-out texts to read")
     add("--length", type=int, default=2048, help="tokens of each")
-    add("--cache-dir", type=Path, help="where compiled kernels are kept")
     return made
 
 

@@ -3,6 +3,7 @@ torch and in native code."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,31 @@ def pool(rows: Rows, shape: AttentionLayer, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(size, 0x3A, dtype=torch.uint8)
 
 
+def attend_both(
+    q: torch.Tensor,
+    dense: Sequence[torch.Tensor],
+    packed: Sequence[torch.Tensor],
+    shape: AttentionLayer,
+    start: int,
+    windows: Windows,
+) -> torch.Tensor:
+    """q: [queries, heads, dim] fp32 at `start`, ...; keys and values of all positions, as they are
+    kept dense and as they are read packed: [positions, kv_heads, dim] fp32. One softmax."""
+    out = torch.empty_like(q)
+    at, of_key = start + torch.arange(len(q))[:, None], torch.arange(len(dense[0]))
+    hidden = of_key > at if shape.window is None else (of_key > at) | (at - of_key >= shape.window)
+    near = (of_key < windows.sink).expand(len(q), -1)
+    if windows.block:
+        near = near | (of_key // windows.block == at // windows.block)
+    for head in range(shape.num_heads):
+        of = head * shape.num_kv_heads // shape.num_heads
+        scores = [q[:, head] @ keys[:, of].T for keys, _ in (dense, packed)]
+        chosen = torch.where(near, *scores) * shape.scale
+        weights = chosen.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[:, head] = (weights * near) @ dense[1][:, of] + (weights * ~near) @ packed[1][:, of]
+    return out
+
+
 def brute_force(q, k, v, shape: AttentionLayer, start: int, windows: Windows) -> torch.Tensor:
     """q: [queries, heads, DIM] at `start`, ...; k, v: [positions, kv_heads, DIM]. One softmax."""
     form = shape.kv
@@ -56,21 +82,7 @@ def brute_force(q, k, v, shape: AttentionLayer, start: int, windows: Windows) ->
     turned = form.rotation.forth(k.float() - form.key_mean), form.rotation.forth(v.float())
     packed = [c.decode(c.encode(x)) for c, x in zip((form.keys, form.values), turned, strict=True)]
     dense = [x.to(k.dtype).float() for x in turned]
-    asked = form.turn(q).float()
-    out = torch.empty_like(asked)
-    at = start + torch.arange(len(q))[:, None]
-    of_key = torch.arange(len(k))
-    hidden = of_key > at if shape.window is None else (of_key > at) | (at - of_key >= shape.window)
-    near = (of_key < windows.sink).expand(len(q), -1)
-    if windows.block:
-        near = near | (of_key // windows.block == at // windows.block)
-    for head in range(shape.num_heads):
-        of = head * shape.num_kv_heads // shape.num_heads
-        scores = [asked[:, head] @ keys[:, of].T for keys, _ in (dense, packed)]
-        chosen = torch.where(near, *scores) * shape.scale
-        weights = chosen.masked_fill(hidden, -torch.inf).softmax(-1)
-        out[:, head] = (weights * near) @ dense[1][:, of] + (weights * ~near) @ packed[1][:, of]
-    return form.turn_back(out)
+    return form.turn_back(attend_both(form.turn(q).float(), dense, packed, shape, start, windows))
 
 
 @settings(max_examples=15, deadline=None)

@@ -20,6 +20,7 @@ from kernels.ops import AttentionLayer
 from kernels.torch_ops import TorchOps
 from tests.kernels.batches import Rows
 from tests.kernels.test_attention import TOLERANCE, layer
+from tests.kernels.test_windows import attend_both
 
 UNTOUCHED = 0x3A  # pages that nobody owns hold what this pattern of bits stands for
 
@@ -153,20 +154,7 @@ def brute_force(case: Case, q: Tensor, i: int, start: int, shape: AttentionLayer
         page = SealedPage(case.heads, size, case.dim, case.group)
         for of, found in zip(packed, page.decode(case.sealed(case.texts[i][:, at])), strict=True):
             of[at] = found.transpose(0, 1)
-    asked = form.turn(q).float()
-    out = torch.empty_like(asked)
-    at_query, at_key = start + torch.arange(len(q))[:, None], torch.arange(length)
-    hidden = at_key > at_query
-    if shape.window is not None:
-        hidden = hidden | (at_query - at_key >= shape.window)
-    block = case.windows.block
-    near = (at_key < case.windows.sink) | (at_key // block == at_query // block)
-    for head in range(shape.num_heads):
-        of = head * shape.num_kv_heads // shape.num_heads
-        scores = [asked[:, head] @ keys[:, of].T for keys, _ in (dense, packed)]
-        chosen = torch.where(near, *scores) * shape.scale
-        weights = chosen.masked_fill(hidden, -torch.inf).softmax(-1)
-        out[:, head] = (weights * near) @ dense[1][:, of] + (weights * ~near) @ packed[1][:, of]
+    out = attend_both(form.turn(q).float(), dense, packed, shape, start, case.windows)
     return form.turn_back(out)
 
 
