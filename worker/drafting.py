@@ -133,14 +133,15 @@ class Drafting:
     def draft(self, plan: StepPlan) -> tuple[Sequence[Row], DraftTime]:
         """The plan's rows with the drafts they have; `needs_results` was heeded."""
         self._of_slot.clear()
-        asking = [row for row in plan.rows if row.drafts]
         for row in plan.rows:
             if row.chunk is not None:
                 self._tokens[row.slot] += row.chunk
-        if not asking:
+        drafting = [row for row in plan.rows if row.drafts]
+        if not drafting:
             if self.model is not None:
                 self.model.forget()
             return plan.rows, NO_DRAFTING
+        asking = [row for row in drafting if not self._over(row.slot)]
         started = time.perf_counter()
         read = sum(self._read(row.slot) for row in asking)
         with self._spared():
@@ -157,6 +158,11 @@ class Drafting:
         seconds = time.perf_counter() - started
         return rows, DraftTime(seconds, depth, tokens or read, foreseen=foreseen)
 
+    def _over(self, slot: int) -> bool:
+        """The text ended with the step before: this row's plan was made before that was known."""
+        tokens = self._tokens[slot]
+        return len(tokens) > self._prompt[slot] and tokens[-1] in self._stops[slot]
+
     def _read(self, slot: int) -> int:
         """How many tokens came to a text since this was asked last."""
         before, self._known[slot] = self._known[slot], len(self._tokens[slot])
@@ -172,7 +178,7 @@ class Drafting:
         asks: list[Ask] = []
         drafts: list[list[int]] = []
         for row in rows:
-            if row.ahead and number in row.drafters:
+            if row.ahead and number in row.drafters and not self._over(row.slot):
                 drafted = self._of_slot.get(row.slot)
                 asks.append(Ask(row.slot, self._tokens[row.slot], row.drafts, row.ahead))
                 drafts.append([] if drafted is None else drafted.guess.tokens)

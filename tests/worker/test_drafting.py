@@ -144,6 +144,21 @@ def test_nothing_is_drafted_behind_a_token_that_ends_the_text() -> None:
     assert slots.tokens[2, 4:7].tolist() == [20, 7, 0]
 
 
+def test_nothing_is_drafted_for_a_text_that_has_ended() -> None:
+    drafting, (scripted,), _ = setting(Guess([20], [0.9]))
+    slot = Row(2, 1, (10, 11, 7), True)
+    drafting.admit(Admit(2, 1, SamplingParams(max_tokens=9, stop_token_ids=(7,)), 0, 3, (), ()))
+    drafting.draft(StepPlan(1, (), (slot,)))
+    # A prompt may end with such a token.
+    rows = tuple(Row(number, 1, None, True, 4, (0,)) for number in (1, 2))
+    assert [row.drafts for row in drafting.draft(StepPlan(2, (), rows))[0]] == [1, 1]
+    drafting.committed(1, [20, 21], 1)
+    drafting.committed(2, [7, 22], 0)
+    scripted.asked.clear()
+    assert [row.drafts for row in drafting.draft(StepPlan(3, (), rows))[0]] == [1, 0]
+    assert scripted.asked == [1]
+
+
 def test_it_is_told_how_much_came_to_the_texts_since_they_were_drafted_for() -> None:
     drafting, _, _ = setting(Guess([20, 21], [0.9, 0.8]))
     assert drafting.draft(plan((0,)))[1].tokens == 4  # the prompt's three, and one
