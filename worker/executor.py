@@ -15,6 +15,7 @@ StreamExecutor, for a GPU: a step begins when it is launched, and is read when i
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from typing import Protocol
 import torch
 
 from scheduler.plan import StepResult
+
+PATIENCE = 2e-3  # seconds for which a launch waits at most
 
 
 class Begun(Protocol):
@@ -78,13 +81,15 @@ class ThreadExecutor:
     On a CPU that thread stands for the device's stream: while it computes step N + 1, the engine's
     thread settles and publishes step N. So the end of step N is told when N + 1 computes, if that
     is waiting already: told before, both threads would want the interpreter, and the step would
-    begin when the other one is through. Torch's thread count is a property of the calling thread,
+    begin when the other one is through. For the same reason a launch that finds the thread idle
+    returns when the step computes. Torch's thread count is a property of the calling thread,
     so it is set inside.
     """
 
     def __init__(self, threads: int) -> None:
         self._launched = self._ended = 0
         self._untold: deque[tuple[Future[StepResult], StepResult]] = deque()
+        self._computing = threading.Event()  # a step, or none is left
         self._pool = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="worker",
@@ -94,8 +99,12 @@ class ThreadExecutor:
 
     def submit(self, begin: Callable[[], Begun]) -> PendingStep:
         pending: Future[StepResult] = Future()
-        self._pool.submit(self._run, begin, pending)
+        idle = self._ended == self._launched
+        self._computing.clear()
         self._launched += 1
+        self._pool.submit(self._run, begin, pending)
+        if idle:
+            self._computing.wait(PATIENCE)
         return PendingStep(pending)
 
     def _run(self, begin: Callable[[], Begun], pending: Future[StepResult]) -> None:
@@ -118,6 +127,7 @@ class ThreadExecutor:
         while self._untold:
             pending, result = self._untold.popleft()
             pending.set_result(result)
+        self._computing.set()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

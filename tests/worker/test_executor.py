@@ -76,3 +76,30 @@ def test_a_step_that_fails_hides_no_other() -> None:
     with pytest.raises(OSError, match="no such device"):
         second.wait()
     executor.close()
+
+
+def test_a_launch_that_finds_it_idle_returns_when_the_step_computes() -> None:
+    executor = ThreadExecutor(1)
+    computing, go_on = Event(), Event()
+    before = computing.set, executor.computes, go_on.wait
+    for number in range(2):
+        first = executor.submit(step(2 * number, *before))
+        assert computing.is_set()
+        computing.clear()
+        second = executor.submit(step(2 * number + 1, *before))  # one runs: at once
+        assert not computing.is_set()
+        go_on.set()
+        assert (first.wait().step, second.wait().step) == (2 * number, 2 * number + 1)
+        computing.clear()
+        go_on.clear()
+    executor.close()
+
+
+def test_a_launch_does_not_wait_long() -> None:
+    executor = ThreadExecutor(1)
+    go_on = Event()
+    pending = executor.submit(step(1, go_on.wait))
+    assert not pending.done()
+    go_on.set()
+    assert pending.wait().step == 1
+    executor.close()
