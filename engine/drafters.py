@@ -35,6 +35,9 @@ from worker.slots import SlotTable
 
 log = logging.getLogger(__name__)
 
+# Working ahead is not tried where verifying would take more than so many times as long beside it,
+# that is, on fewer than three CPU threads: drafting would have to take half of the time to pay.
+MOST_SLOWDOWN = 1.5
 # Of the draft model's pool, for what is written ahead: a branch of it takes two.
 SPARE_PAGES = 2 * MOST_BRANCHES
 
@@ -135,12 +138,14 @@ def build_drafting(
 
 def _beside(config: SpeculationConfig, device: torch.device) -> Beside | None:
     """Where the draft model works ahead, if it can and may. Raises `StartupError`."""
-    drafts = MODEL in drafter_names(config)
-    # On a GPU, where it has never run, it has to be asked for.
-    wanted = config.draft_ahead == "on" or (config.draft_ahead == "auto" and device.type == "cpu")
-    if wanted and drafts and Beside.possible(device):
-        return Beside(device)
-    if config.draft_ahead == "on":
+    drafts, wanted = MODEL in drafter_names(config), config.draft_ahead
+    if wanted != "off" and drafts and Beside.possible(device):
+        beside = Beside(device)
+        # On a GPU, where it has never run, it has to be asked for.
+        if wanted == "on" or (device.type == "cpu" and beside.slowdown <= MOST_SLOWDOWN):
+            return beside
+        beside.close()
+    if wanted == "on":
         raise StartupError(
             "draft_ahead: on needs a draft model and a second CPU thread for it, or a GPU."
         )
