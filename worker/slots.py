@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class SlotTable:
     - `tokens[slot, :computed]` are the tokens behind that KV;
     - a live sequence's next input token stands at `tokens[slot, computed]`;
     - `page_table[slot, : pages[slot]]` covers every position a launched row may write, as soon as
-      the step's batch is built or `flush` was called.
+      the step's batch is built; `host_table` does at once.
     """
 
     tokens: Tensor  # [slots, max_len + 1] int32
@@ -44,8 +45,10 @@ class SlotTable:
         self.tokens = torch.zeros(num_slots, max_len + 1, dtype=torch.int32, device=device)
         self.computed = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32, device=device)
-        # Host mirrors: exact pages and owners, and an upper bound of `computed`.
+        # Host mirrors: exact pages (as lists and as `page_table` has them) and
+        # owners, and an upper bound of `computed`.
         self.pages: list[list[int]] = [[] for _ in range(num_slots)]
+        self.host_table = np.zeros((num_slots, max_pages), dtype=np.int32)
         self.bound = [0] * num_slots
         self.epoch = [-1] * num_slots
         self.writer: defaultdict[int, int] = defaultdict(int)  # by page: another for each new owner
@@ -78,6 +81,7 @@ class SlotTable:
         slot, place, _, half = demotion
         slots, places, changed = self._growth
         self.pages[slot][place] = half
+        self.host_table[slot, place] = half
         slots.append(slot)
         places.append(place)
         changed.append(half)
@@ -86,6 +90,7 @@ class SlotTable:
         slots, places, added = self._growth
         start = len(self.pages[slot])
         self.pages[slot] += pages
+        self.host_table[slot, start : start + len(pages)] = pages
         slots += [slot] * len(pages)
         places += range(start, start + len(pages))
         added += pages
@@ -94,12 +99,6 @@ class SlotTable:
         """What the device's table has not been told: to be sent to it, and written there."""
         growth, self._growth = self._growth, ([], [], [])
         return growth
-
-    def flush(self) -> None:
-        """Tells the device's table at once; for who reads it before the step's batch is built."""
-        if self._growth[0]:
-            device = self.page_table.device
-            self.write_growth(*(upload(part, device) for part in self.take_growth()))
 
     def write_growth(self, slots: Tensor, places: Tensor, pages: Tensor) -> None:
         """`take_growth`'s lists, on the device: each [n] int64."""

@@ -191,9 +191,6 @@ class Worker:
             drafting = NO_DRAFTING
             shadows: tuple[Shadow, ...] = ()
             if self._drafting is not None:
-                if any(row.drafts or row.ahead for row in rows):
-                    self._slots.flush()  # before a thread beside this one reads the page table
-                    self._executor.computes()
                 rows, drafting = self._drafting.draft(plan)
                 shadows = self._drafting.take_shadows()
                 self._drafting.look_ahead(rows)

@@ -18,17 +18,18 @@ from kernels.ops import AttentionBatch
 
 @dataclass(frozen=True, slots=True)
 class ChainRows:
-    """The sequences that draft, one entry each. Parameters as in kernels/sampling/reference.py."""
+    """The sequences that draft. Parameters as in kernels/sampling/reference.py, of all slots."""
 
+    slot: Tensor  # [rows] int64
     length: Tensor  # [rows] int64, known tokens: the position of the first draft
     most: Tensor  # [rows] int64, at least 1
-    temperature: Tensor  # [rows] float32, 0 is greedy
-    log_min_p: Tensor  # [rows] float32, -inf is off
-    top_k: Tensor  # [rows] int64
-    top_p: Tensor  # [rows] float64
-    seed: Tensor  # [rows] int64
-    choice: Tensor  # [rows] int64
     page_table: Tensor  # [rows, pages] int32, up to the last draft
+    temperature: Tensor  # [slots] float32, 0 is greedy
+    log_min_p: Tensor  # [slots] float32, -inf is off
+    top_k: Tensor  # [slots] int64
+    top_p: Tensor  # [slots] float64
+    seed: Tensor  # [slots] int64
+    choice: Tensor  # [slots] int64
 
 
 class NativeChain:
@@ -69,6 +70,7 @@ class NativeChain:
         counts = torch.empty(count, dtype=torch.int64)
         second = torch.empty(count, width, dtype=torch.int64) if others else None
         columns = (
+            rows.slot,
             rows.length,
             rows.most,
             rows.temperature,
@@ -106,6 +108,7 @@ class NativeChain:
 class _Chain(Structure):
     _fields_: ClassVar = [
         ("head", POINTER(Projection)),
+        ("slot", c_void_p),
         ("length", c_void_p),
         ("most", c_void_p),
         ("temperature", c_void_p),

@@ -46,14 +46,14 @@ def scores(history: Sequence[int], vocab: int) -> Tensor:
 
 
 def step(
-    history: Sequence[int], position: int, vocab: int, drawn_of: int, by: ChainRows, row: int
+    history: Sequence[int], position: int, vocab: int, drawn_of: int, by: ChainRows, slot: int
 ) -> tuple[int, float]:
     """A draft after a text and its confidence, as the specification has them."""
     logits = torch.full((1, drawn_of), -torch.inf)
     both = min(vocab, drawn_of)
     logits[0, :both] = scores(history, vocab)[:both]
-    at = slice(row, row + 1)
-    if by.temperature[row] == 0:
+    at = slice(slot, slot + 1)
+    if by.temperature[slot] == 0:
         token = int(logits.argmax())
     else:
         key = NoiseKey(by.seed[at], by.choice[at], torch.tensor([position]))
@@ -124,7 +124,8 @@ class Model:
             while True:
                 length = known + len(tokens[row])
                 text = self._text(kv, pages, length).tolist()
-                token, sure = step(text, length, self.vocab, vocab_size, rows, row)
+                slot = int(rows.slot[row])
+                token, sure = step(text, length, self.vocab, vocab_size, rows, slot)
                 tokens[row].append(token)
                 confidence[row].append(sure)
                 belief *= sure
@@ -192,6 +193,7 @@ class Setting:
     def expected(self, slot: int, most: int, least: float = 0.0) -> Guess:
         state = self.sampling
         rows = ChainRows(
+            slot=torch.empty(0),
             length=torch.empty(0),
             most=torch.empty(0),
             temperature=state.temperature,

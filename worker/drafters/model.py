@@ -268,17 +268,17 @@ class ModelDrafter:
         count = len(through)
         ids, batch = self._laid_out(readings, max(row.ask.most for row in through))
         sampling = self._sampler.slots
-        slot = torch.tensor([row.ask.slot for row in through])
         drafting = ChainRows(
+            slot=torch.tensor([row.ask.slot for row in through]),
             length=torch.tensor([len(row.ask.tokens) for row in through]),
             most=torch.tensor([row.ask.most for row in through]),
-            temperature=sampling.temperature[slot],
-            log_min_p=sampling.log_min_p[slot],
-            top_k=sampling.top_k[slot],
-            top_p=sampling.top_p[slot],
-            seed=sampling.seed[slot],
-            choice=sampling.choice[slot],
             page_table=batch.page_table[:count],
+            temperature=sampling.temperature,
+            log_min_p=sampling.log_min_p,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            choice=sampling.choice,
         )
         read = self._last_tokens(readings[:count])
         others = any(row.ask.ahead for row in through)

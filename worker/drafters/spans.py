@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import AttentionBatch
-from kernels.sampling.upload import send, upload
+from kernels.sampling.upload import send
 from worker.slots import SlotTable
 
 Span = tuple[int, int, int]  # a slot, and positions from the first to before the last
@@ -29,33 +29,32 @@ def span_batch(
     """One ragged forward over known positions; the page table reaches `more` positions further.
     `moved`: of each span, if of any. Does not wait for the device."""
     device, size = slots.tokens.device, slots.page_size
-    slots.flush()
     table = np.array(spans, dtype=np.int64)
-    counts = table[:, 2] - table[:, 1]
+    row_slots, lengths = table[:, 0], table[:, 2]
+    counts = lengths - table[:, 1]
     starts = np.zeros(len(spans) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
     rows = np.repeat(np.arange(len(spans)), counts)
-    positions = np.arange(starts[-1]) - starts[rows] + table[rows, 1]
-    longest = int(table[:, 2].max())
-
-    def put(values: np.ndarray) -> Tensor:
-        return send(torch.from_numpy(values), device)
-
-    row_slots, token_rows, at = put(table[:, 0].copy()), put(rows), put(positions)
-    width = -(-(longest + more) // size)
-    page_table = slots.page_table[row_slots, :width]
+    positions = np.arange(starts[-1]) + (table[:, 1] - starts[:-1])[rows]
+    longest = int(lengths.max())
+    pages = slots.host_table[row_slots, : -(-(longest + more) // size)]
     for row, elsewhere in enumerate(moved):
         if elsewhere is not None:
-            pages = elsewhere.pages[: max(width - elsewhere.first, 0)]
-            to = slice(elsewhere.first, elsewhere.first + len(pages))
-            page_table[row, to] = upload(pages, device, page_table.dtype)
+            first, put = elsewhere
+            pages[row, first : first + len(put)] = put[: max(pages.shape[1] - first, 0)]
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return send(torch.from_numpy(values), device)
+
     return AttentionBatch(
-        positions=at,
-        token_rows=token_rows,
-        query_starts=put(starts),
-        kv_lengths=put(table[:, 2].astype(np.int32)),
-        page_table=page_table,
-        kv_slots=page_table[token_rows, at // size].long() * size + at % size,
+        positions=on_device(positions),
+        token_rows=on_device(rows),
+        query_starts=on_device(starts),
+        kv_lengths=on_device(lengths.astype(np.int32)),
+        page_table=on_device(pages),
+        kv_slots=on_device(
+            pages[rows, positions // size].astype(np.int64) * size + positions % size
+        ),
         max_query=int(counts.max()),
         max_kv=longest,
     )

@@ -14,9 +14,10 @@ using namespace native;
 extern "C" {
 
 // Mirror of the structure in `chain.py`. Rows are the sequences that draft: the first rows of `step`,
-// which reads the last token of each. Arrays hold one entry a row.
+// which reads the last token of each. Arrays hold one entry a row, those of parameters one a slot.
 struct NativeChain {
     const NativeProjection* head;
+    const int64_t* slot;
     const int64_t* length;  // known tokens: the position of the first draft
     const int64_t* most;    // drafts, at least 1
     const float* temperature;
@@ -83,9 +84,10 @@ class Chain {
             const int64_t r = alive_[i], count = chain_.counts[r]++;
             float* x = logits_.data() + i * columns;
             const TiledRow row(x, vocab_, maxima_);
-            const Draw by{chain_.temperature[r], chain_.log_min_p[r], chain_.top_k[r],
-                          chain_.top_p[r], (uint64_t)chain_.seed[r], (uint32_t)chain_.choice[r],
-                          (uint32_t)(chain_.length[r] + count)};
+            const int64_t slot = chain_.slot[r];
+            const Draw by{chain_.temperature[slot], chain_.log_min_p[slot], chain_.top_k[slot],
+                          chain_.top_p[slot], (uint64_t)chain_.seed[slot],
+                          (uint32_t)chain_.choice[slot], (uint32_t)(chain_.length[r] + count)};
             const int64_t token = choose(row, vocab_, by, found_);
             const float sure = row.usable ? probability(x, vocab_, token, row.top) : 0;
             chain_.tokens[r * chain_.width + count] = token;
