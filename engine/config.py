@@ -276,8 +276,8 @@ class SpeculationConfig:
     draft_ahead: Literal["auto", "on", "off"] = option(
         "auto",
         "Whether the draft model goes on for the likeliest outcome while its drafts are verified:"
-        " `auto` finds out whether that is faster, on a CPU of three threads and more, one of which it"
-        " takes; on a GPU it has not run yet and has to be asked for.",
+        " `auto` finds out whether that is faster, on a CPU of three threads and more, one of which"
+        " it takes; on a GPU it has not run yet and has to be asked for.",
     )
 
 

@@ -119,7 +119,10 @@ class Controller:
     def plan(self, running: list[Sequence], joining: int = 0, unread: int = 0) -> Rules:
         self._plans += 1
         if self._steps.stale and not self._resting:
-            self._resting = REFRESH
+            # Beside prompts little would be seen of them; that can wait, but not for ever.
+            reading = joining > 0 or any(s.fed < len(s.tokens) for s in running)
+            if not reading or self._steps.stale > 1:
+                self._resting = REFRESH
         if self._resting:
             self._resting -= 1
             for sequence in running:
@@ -407,7 +410,7 @@ class Controller:
         wall = now - before
         computed = result.seconds + result.drafting.seconds
         if wall < 4 * computed:  # else nobody was there for a while
-            self._idle.observe(max(wall - computed, 0.0), drafts=not alone)
+            self._idle.observe(wall - computed, drafts=not alone)
             self._exploration.earn(stands_for * wall)
         prompts, live, shape = 0, plan.shape.rows, plan.shape
         if shape.tokens > shape.rows:  # seldom, where nobody drafts
@@ -418,7 +421,7 @@ class Controller:
         if not live or plan.copies:
             return
         drafts = shape.tokens > live + prompts
-        self._steps.observe(shape, drafts, result.seconds, result.drafting.ahead > 0)
+        self._steps.observe(shape, live, drafts, result.seconds, result.drafting.ahead > 0)
         if not asked:
             return
         # Prompts take the same time in all, whatever they stand beside.

@@ -38,6 +38,7 @@ class StepCost:
         self._learning = profile is None
         self._seen: dict[tuple[int, int, int], _Cell] = {}
         self._steps = 0
+        self.fits = 0  # the curve has changed so many times
         self._log = 0.0  # logarithm of the correction
         self._factor = 1.0
         self._base = self._copies = Curve((0.0,), (0.0,), (0.0,))
@@ -125,6 +126,7 @@ class StepCost:
 
     def _fit(self, points: Iterable[tuple[StepShape, float]]) -> None:
         points = list(points)
+        self.fits += 1
         self._base, (self._decode, self._pairs, self._row) = fit_curve(
             [shape.tokens for shape, _ in points],
             [[shape.decode_context, shape.chunk_pairs, shape.rows] for shape, _ in points],

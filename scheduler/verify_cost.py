@@ -8,6 +8,8 @@ time; so each of the two has a factor of its own, and neither is moved by the ot
 
 from __future__ import annotations
 
+from collections import deque
+
 from scheduler.profile import StepShape
 from scheduler.step_cost import StepCost
 
@@ -15,8 +17,8 @@ LEAST_PLAIN = 6  # steps without drafts before there are any
 # Steps with drafts after which plain ones have to be seen again: at first, when what is known of
 # them is from a machine that was still waking up; doubled each time, up to the most.
 FIRST_STALE, STALE = 32, 512
-_RATE = 0.05  # smoothing, per step
-_AFTER = 3  # the n-th plain step after drafts counts as much as n + 3 would on average
+RECENT = 12  # plain steps that say what they take
+_RATE = 0.05  # smoothing, per step with drafts
 _CLIP = 2.0  # of a factor: steps that were so much slower or faster were disturbed
 
 
@@ -26,12 +28,16 @@ class VerifyCost:
     def __init__(self, cost: StepCost, beside: float = 1.0) -> None:
         """`beside`: see `Controller`."""
         self._cost = cost
-        self._plain = 1.0  # observed over predicted, without drafts
+        # Shape, seconds and weight of the latest plain steps. They are few where there are always
+        # drafts, and the profile may change meanwhile: so they are kept, and not what they were
+        # times the prediction of their day.
+        self._recent: deque[tuple[StepShape, float, float]] = deque(maxlen=RECENT)
+        self._plain: float | None = 1.0  # observed over predicted of these; None: not known yet
+        self._fits = 0  # of the profile, when that was found
         # The same with drafts, over that: as such, and beside a draft model that works ahead.
         self._drafted = {False: 1.0, True: beside}
         self._ahead_steps = 0
         self._plain_steps = 0
-        self._in_a_row = 0  # of these, since the last step with drafts
         self._since_plain = 0
         self._stale_after = FIRST_STALE
 
@@ -41,13 +47,13 @@ class VerifyCost:
         return self._cost.ready and self._plain_steps >= LEAST_PLAIN
 
     @property
-    def stale(self) -> bool:
-        """Whether they were seen too long ago."""
-        return self._since_plain >= self._stale_after
+    def stale(self) -> int:
+        """Whether they were seen too long ago: so many times as long as they may be."""
+        return self._since_plain // self._stale_after
 
     def plain(self, shape: StepShape) -> float:
         """Of a step without drafts."""
-        return self._cost.uncorrected(shape) * self._plain
+        return self._cost.uncorrected(shape) * self._factor()
 
     def drafted(self, shape: StepShape) -> float:
         """Of a step with drafts."""
@@ -58,27 +64,41 @@ class VerifyCost:
         """How many times as long that is while a draft model works for the next step."""
         return self._drafted[True] / self._drafted[False]
 
-    def observe(self, shape: StepShape, drafts: bool, seconds: float, ahead: bool = False) -> None:
-        """A step has taken so long; `ahead`: while a draft model worked for the next."""
-        predicted = self.plain(shape)
-        if predicted <= 0.0 or seconds <= 0.0:
+    def observe(
+        self, shape: StepShape, live: int, drafts: bool, seconds: float, ahead: bool = False
+    ) -> None:
+        """A step has taken so long; `live`: its rows that are no chunks of prompts, for what a step
+        takes that is mostly prompts says little about one that has none; `ahead`: while a draft
+        model worked for the next."""
+        if seconds <= 0.0 or shape.tokens < 1:
             return
         if not drafts:
             if self.stale:
                 self._stale_after = min(2 * self._stale_after, STALE)
             self._plain_steps, self._since_plain = self._plain_steps + 1, 0
-            self._in_a_row += 1
-            rate = max(_RATE, 1.0 / self._plain_steps, 1.0 / (self._in_a_row + _AFTER))
-            self._plain *= 1.0 + rate * (_clipped(seconds / predicted) - 1.0)
-        else:
-            self._since_plain += 1
-            self._in_a_row = 0
-            ratio, known = _clipped(seconds / predicted), self._drafted[ahead]
-            rate = _RATE
-            if ahead:  # at first it is a guess, and there may be few steps to see
-                self._ahead_steps += 1
-                rate = max(_RATE, 1.0 / self._ahead_steps)
-            self._drafted[ahead] = known + rate * (ratio - known)
+            self._recent.append((shape, seconds, live / shape.tokens))
+            self._plain = None
+            return
+        self._since_plain += 1
+        predicted = self.plain(shape)
+        if predicted <= 0.0:
+            return
+        ratio, known = _clipped(seconds / predicted), self._drafted[ahead]
+        rate = _RATE
+        if ahead:  # at first it is a guess, and there may be few steps to see
+            self._ahead_steps += 1
+            rate = max(_RATE, 1.0 / self._ahead_steps)
+        self._drafted[ahead] = known + rate * (ratio - known)
+
+    def _factor(self) -> float:
+        if self._plain is None or self._fits != self._cost.fits:
+            self._fits = self._cost.fits
+            found = [(w * self._cost.uncorrected(shape), w * s) for shape, s, w in self._recent]
+            usual = sum(s for _, s in found) / (sum(p for p, _ in found) or 1.0) or 1.0
+            # One slow step among many is an accident.
+            taken = sum(min(s, _CLIP * usual * p) for p, s in found)
+            self._plain = taken / (sum(p for p, _ in found) or 1.0) or 1.0
+        return self._plain
 
 
 class Idle:
@@ -93,13 +113,14 @@ class Idle:
         self._steps = {False: 0, True: 0}
 
     def observe(self, seconds: float, *, drafts: bool) -> None:
+        """`seconds` may be negative: the two ends of a step are told with some scatter."""
         self._steps[drafts] += 1
         rate = max(_RATE, 1.0 / self._steps[drafts])
         self._seconds[drafts] += rate * (seconds - self._seconds[drafts])
 
     @property
     def plain(self) -> float:
-        return self._seconds[False]
+        return max(self._seconds[False], 0.0)
 
     @property
     def drafted(self) -> float:

@@ -358,7 +358,7 @@ def test_a_gap_target_bounds_the_step() -> None:
             sequence.fed = len(sequence.tokens)
         shape = StepShape(100, 100, 4000, 0)
         for _ in range(LEAST_PLAIN):
-            policy._steps.observe(shape, False, cost.uncorrected(shape))
+            policy._steps.observe(shape, 100, False, cost.uncorrected(shape))
         policy.plan(live)
         made = sum(s.drafts for s in live)
         return made, float(policy._verifying(live).of(100 + made))
@@ -387,7 +387,7 @@ def test_prompts_get_a_share_of_what_a_gap_target_leaves() -> None:
     for sequence in live:
         sequence.fed = len(sequence.tokens)
     for _ in range(LEAST_PLAIN):
-        policy._steps.observe(plain, False, seconds)
+        policy._steps.observe(plain, 100, False, seconds)
 
     def taken(joining: int) -> float:
         """Seconds that the drafts of all take."""
