@@ -144,14 +144,15 @@ class Waits:
     def settled(self, shape: StepShape, seconds: float, now: float, busy: bool) -> None:
         """A step of `seconds` has settled; `busy` if another was in flight already."""
         wall = seconds if self._settled_at is None else now - self._settled_at
+        predicted = self._cost.seconds(shape)
         if shape.tokens > shape.rows and shape.decode_context and self._settled_at is not None:
-            self._delayed(wall, self._cost.seconds(shape) * self.stretch)
+            self._delayed(wall, predicted * self.stretch)
         self._steps += 1
         self.seconds += wall
-        self.uncorrected += self._cost.uncorrected(shape)
+        self.uncorrected += predicted / self._cost.correction
         rate = max(_PACE, 1.0 / self._steps)
         self._wall += rate * (wall - self._wall)
-        self._model += rate * (self._cost.seconds(shape) - self._model)
+        self._model += rate * (predicted - self._model)
         self._settled_at = now if busy else None
 
     def _delayed(self, wall: float, expected: float) -> None:
@@ -164,9 +165,8 @@ class Waits:
     def admitted(self, forecast: WaitForecast | None, waited: float) -> None:
         """A request got a slot after `waited` seconds.
 
-        By then as many as waited before it were admitted, and others were let in by what is learnt
-        only now. Who follows errors faster than they are seen corrects them twice, and what is let
-        in swings; so waits are smoothed over as many admissions as lie between.
+        Waits are smoothed over as many admissions as there were since it arrived. Who follows
+        errors faster than they are seen corrects them twice, and now lets in nobody, now everybody.
         """
         self._admitted += 1
         if forecast is None or not 2 * self._wall <= forecast.model_s < math.inf:
