@@ -278,7 +278,7 @@ def rows_of(name: str, outcomes: Mapping[str, Outcome]) -> list[Row]:
         Row(f"{name}: requests evicted", ours.evicted),
         Row(
             f"{name}: utilisation until {WARM} ends over oracle's until then",
-            ours.first_utilisation / oracle.first_utilisation,
+            ours.first_utilisation / max(oracle.first_utilisation, 1e-9),
             0.9,
         ),
     ]
