@@ -8,6 +8,7 @@ reserve alone. `aggressive` is swept over its watermark, on each trace separatel
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -29,8 +30,8 @@ from scheduler.workloads import WORKLOADS
 
 SEED = 20261126
 SEEDS = 3  # traces of each kind, whose results are averaged
-# Of a short one so many times as many: who is in time there hangs on how arrivals fall.
-MORE_SEEDS = {"chat": 2}
+# Of some so many times as many: who is in time there hangs on how arrivals fall.
+MORE_SEEDS = {"chat": 2, "reasoning": 2}
 LOAD = 1.2  # of what the oracle sustains
 TARGETS = Targets(ttft=10.0, mtpot=1.5)
 WATERMARKS = (0.0, 0.05, 0.1, 0.2)
@@ -136,11 +137,13 @@ class Outcome:
     mtpot_p99: float
     utilisation: float  # while requests arrive
     warm_utilisation: float  # once WARM requests have finished
-    cold_utilisation: float  # between the last tenth before that and that
+    cold_utilisation: float  # during the last fifth of those
+    first_utilisation: float  # from the first arrival until then
     evicted: float  # share of the accepted
     warm_evicted: float  # of those accepted after WARM ends
     late_evicted: float  # of those accepted WARM ends after the middle of the trace
     recomputed: float  # share of all tokens computed
+    goodputs: tuple[float, ...]  # of each run
     series: Mapping[str, list[float]]
 
 
@@ -156,12 +159,13 @@ def outcome_of(name: str, policy: str, load: float, report: SimulationReport) ->
     settled = after[min(WARM, len(after) - 1)]
     accepted = [r for r in records if not r.refused]
     used = partial(report.timeline.mean, "used")
+    # Over the time in which requests arrive and are served, the same for all policies.
+    goodput = sum(r.ended <= last for r in report.good if r.ended is not None) / last
     return Outcome(
         trace=name,
         policy=policy,
         load=load,
-        # Over the time in which requests arrive and are served, the same for all policies.
-        goodput=sum(r.ended <= last for r in report.good if r.ended is not None) / last,
+        goodput=goodput,
         throughput=sum(end <= last for end in ends) / last,
         steady_throughput=sum(last / 2 < end <= last for end in ends) / (last / 2),
         refused=summary["refused"] / len(records),
@@ -170,10 +174,12 @@ def outcome_of(name: str, policy: str, load: float, report: SimulationReport) ->
         utilisation=used(0.0, last),
         warm_utilisation=used(warm, last) if warm < last - 2 else used(0.0, last),
         cold_utilisation=used(before, max(warm, before + 2)),
+        first_utilisation=used(0.0, warm),
         evicted=summary["evicted_share"],
         warm_evicted=_evicted(accepted, warm),
         late_evicted=_evicted(accepted, settled),
         recomputed=summary["recomputed_share"],
+        goodputs=(goodput,),
         series=report.timeline.columns(),
     )
 
@@ -190,9 +196,10 @@ def mean_of(outcomes: list[Outcome]) -> Outcome:
     means = {
         f.name: float(np.mean([getattr(o, f.name) for o in outcomes]))
         for f in fields(Outcome)
-        if f.name not in ("trace", "policy", "series")
+        if f.name not in ("trace", "policy", "goodputs", "series")
     }
-    return Outcome(trace=first.trace, policy=first.policy, series=first.series, **means)
+    goodputs = tuple(o.goodput for o in outcomes)
+    return Outcome(first.trace, first.policy, goodputs=goodputs, series=first.series, **means)
 
 
 def offered_load(scenario: Scenario, name: str, seconds: float) -> float:
@@ -252,15 +259,16 @@ def rows_of(name: str, outcomes: Mapping[str, Outcome]) -> list[Row]:
     )
     least = LEAST_GAIN.get(name)
 
-    def over(other: Outcome) -> float:
-        return ours.goodput / max(other.goodput, 1e-9)
+    def over(what: str, other: Outcome, least: float | None = None) -> Row:
+        ratio = ours.goodput / max(other.goodput, 1e-9)
+        return Row(f"{name}: {what}", ratio, least, interval=_spread(ours, other, ratio))
 
     evicted = MOST_EVICTED.get(name, 0.02)
     rows = [
-        Row(f"{name}: goodput over conservative", over(outcomes["conservative"]), least),
-        Row(f"{name}: goodput over aggressive 5 %", over(outcomes["aggressive 5.0%"]), least),
-        Row(f"{name}: over {swept.policy}, best", over(swept), LEAST_OVER_SWEPT.get(name, 0.97)),
-        Row(f"{name}: goodput over oracle", over(oracle)),
+        over("goodput over conservative", outcomes["conservative"], least),
+        over("goodput over aggressive 5 %", outcomes["aggressive 5.0%"], least),
+        over(f"over {swept.policy}, best", swept, LEAST_OVER_SWEPT.get(name, 0.97)),
+        over("goodput over oracle", oracle),
         Row(
             f"{name}: warm utilisation over oracle's",
             ours.warm_utilisation / max(oracle.warm_utilisation, 1e-9),
@@ -268,13 +276,26 @@ def rows_of(name: str, outcomes: Mapping[str, Outcome]) -> list[Row]:
         ),
         Row(f"{name}: requests evicted once warm", ours.warm_evicted, evicted, "at most"),
         Row(f"{name}: requests evicted", ours.evicted),
+        Row(
+            f"{name}: utilisation until {WARM} ends over oracle's until then",
+            ours.first_utilisation / max(oracle.first_utilisation, 1e-9),
+            0.9,
+        ),
     ]
     if evicted is not None:  # where the load of the first is that of the others
-        cold = ours.cold_utilisation
-        rows += [
-            Row(f"{name}: utilisation by {WARM} ends over warm", cold / ours.warm_utilisation, 0.9),
-            Row(f"{name}: the same over the oracle's by then", cold / oracle.cold_utilisation),
-        ]
+        cold = ours.cold_utilisation / ours.warm_utilisation
+        rows.append(Row(f"{name}: utilisation by {WARM} ends over warm", cold, 0.9))
     if name == "shift":
         rows.append(Row("shift: evicted after it", ours.late_evicted, 0.05, "at most"))
     return rows
+
+
+def _spread(ours: Outcome, other: Outcome, ratio: float) -> tuple[float, float] | None:
+    """Two standard errors of a ratio of means either way, by how it differs from trace to trace;
+    None of a single one."""
+    count = len(ours.goodputs)
+    if count < 2:
+        return None
+    apart = np.array(ours.goodputs) - ratio * np.array(other.goodputs)
+    error = 2 * float(np.std(apart, ddof=1)) / math.sqrt(count) / max(other.goodput, 1e-9)
+    return ratio - error, ratio + error

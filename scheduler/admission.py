@@ -132,7 +132,7 @@ class Admission:
         self._page_size = page_size
         self._running: list[Sequence] = []
         self._forecast: Forecast | None = None
-        self._page_ends: Ints = NO_PAGES  # by page: when the last of its several holders ends
+        self._page_ends: dict[int, int] = {}  # by page: when the last of its several holders ends
         self._asked = (Growth(0, 0, 1.0, 0), NO_PAGES)  # `_growth` of the last candidate
         self.peak = 0  # pages that the last forecast saw held at once
 
@@ -171,7 +171,7 @@ class Admission:
         growth, ends = self._asked
         forecast.add(growth, ends[ends > NOBODY])
         self.peak = forecast.peak
-        self._page_ends[hits] = np.maximum(ends, growth.end)
+        self._page_ends.update(zip(hits, np.maximum(ends, growth.end).tolist(), strict=True))
 
     def _make(self) -> Forecast:
         """The forecast for those who run, and the ends of the pages they share."""
@@ -181,27 +181,26 @@ class Admission:
             shared = np.array([pool.shared(s.pages) for s in running], dtype=np.int64)
         else:
             shared = np.zeros(len(running), dtype=np.int64)
-        length = np.array([len(s.tokens) for s in running], dtype=np.int64)
-        final = np.array([s.prompt_len + s.guess + IN_FLIGHT for s in running], dtype=np.int64)
-        final = np.minimum(final, [s.limit for s in running])
+        length = np.array([len(s.tokens) for s in running], dtype=np.int64) + IN_FLIGHT
+        final = np.array([_final(s) for s in running], dtype=np.int64)
         batch = Batch.of(
-            length + IN_FLIGHT,
-            np.maximum(final - length - IN_FLIGHT, 0),
+            length,
+            np.maximum(final - length, 0),
             np.array([s.pace for s in running], dtype=np.float64),
             shared,
         )
-        self._page_ends = np.full(pool.total + 1, NOBODY)
+        ends = self._page_ends = {}
         sharers = np.flatnonzero(shared)
         for i in sharers[np.argsort(batch.end[sharers])].tolist():  # the last to end has its say
-            self._page_ends[running[i].pages[: shared[i]]] = batch.end[i]
-        return Forecast(batch, self._page_size, self._page_ends[self._page_ends > NOBODY])
+            ends.update(dict.fromkeys(running[i].pages[: shared[i]], int(batch.end[i])))
+        return Forecast(batch, self._page_size, np.array(list(ends.values()), dtype=np.int64))
 
     def _growth(self, sequence: Sequence, hits: list[int]) -> tuple[Growth, Ints]:
         """How a candidate would grow, and by hit: when others let go of the page, or `NOBODY`."""
         self.policy.lengths.update([sequence])
         ends = NO_PAGES
         if hits:
-            ends = self._page_ends[hits]
+            ends = np.array([self._page_ends.get(page, NOBODY) for page in hits])
             if self._pool.held(hits[0]) and ends.min() == NOBODY:
                 self._ask_owners(hits, ends)
         length = len(sequence.tokens) + IN_FLIGHT

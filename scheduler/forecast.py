@@ -69,10 +69,14 @@ class Batch:
         )
 
     def plus(self, growth: Growth) -> Batch:
-        return Batch(*map(np.append, self.columns(), (*growth, growth.end)))
-
-    def columns(self) -> tuple[Ints, Ints, Floats, Ints, Ints]:
-        return self.length, self.remaining, self.pace, self.shared, self.end
+        length, remaining, pace, shared = growth
+        return Batch(
+            np.concatenate((self.length, [length])),
+            np.concatenate((self.remaining, [remaining])),
+            np.concatenate((self.pace, [pace])),
+            np.concatenate((self.shared, [shared])),
+            np.concatenate((self.end, [growth.end])),
+        )
 
 
 def pages_at(batch: Batch, now: int, page_size: int) -> int:
@@ -89,38 +93,42 @@ def pages_at_ends(batch: Batch, times: Ints, page_size: int) -> Ints:
     rounded quotients only the remainders depend on t, and they are counted by residue class: this
     costs O(n · page size) per distinct pace, where adding up batches would cost O(n²).
     """
-    rows = np.searchsorted(times, batch.end)
-    last = (batch.length + batch.remaining + page_size - 1) // page_size - batch.shared
-    held = np.bincount(rows, weights=last, minlength=len(times)).astype(np.int64)  # who ends then
+    count = len(times)
+    rows = times.searchsorted(batch.end)
+    # Rounded up to pages, and without what is counted apart.
+    begun = batch.length - page_size * batch.shared + (page_size - 1)
+    last = (begun + batch.remaining) // page_size
+    held = np.bincount(rows, last, count).astype(np.int64)  # who ends then
     residues = np.arange(page_size)
-    for pace in np.unique(batch.pace):
+    for pace in set(batch.pace.tolist()):
         of_pace = batch.pace == pace
-        start = batch.length[of_pace] + page_size - 1
-        ends = rows[of_pace]
-        # By time: how many live on, what they began with, and how many of each residue.
-        count = _beyond(ends, None, len(times))
-        begun = _beyond(ends, start, len(times))
-        apart = _beyond(ends, batch.shared[of_pace], len(times))
-        classes = np.bincount(
-            ends * page_size + start % page_size, minlength=len(times) * page_size
-        ).reshape(-1, page_size)
-        classes = classes.sum(axis=0) - np.cumsum(classes, axis=0)
-        grown = (pace * times).astype(np.int64)
-        rest = (classes * ((residues + grown[:, None]) % page_size)).sum(axis=1)
-        held += (begun + count * grown - rest) // page_size - apart
+        start, ends = begun[of_pace], rows[of_pace]
+        # By time: what those who live on began with, and how many there are of each residue.
+        sums = np.bincount(ends, start, count).astype(np.int64)
+        classes = np.bincount(ends * page_size + start % page_size, minlength=count * page_size)
+        sums, classes = _beyond(sums), _beyond(classes.reshape(-1, page_size))
+        grown = (pace * times).astype(np.int64)[:, None]
+        sums += (classes * (grown - (residues + grown) % page_size)).sum(axis=1)
+        held += sums // page_size
     # Of those in their last step, who then has all its tokens has grown by fewer than its pace.
-    rows = np.searchsorted(times, batch.end - LAG)
-    full = batch.length + (batch.pace * (batch.end - LAG)).astype(np.int64)
-    over = (full + page_size - 1) // page_size - batch.shared - last
-    mended = times[rows] == batch.end - LAG
-    held -= np.bincount(rows[mended], weights=over[mended], minlength=len(times)).astype(np.int64)
+    final = batch.end - LAG
+    full = (batch.pace * final).astype(np.int64)
+    if (full != batch.remaining).any():
+        rows = times.searchsorted(final)
+        mended = times[rows] == final
+        over = (begun + full) // page_size - last
+        held -= np.bincount(rows[mended], over[mended], count).astype(np.int64)
     return held
 
 
-def _beyond(rows: Ints, values: Ints | None, length: int) -> Ints:
-    """By row: the sum of the values, or the number, of what stands in a later row."""
-    sums = np.bincount(rows, weights=values, minlength=length).astype(np.int64)
-    return sums.sum() - np.cumsum(sums)
+def _beyond(sums: Ints) -> Ints:
+    """By row: the sum of the later ones."""
+    return np.asarray(sums.sum(axis=0) - sums.cumsum(axis=0))
+
+
+def _inserted(values: Ints, where: int, value: int) -> Ints:
+    """What `np.insert` returns, in a fifth of its time."""
+    return np.concatenate((values[:where], [value], values[where:]))
 
 
 class Forecast:
@@ -175,8 +183,8 @@ class Forecast:
         end = growth.end
         where = int(np.searchsorted(self._times, end))
         if where == len(self._times) or self._times[where] != end:
-            self._held = np.insert(self._held, where, self._at(end))
-            self._times = np.insert(self._times, where, end)
+            self._held = _inserted(self._held, where, self._at(end))
+            self._times = _inserted(self._times, where, end)
         self._held[: where + 1] += self._brings(growth, held_ends, self._times[: where + 1])
         self._batch = self._batch.plus(growth)
         if len(held_ends):

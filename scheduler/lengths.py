@@ -8,7 +8,6 @@ it ends. What answers is the policy: `PastFuture` draws from the past, `NothingM
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Mapping
 from operator import neg
 from typing import Any, Protocol
@@ -54,25 +53,25 @@ class LengthWindow:
         if size < 1 or doubt <= 0:
             raise ValueError("the window needs a size of at least 1 and a positive doubt")
         self._doubt = doubt
-        self._past: deque[tuple[int, bool]] = deque(maxlen=size)  # length, whether it was cut short
+        # Length, and whether it was cut short; the `added`-th stands in row `added` modulo `size`.
+        self._past = np.zeros((size, 2), dtype=np.int64)
         self.added = 0  # lengths since the start
         self._curve: tuple[list[int], list[float]] | None = None
 
     def __len__(self) -> int:
-        return len(self._past)
+        return min(self.added, len(self._past))
 
     def add(self, length: int, cut_short: bool) -> None:
-        self._past.append((length, cut_short))
+        self._past[self.added % len(self._past)] = length, cut_short
         self.added += 1
         self._curve = None
 
     def curve(self) -> tuple[list[int], list[float]]:
         """Lengths at which answers ended, ascending, and the share that got longer than each."""
         if self._curve is None:
-            past = np.array(self._past, dtype=np.int64).reshape(-1, 2)
-            lengths = np.sort(past[:, 0])
-            ends, deaths = np.unique(past[past[:, 1] == 0, 0], return_counts=True)
-            at_risk = len(lengths) - np.searchsorted(lengths, ends) + self._doubt
+            lengths, cut_short = self._past[: len(self)].T
+            ends, deaths = np.unique(lengths[cut_short == 0], return_counts=True)
+            at_risk = len(self) - np.sort(lengths).searchsorted(ends) + self._doubt
             self._curve = ends.tolist(), np.cumprod(1.0 - deaths / at_risk).tolist()
         return self._curve
 
@@ -96,7 +95,8 @@ class LengthWindow:
 
     def state(self) -> dict[str, Any]:
         """What to keep between two starts; plain JSON."""
-        return {"version": 1, "lengths": [[length, int(cut)] for length, cut in self._past]}
+        oldest = self.added % len(self) if len(self) else 0
+        return {"version": 1, "lengths": np.roll(self._past[: len(self)], -oldest, axis=0).tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes a kept state back. Raises `ValueError` for anything else."""
@@ -108,9 +108,8 @@ class LengthWindow:
             raise ValueError(f"not a state of a length window: {error!r}") from error
         if any(length < 0 for length, _ in past):
             raise ValueError("a length is negative")
-        self._past.extend(past)
-        self.added += len(past)
-        self._curve = None
+        for length, cut in past:
+            self.add(length, cut)
 
 
 class PastFuture:

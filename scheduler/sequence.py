@@ -21,11 +21,12 @@ NO_ROW = Row(slot=0, epoch=0, chunk=None, samples=False)
 @dataclass(frozen=True, slots=True)
 class WaitForecast:
     """Seconds from arrival until a sequence should be admitted and have its first token. `model_s`
-    is the admission before it was corrected by experience."""
+    is the admission before it was corrected by experience, of `admitted` requests."""
 
     admission_s: float
     first_token_s: float
     model_s: float = 0.0
+    admitted: int = 0
 
 
 class Phase(Enum):

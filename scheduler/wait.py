@@ -26,11 +26,11 @@ from scheduler.profile import StepShape
 from scheduler.sequence import WaitForecast
 from scheduler.step_cost import StepCost
 
-_RATE = 0.05  # smoothing of past waits, per admission that was predicted to wait
+_RATE = 0.05  # smoothing of past waits, per admission that was predicted to wait, at most
 _IN_TIME = 0.95  # of those let in for a target
 _FIRST_ERROR = 0.3  # of a predicted wait, before any has ended
 _LARGEST_ERROR = 3.0  # that counts in full
-_STEP = 0.2  # by which the margin moves, as a share of the usual error or of itself
+_STEP = 4.0  # by which the margin moves, times the smoothing and the usual error or itself
 _BOUND = 4.0  # of the correction, either way
 _PACE = 0.05  # smoothing of step times, per settled step
 _PUNCTUAL = 0.99  # of the steps that do more than a token a row
@@ -91,6 +91,7 @@ class Waits:
         self._waited = self._modelled = 0.0
         self._error = _FIRST_ERROR
         self._margin = 0.0
+        self._admitted = 0  # requests since the start
         self._wall = 0.0  # seconds from one settled step to the next, smoothed
         self._model = 0.0  # the same as the cost model has it
         self._steps = 0
@@ -143,14 +144,15 @@ class Waits:
     def settled(self, shape: StepShape, seconds: float, now: float, busy: bool) -> None:
         """A step of `seconds` has settled; `busy` if another was in flight already."""
         wall = seconds if self._settled_at is None else now - self._settled_at
+        predicted = self._cost.seconds(shape)
         if shape.tokens > shape.rows and shape.decode_context and self._settled_at is not None:
-            self._delayed(wall, self._cost.seconds(shape) * self.stretch)
+            self._delayed(wall, predicted * self.stretch)
         self._steps += 1
         self.seconds += wall
-        self.uncorrected += self._cost.uncorrected(shape)
+        self.uncorrected += predicted / self._cost.correction
         rate = max(_PACE, 1.0 / self._steps)
         self._wall += rate * (wall - self._wall)
-        self._model += rate * (self._cost.seconds(shape) - self._model)
+        self._model += rate * (predicted - self._model)
         self._settled_at = now if busy else None
 
     def _delayed(self, wall: float, expected: float) -> None:
@@ -161,16 +163,22 @@ class Waits:
             self._delay = max(1.0, min(self._delay, _BOUND))
 
     def admitted(self, forecast: WaitForecast | None, waited: float) -> None:
-        """A request got a slot after `waited` seconds."""
+        """A request got a slot after `waited` seconds.
+
+        Waits are smoothed over as many admissions as there were since it arrived. Who follows
+        errors faster than they are seen corrects them twice, and now lets in nobody, now everybody.
+        """
+        self._admitted += 1
         if forecast is None or not 2 * self._wall <= forecast.model_s < math.inf:
             return  # too short to learn from, or it was wrong, but nobody knows by how much
         if forecast.admission_s <= 0.0:
             return  # it was let in at once
-        self._waited += _RATE * (waited - self._waited)
-        self._modelled += _RATE * (forecast.model_s - self._modelled)
+        rate = min(_RATE, 1.0 / (self._admitted - forecast.admitted))
+        self._waited += rate * (waited - self._waited)
+        self._modelled += rate * (forecast.model_s - self._modelled)
         error = waited / forecast.admission_s - 1.0
-        self._error += _RATE * (min(abs(error), _LARGEST_ERROR) - self._error)
-        step = _STEP * max(self._error, self._margin)
+        self._error += rate * (min(abs(error), _LARGEST_ERROR) - self._error)
+        step = _STEP * rate * max(self._error, self._margin)
         self._margin += step * (_IN_TIME if error > self._margin else _IN_TIME - 1.0)
         self._margin = max(self._margin, 0.0)
 
@@ -193,7 +201,8 @@ class Waits:
         admission = model * self.correction
         begin = math.ceil(own.prompt / chunk) + 1  # its chunks, and the step in flight before them
         prompt_seconds = self.step_seconds(batch, min(own.prompt, chunk))
-        return WaitForecast(admission, admission + begin * prompt_seconds, model)
+        first = admission + begin * prompt_seconds
+        return WaitForecast(admission, first, model, self._admitted)
 
     def step_seconds(self, batch: Batch, chunk: float) -> float:
         """Of a step of this batch with so many prompt tokens."""

@@ -6,8 +6,10 @@ import math
 import random
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 
+from benchmarks.scheduling_policies import SERVED, TARGETS, play
 from scheduler.admission import make_policy
 from scheduler.gate import KNOWN_ENDS, MAX_RETRY_AFTER, MIN_RETRY_AFTER, Overloaded
 from scheduler.plan import RowResult, StepPlan
@@ -17,6 +19,7 @@ from scheduler.scheduler import Scheduler
 from scheduler.sequence import WaitForecast
 from scheduler.step_cost import StepCost
 from scheduler.wait import Releases, Waits
+from scheduler.workloads import WORKLOADS
 from tests.scheduler.clocked import NONE, Clocked
 from tests.scheduler.driving import pair, request
 
@@ -296,14 +299,24 @@ def test_the_margin_holds_nineteen_twentieths_of_the_errors() -> None:
     waits = Waits(StepCost.learning())
     assert waits.margin == 0.0
     rng, margins = random.Random(3), []
-    for _ in range(3000):
-        waits.admitted(WaitForecast(10.0, 11.0, 10.0), 10.0 * rng.uniform(0.5, 1.5))
+    for i in range(3000):
+        waits.admitted(WaitForecast(10.0, 11.0, 10.0, i), 10.0 * rng.uniform(0.5, 1.5))
         margins.append(waits.margin)
     assert sum(margins[1000:]) / 2000 == pytest.approx(0.45, abs=0.03)
     assert waits.correction == pytest.approx(1.0, abs=0.1)
-    for _ in range(300):
-        waits.admitted(WaitForecast(10.0, 11.0, 10.0), 10.0)
+    for i in range(3000, 3300):
+        waits.admitted(WaitForecast(10.0, 11.0, 10.0, i), 10.0)
     assert waits.margin < 0.05
+
+
+def test_who_is_let_in_does_not_swing_with_a_long_queue() -> None:
+    """Errors of waits of ten seconds were followed within half of one. Then now nearly all are
+    refused and now nobody is, and one in nine of those let in was too late."""
+    trace = WORKLOADS["multi-turn"].make(np.random.default_rng(0), 55.0, 2750, 1.0)
+    report = play(SERVED, trace, make_policy())
+    accepted = [record for record in report.records if not record.refused]
+    assert len(accepted) > 2000
+    assert sum(record.ttft > TARGETS.ttft for record in accepted) < 0.03 * len(accepted)
 
 
 def test_an_end_to_a_wait_that_none_was_foreseen_for_teaches_nothing() -> None:
