@@ -4,10 +4,11 @@ The virtual token counter of Sheng et al., "Fairness in Serving Large Language M
 the tenant with the smallest counter among those that wait goes next. Who comes back from a pause is
 lifted to the smallest counter of those that wait, less a credit, so nobody saves more than that up
 by staying away; what it was served beyond that is remembered. So of two tenants that always have
-somebody waiting, neither is served more than a constant ahead of the other, however long that lasts.
+somebody waiting, neither is served more than a constant ahead of the other, however long that
+lasts.
 
-The paper has no credit. Without it a tenant that asks for less than its share is lifted to the flood
-by each request that waits, charged for its prompt, and counts as ahead of the flood for its next.
+The credit is not the paper's. Without it a tenant that asks for less than its share, but often, is
+lifted to the flood by each request, charged for its prompt, and ahead of the flood for the next.
 
 Priority decides inside a tenant alone: clients set it themselves, and a tenant that calls all its
 requests urgent must not be served more for it.

@@ -151,6 +151,41 @@ def test_the_charge_for_a_prompt_does_not_slow_it_down() -> None:
     assert max(beside[1:]) <= budget // STEP_PART
 
 
+def chunks(clocked: Clocked) -> list[dict[str, list[tuple[int, bool]]]]:
+    """By step and tenant: the sizes of chunks, and whether they end their prompts."""
+    steps = []
+    for plan, _ in clocked.steps:
+        sizes: dict[str, list[tuple[int, bool]]] = {"flood": [], "modest": []}
+        for row in plan.rows:
+            if row.chunk:  # see `some`
+                tenant = "flood" if row.chunk[0] // 1000 % 2 else "modest"
+                sizes[tenant].append((len(row.chunk), row.samples))
+        steps.append(sizes)
+    return steps
+
+
+def test_requests_in_a_row_are_no_reason_to_read_their_prompts_in_parts() -> None:
+    """A tenant with less than its share has credit for them: the charge for one does not have it
+    count as ahead of the flood when the next comes."""
+    modest, flood = some("modest", 100, 4.0, 20), some("flood", 2000, 0.0, 200)
+    clocked = run("slots", modest, flood)
+    budget = clocked.scheduler.config.max_step_tokens
+    own = [chunk for step in chunks(clocked)[20:] for chunk in step["modest"]]
+    cut = [size for size, ends in own if not ends and size <= budget // STEP_PART]
+    assert sum(ends for _, ends in own) > 90
+    assert len(cut) < 5
+
+
+def test_the_step_that_ends_a_prompt_has_none_of_the_flood() -> None:
+    modest, flood = some("modest", 100, 4.0, 20), some("flood", 2000, 0.0, 200)
+    steps = chunks(run("slots", modest, flood))[20:]
+    ending = [step for step in steps if any(ends for _, ends in step["modest"])]
+    assert len(ending) > 80
+    assert not any(step["flood"] for step in ending)
+    # A step that only goes on with one has some of the flood's, and so has the one after its end.
+    assert sum(bool(step["flood"]) for step in steps) > 100
+
+
 def test_what_a_chunk_may_have_stays_so_for_a_step() -> None:
     """A long chunk that was let in is widened to what is left, never cut off."""
     one, _ = both = accounts(one=5, other=5)
