@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from scheduler.fair_share import Account
 from scheduler.request import Request, SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.spare import STEP_PART, Room, Spare
+from scheduler.waiting import WaitingQueue
 from tests.scheduler.clocked import Clocked
 from tests.scheduler.driving import request
 from tests.scheduler.test_gap import profiled, seconds
@@ -37,10 +39,10 @@ def some(tenant: str, count: int, rate: float, output: int, **fields) -> list[Re
     return requests
 
 
-def run(case: str, *requests: list[Request]) -> Clocked:
+def run(case: str, *requests: list[Request], **fields) -> Clocked:
     pages, slots, _ = CASES[case]
     config = SchedulerConfig(
-        num_pages=pages, max_num_seqs=slots, max_model_len=9000, max_queued_requests=10**5
+        num_pages=pages, max_num_seqs=slots, max_model_len=9000, max_queued_requests=10**5, **fields
     )
     clocked = Clocked(Scheduler(config, cost=profiled()), seconds)
     clocked.run([item for group in requests for item in group], until=SECONDS)
@@ -164,16 +166,18 @@ def chunks(clocked: Clocked) -> list[dict[str, list[tuple[int, bool]]]]:
     return steps
 
 
-def test_requests_in_a_row_are_no_reason_to_read_their_prompts_in_parts() -> None:
-    """A tenant with less than its share has credit for them: the charge for one does not have it
-    count as ahead of the flood when the next comes."""
-    modest, flood = some("modest", 100, 4.0, 20), some("flood", 2000, 0.0, 200)
-    clocked = run("slots", modest, flood)
-    budget = clocked.scheduler.config.max_step_tokens
-    own = [chunk for step in chunks(clocked)[20:] for chunk in step["modest"]]
-    cut = [size for size, ends in own if not ends and size <= budget // STEP_PART]
-    assert sum(ends for _, ends in own) > 90
-    assert len(cut) < 5
+def test_requests_at_once_count_against_a_tenant_only_beyond_its_credit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It asks for less than its share. The charge for one prompt does not have it count as ahead of
+    the flood when the next one's turn comes, and have it read in parts."""
+    modest = [replace(r, arrival=float(int(r.arrival))) for r in some("modest", 100, 4.0, 20)]
+    flood = some("flood", 2000, 0.0, 200)
+    credited = run("slots", modest, flood, max_step_tokens=256)
+    monkeypatch.setattr("scheduler.scheduler.WaitingQueue", lambda credit: WaitingQueue())
+    lifted = run("slots", modest, flood, max_step_tokens=256)
+    assert p95(credited, modest) < 0.8 * p95(lifted, modest)
+    assert tokens(credited) > 0.95 * tokens(lifted), "its prompts keep to their part of steps"
 
 
 def test_the_step_that_ends_a_prompt_has_none_of_the_flood() -> None:
