@@ -25,7 +25,7 @@ from engine.messages import (
 )
 from engine.stream import MAX_RESUMPTIONS, RequestStream
 from engine.transport import ClientTransport
-from scheduler.request import FinishReason, Load, Request
+from scheduler.request import FinishReason, Load, Output, Request
 
 log = logging.getLogger(__name__)
 
@@ -301,12 +301,18 @@ class EngineClient:
                     stream.end(reason, message, now)
             self._forget_finished()
 
+    def _begun(self, output: Output) -> bool:
+        """Whether its choice had tokens before. Who waits for its first is told first: writing to
+        the others takes a while."""
+        stream = self._streams.get(output.request_id)
+        return stream is not None and bool(stream.tokens[output.choice])
+
     def _receive(self, message: FromEngine) -> None:
         match message:
             case Step(outputs, load):
                 self._progress_at = self._clock()
                 self.load = load
-                for output in outputs:
+                for output in sorted(outputs, key=self._begun):
                     stream = self._streams.get(output.request_id)
                     if stream is None:
                         continue

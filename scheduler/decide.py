@@ -338,10 +338,7 @@ class Decider:
         if d.gap is not None and fed:
             budget = d.gap.room(fed, budget)
         if d.spare is not None:
-            charged = (
-                sequence.prompt_len - sequence.cached_tokens if sequence.admitted is not None else 0
-            )
-            budget = d.spare.room(sequence.account, budget, PROMPT_WEIGHT * charged)
+            budget = d.spare.room(sequence.account, budget, _charged(sequence))
         return budget
 
     def _use(self, d: Decision, sequence: Sequence, work: Work, fed: int, tokens: int) -> None:
@@ -352,7 +349,8 @@ class Decider:
             d.gap.add(tokens, fed)
             d.budget = d.gap.room(0, d.budget)
         if d.spare is not None:
-            d.spare.feed(sequence.account, tokens)
+            ends = fed + tokens == len(sequence.tokens)
+            d.spare.feed(sequence.account, tokens, _charged(sequence), ends)
 
     def _admit(self, d: Decision, running: list[Sequence], waiting: WaitingQueue) -> None:
         """Waiting sequences, in order, while slots, pages, budget and the forecast allow.
@@ -424,3 +422,10 @@ class Decider:
 
 def _served(sequence: Sequence) -> int:
     return sequence.account.served
+
+
+def _charged(sequence: Sequence) -> int:
+    """What its tenant was charged for its prompt already."""
+    if sequence.admitted is None:
+        return 0
+    return PROMPT_WEIGHT * (sequence.prompt_len - sequence.cached_tokens)

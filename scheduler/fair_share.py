@@ -2,9 +2,13 @@
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024):
 the tenant with the smallest counter among those that wait goes next. Who comes back from a pause is
-lifted to the smallest counter of those that wait, so nobody saves credit up by staying away; what
-it was served beyond that is remembered. So of two tenants that always have somebody waiting,
-neither is served more than a constant ahead of the other, however long that lasts.
+lifted to the smallest counter of those that wait, less a credit, so nobody saves more than that up
+by staying away; what it was served beyond that is remembered. So of two tenants that always have
+somebody waiting, neither is served more than a constant ahead of the other, however long that
+lasts.
+
+The credit is not the paper's. Without it a tenant that asks for less than its share, but often, is
+lifted to the flood by each request, charged for its prompt, and ahead of the flood for the next.
 
 Priority decides inside a tenant alone: clients set it themselves, and a tenant that calls all its
 requests urgent must not be served more for it.
@@ -45,9 +49,12 @@ class Account:
 class FairShare:
     """The accounts of all tenants that have something here, or were served ahead of others."""
 
-    __slots__ = ("_accounts", "_last", "_queued", "_sweep_at")
+    __slots__ = ("_accounts", "_credit", "_last", "_queued", "_reached", "_sweep_at")
 
-    def __init__(self) -> None:
+    def __init__(self, credit: int = 0) -> None:
+        """`credit`: weighted tokens."""
+        self._credit = credit
+        self._reached = 0  # the floor when somebody last began to wait
         self._accounts: dict[str, Account] = {}
         self._queued: dict[str, Account] = {}  # those with somebody in the queue
         self._last = Account("")  # the last to leave the queue
@@ -76,7 +83,7 @@ class FairShare:
         """What a tenant counts as served once it waits."""
         account = self._accounts.get(tenant)
         served = 0 if account is None else account.served
-        return served if tenant in self._queued else max(served, self._floor())
+        return served if tenant in self._queued else max(served, self._floor() - self._credit)
 
     def close(self, account: Account, now: float) -> None:
         """One of its sequences has ended. When nobody has any left, all begin anew as equals."""
@@ -85,10 +92,12 @@ class FairShare:
         if not account.unfinished and not any(a.unfinished for a in self._accounts.values()):
             self._accounts.clear()
             self._last = Account("")
+            self._reached = 0
 
     def queue(self, account: Account) -> None:
         """Its first sequence is about to wait."""
-        account.served = max(account.served, self._floor())
+        self._reached = self._floor()
+        account.served = max(account.served, self._reached - self._credit)
         self._queued[account.tenant] = account
 
     def unqueue(self, account: Account) -> None:
@@ -125,14 +134,15 @@ class FairShare:
             heapreplace(turns, (served, account.queue[i].order[1], account, i))
 
     def _floor(self) -> int:
-        """What who comes now has been served at least. It never falls."""
+        """What those who wait were served at least. It never falls, though who comes on credit has
+        less."""
         if self._queued:
-            return min(account.served for account in self._queued.values())
-        return self._last.served
+            return max(min(a.served for a in self._queued.values()), self._reached)
+        return max(self._last.served, self._reached)
 
     def _sweep(self, now: float) -> None:
         """Forgets who would come back as a newcomer does, and was not seen lately."""
-        floor, since = self._floor(), now - LATELY
+        floor, since = self._floor() - self._credit, now - LATELY
         self._accounts = {
             tenant: a
             for tenant, a in self._accounts.items()
@@ -145,4 +155,4 @@ class FairShare:
         queued = {tenant: a for tenant, a in self._accounts.items() if a.queue}
         assert self._queued == queued
         assert all(0 <= len(a.queue) <= a.unfinished for a in self._accounts.values())
-        assert all(a.served >= self._floor() for a in queued.values())
+        assert all(a.served >= self._reached - self._credit for a in queued.values())

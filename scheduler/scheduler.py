@@ -70,7 +70,7 @@ class Scheduler:
         self._admission = Admission(self.policy, self._memory.pool, config.page_size)
         self._drafts = drafts or FixedDrafts()
         self._requests: dict[str, list[Sequence]] = {}  # the unfinished choices
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(credit=self._memory.max_len // 2)
         self._gate = Gate(config, self._memory, self._waiting, self.cost, self.policy)
         self._decider = Decider(
             config, self._memory, self._drafts, self._admission, self.cost, self._gate.waits

@@ -5,7 +5,7 @@ ends, and then for steps full of other people's prompts. So while several tenant
 that holds more than an equal share of the slots or pages leaves a part of both free. Others may use
 it; it fills again with ends. And of every step, the prompts of such a tenant take a part only, as
 do those of one that was served more than another: who comes next waits for the steps in flight
-first, and they should be short.
+first, and they should be short. The step that ends a prompt of another has none of them at all.
 
 A tenant that was itself served much less than another leaves it nothing: it holds much because its
 sequences are long, and turns must not leave it behind without end.
@@ -37,7 +37,9 @@ class Room(NamedTuple):
 class Spare:
     """What stands free for others during one planning step."""
 
-    __slots__ = ("_behind", "_fed", "_held", "_least", "_much", "_room", "_tenants", "_used")
+    __slots__ = (
+        *("_behind", "_ending", "_fed", "_held", "_least", "_much", "_room", "_tenants", "_used"),
+    )
 
     def __init__(self, room: Room, tenants: list[Account], running: Iterable[Sequence]) -> None:
         self._room = room
@@ -46,6 +48,7 @@ class Spare:
         self._least = min(served, default=0)
         self._behind = max(served, default=0) - room.much
         self._fed: Counter[Account] = Counter()  # prompt tokens in the step
+        self._ending = False  # of one that is not ahead, a prompt ends with the step
         self._used: Counter[Account] = Counter()  # slots
         self._held: Counter[Account] = Counter()  # pages; shared ones count for each
         for sequence in running:
@@ -75,14 +78,18 @@ class Spare:
             or self._held[account] + pages > share * room.pages
         )
 
-    def feed(self, account: Account, tokens: int) -> None:
-        """So many more tokens of its prompts are in the step."""
+    def feed(self, account: Account, tokens: int, own: int = 0, ends: bool = False) -> None:
+        """So many more tokens of its prompts are in the step; `ends`: the last of one of them."""
         self._fed[account] += tokens
+        self._ending |= ends and not self._ahead(account, own)
 
     def room(self, account: Account, most: int, own: int = 0) -> int:
         """How many tokens, up to `most`, the next chunk of a prompt may have, for which the tenant
         was charged `own` already."""
-        if account.served - own <= self._least and account not in self._much:
+        if not self._ahead(account, own):
             return most
-        part = max(self._room.tokens // STEP_PART, 1)
+        part = 0 if self._ending else max(self._room.tokens // STEP_PART, 1)
         return max(min(most, part - self._fed[account]), 0)
+
+    def _ahead(self, account: Account, own: int) -> bool:
+        return account.served - own > self._least or account in self._much

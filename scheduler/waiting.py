@@ -22,8 +22,9 @@ class WaitingQueue:
 
     __slots__ = ("_count", "_parked", "_shares", "backlog", "tokens")
 
-    def __init__(self) -> None:
-        self._shares = FairShare()
+    def __init__(self, credit: int = 0) -> None:
+        """`credit`: see `FairShare`."""
+        self._shares = FairShare(credit)
         self._parked: dict[str, list[Sequence]] = {}  # by request id, in order
         self._count = 0
         self.tokens = 0  # known tokens of all of them, prefix hits not considered

@@ -13,6 +13,7 @@ from engine import stream as stream_module
 from engine.client import EngineClient
 from engine.core import EngineCore
 from engine.errors import EngineDeadError, RejectedError
+from engine.messages import Step
 from engine.stream import RequestStream
 from engine.transport import (
     LocalClientTransport,
@@ -20,7 +21,15 @@ from engine.transport import (
     ZmqClientTransport,
     ZmqEngineTransport,
 )
-from scheduler.request import Finish, FinishReason, Output, Request, SamplingParams, TokenLogprob
+from scheduler.request import (
+    Finish,
+    FinishReason,
+    Load,
+    Output,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
 from scheduler.scheduler import Scheduler
 from tests.engine.workers import FACTS, ThreadedWorker, scheduler_config
 from tests.fakes import Script
@@ -109,6 +118,27 @@ async def test_streams_bring_every_choice_in_order(link):
             ]
             assert stream.tokens == seen
         assert client.stalled_seconds == 0
+
+
+async def test_who_waits_for_its_first_token_is_told_first(link):
+    client = EngineClient(link)
+    told: list[str] = []
+
+    async def read(name: str) -> None:
+        client._streams[name] = stream = RequestStream(request(name), lambda: None)
+        while True:
+            await stream.batch()
+            told.append(name)
+
+    readers = [asyncio.create_task(read(name)) for name in ("old", "older", "new")]
+    await asyncio.sleep(0)
+    old = [Output(name, 0, (7,)) for name in ("old", "older")]
+    for outputs in (old, [*old, Output("new", 0, (7,))]):
+        client._receive(Step(tuple(outputs), Load()))
+        await asyncio.sleep(0)
+    for reader in readers:
+        reader.cancel()
+    assert told == ["old", "older", "new", "old", "older"]
 
 
 async def test_leaving_a_stream_frees_what_it_held(link):

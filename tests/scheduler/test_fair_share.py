@@ -22,10 +22,12 @@ CONFIG = SchedulerConfig(num_pages=1000)
 
 
 class Queue:
-    """A waiting queue and, beside it, the paper's algorithm 2 spelt out, which forgets nothing."""
+    """A waiting queue and, beside it, the paper's algorithm 2 spelt out, which forgets nothing,
+    with a credit for those who come back."""
 
-    def __init__(self) -> None:
-        self.real = WaitingQueue()
+    def __init__(self, credit: int = 0) -> None:
+        self.real = WaitingQueue(credit)
+        self.credit, self.reached = credit, 0
         self.serial = 0
         self.served: Counter[str] = Counter()
         self.waiting: dict[str, list[Sequence]] = {}
@@ -45,7 +47,8 @@ class Queue:
         tenant = sequence.request.tenant
         if tenant not in self.waiting:
             least = min((self.served[u] for u in self.waiting), default=self.served[self.last])
-            self.served[tenant] = max(self.served[tenant], least)
+            self.reached = max(self.reached, least)
+            self.served[tenant] = max(self.served[tenant], self.reached - self.credit)
         self.waiting[tenant] = sorted(
             [*self.waiting.get(tenant, []), sequence], key=lambda s: s.order
         )
@@ -84,6 +87,7 @@ class Queue:
         self.real.close(sequence, 0.0)
         if not self.running and not self.waiting:
             self.served.clear()
+            self.reached = 0
 
     def preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -104,9 +108,9 @@ class Queue:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.integers(0, 2**32), st.sampled_from([1, 2, 3, 40]))
-def test_turns_are_those_of_the_plain_algorithm(seed: int, tenants: int) -> None:
-    rng, queue = random.Random(seed), Queue()
+@given(st.integers(0, 2**32), st.sampled_from([1, 2, 3, 40]), st.sampled_from([0, 25, 1000]))
+def test_turns_are_those_of_the_plain_algorithm(seed: int, tenants: int, credit: int) -> None:
+    rng, queue = random.Random(seed), Queue(credit)
     for _ in range(120):
         match rng.choice(["arrive", "arrive", "admit", "generate", "end", "preempt", "drop"]):
             case "arrive":
@@ -160,6 +164,20 @@ def test_staying_away_saves_no_credit() -> None:
     assert names == ["here", "new", "here", "new", "new"], "both stand at 100, here came first"
 
 
+def test_staying_away_saves_no_more_than_the_credit() -> None:
+    queue = Queue(credit=150)
+    queue.arrive("here", 1000, 0)
+    queue.admit(0)
+    queue.arrive("here", 50, 0)
+    queue.arrive("here", 50, 0)
+    for tenant in ("new", "newer"):  # what one owes does not add to the credit of the next
+        for _ in range(3):
+            queue.arrive(tenant, 100, 0)
+    names = [sequence.request.tenant for sequence in queue.real]
+    assert names == ["new", "newer", "new", "newer", "here", "here", "new", "newer"]
+    assert queue.real.served("newest") == 850
+
+
 def test_leaving_the_queue_forgives_no_debt() -> None:
     queue = Queue()
     queue.arrive("greedy", 5000, 0)
@@ -173,7 +191,7 @@ def test_leaving_the_queue_forgives_no_debt() -> None:
 
 
 def test_accounts_do_not_pile_up() -> None:
-    shares = FairShare()
+    shares = FairShare(credit=20)
     busy = shares.open("busy", 1, 0.0)
     shares.queue(busy)
     for i in range(10_000):

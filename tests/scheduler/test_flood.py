@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from scheduler.fair_share import Account
 from scheduler.request import Request, SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.spare import STEP_PART, Room, Spare
+from scheduler.waiting import WaitingQueue
 from tests.scheduler.clocked import Clocked
 from tests.scheduler.driving import request
 from tests.scheduler.test_gap import profiled, seconds
@@ -37,10 +39,10 @@ def some(tenant: str, count: int, rate: float, output: int, **fields) -> list[Re
     return requests
 
 
-def run(case: str, *requests: list[Request]) -> Clocked:
+def run(case: str, *requests: list[Request], **fields) -> Clocked:
     pages, slots, _ = CASES[case]
     config = SchedulerConfig(
-        num_pages=pages, max_num_seqs=slots, max_model_len=9000, max_queued_requests=10**5
+        num_pages=pages, max_num_seqs=slots, max_model_len=9000, max_queued_requests=10**5, **fields
     )
     clocked = Clocked(Scheduler(config, cost=profiled()), seconds)
     clocked.run([item for group in requests for item in group], until=SECONDS)
@@ -149,6 +151,43 @@ def test_the_charge_for_a_prompt_does_not_slow_it_down() -> None:
     assert sum(own) >= 4000 - 2 * budget // STEP_PART
     beside = [sum(chunks) - max(chunks) for chunks in sizes if chunks and max(chunks) in own]
     assert max(beside[1:]) <= budget // STEP_PART
+
+
+def chunks(clocked: Clocked) -> list[dict[str, list[tuple[int, bool]]]]:
+    """By step and tenant: the sizes of chunks, and whether they end their prompts."""
+    steps = []
+    for plan, _ in clocked.steps:
+        sizes: dict[str, list[tuple[int, bool]]] = {"flood": [], "modest": []}
+        for row in plan.rows:
+            if row.chunk:  # see `some`
+                tenant = "flood" if row.chunk[0] // 1000 % 2 else "modest"
+                sizes[tenant].append((len(row.chunk), row.samples))
+        steps.append(sizes)
+    return steps
+
+
+def test_requests_at_once_count_against_a_tenant_only_beyond_its_credit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It asks for less than its share. The charge for one prompt does not have it count as ahead of
+    the flood when the next one's turn comes, and have it read in parts."""
+    modest = [replace(r, arrival=float(int(r.arrival))) for r in some("modest", 100, 4.0, 20)]
+    flood = some("flood", 2000, 0.0, 200)
+    credited = run("slots", modest, flood, max_step_tokens=256)
+    monkeypatch.setattr("scheduler.scheduler.WaitingQueue", lambda credit: WaitingQueue())
+    lifted = run("slots", modest, flood, max_step_tokens=256)
+    assert p95(credited, modest) < 0.8 * p95(lifted, modest)
+    assert tokens(credited) > 0.95 * tokens(lifted), "its prompts keep to their part of steps"
+
+
+def test_the_step_that_ends_a_prompt_has_none_of_the_flood() -> None:
+    modest, flood = some("modest", 100, 4.0, 20), some("flood", 2000, 0.0, 200)
+    steps = chunks(run("slots", modest, flood))[20:]
+    ending = [step for step in steps if any(ends for _, ends in step["modest"])]
+    assert len(ending) > 80
+    assert not any(step["flood"] for step in ending)
+    # A step that only goes on with one has some of the flood's, and so has the one after its end.
+    assert sum(bool(step["flood"]) for step in steps) > 100
 
 
 def test_what_a_chunk_may_have_stays_so_for_a_step() -> None:
