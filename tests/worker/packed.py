@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ class PackedWorker(ScriptedWorker):
     windows: WindowPages | None = None
     reads: Reads = field(default_factory=Reads)
     _written: list[tuple[int, int, int]] = field(default_factory=list)  # owner, place, copy's
-    _owners: Any = None
+    _owners: Owners = field(init=False)
 
     @classmethod
     def of(cls, config: SchedulerConfig, mix: str, script: Script) -> PackedWorker:

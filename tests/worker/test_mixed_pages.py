@@ -103,6 +103,9 @@ class Watch:
             assert pages.available + pages.fenced + len(held) == pages.total
             found = {page: self._owners[link.digest] for page, link in index._link_of.items()}
             worker.check(pool, Reads(found, found))
+        if (near := worker.windows) is not None:
+            copies = near.table[near.table > 0].tolist()
+            assert len(copies) == len(set(copies)) == near.count - 1 - near.free
 
 
 def halved(scheduler: Scheduler) -> set[int]:
