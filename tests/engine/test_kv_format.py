@@ -235,9 +235,8 @@ def test_large_groups_give_the_text_of_one_request_alone(options: dict) -> None:
         ]
     options |= {"max_step_tokens": 24, "max_num_seqs": 4, "fixed_draft_tokens": 3}
     longest = max(map(len, ids)) + 30
-    room = (
-        -(-longest // options.get("page_size", 16)) + 2
-    )  # pages: for one sequence and little more
+    # The null page, and room for the longest and a page more: some are paused.
+    room = 2 + -(-longest // options.get("page_size", 16))
     tight = {"num_pages": room, "policy": "aggressive", "watermark": 0.0}
     for more in ({"max_model_len": 512}, {"max_model_len": longest, **tight}):
         options |= more
