@@ -7,8 +7,8 @@ The bundled target in fp32 arithmetic reads the last tokens of texts that it was
 after as many tokens before them as `--contexts` says; the tokens that are judged are the same
 whatever the context. Before them all pages are whole; from the first one on everything that the
 scheduler may demote is demoted, all the time, which is the most that can happen to a request:
-all pages but the first and those of the latest `--kept` tokens, 64 in the server. The forms of the
-model are those of benchmarks/kv_formats.py.
+all pages, of as many tokens as in the server, but the first and those of the latest `--kept`
+tokens, 64 in the server. The forms of the model are those of benchmarks/kv_formats.py.
 
 Next-token distributions are compared with those of dense pages, and with those of whole pages of
 `int8n`; `int4h`, for comparison, has been read by all tokens before.
@@ -29,18 +29,25 @@ from benchmarks import kv_texts
 from benchmarks.kv_formats import formats_of
 from benchmarks.kv_texts import CPU, training_texts, unread, versions
 from benchmarks.report import Row, json_line, table
+from engine.config import CacheConfig
 from kernels.cpu.build import start_build
 from kernels.kv.format import DENSE, KVFormat
 from kernels.kv.presets import AUTO
 from makers.demo_data import Corpus
 from scheduler.policy import demotable
 from worker.kv_pool import allocate_pool
-from worker.kv_quality import CHUNK, PAGE, Distance, Reader, one_row
+from worker.kv_quality import CHUNK, Distance, Reader, one_row
 from worker.runner import EagerRunner
 
 MODEL_LENGTH = 8192  # tokens, the most that the bundled target takes
 WHOLE = "int8n"
+PAGE = CacheConfig().page_size  # which tokens may be demoted depends on it
 HEADER = ("model", "context", "pages", "loss", "KL, nats", "same", "KL to whole", "same as whole")
+
+
+def pages_of(reader: Reader, name: str, halves: bool = False) -> list[KVFormat]:
+    """Of the layers, with pages of `PAGE`."""
+    return formats_of(reader, name, halves=halves, page_size=PAGE)
 
 
 def read_on(
@@ -64,11 +71,11 @@ def read_on(
     with torch.inference_mode():
         for at in range(0, start, CHUNK):
             count = min(CHUNK, start - at)
-            runner.forward(ids[at : at + count], one_row(at, count, pages), kv)
+            runner.forward(ids[at : at + count], one_row(at, count, pages, page_size=PAGE), kv)
         for latest in kept:
             own, said = [layer.clone() for layer in kv], []
             for at in range(start, len(tokens), PAGE):
-                batch = one_row(at, PAGE, pages)
+                batch = one_row(at, PAGE, pages, page_size=PAGE)
                 entries = batch.page_table.clone()
                 if latest is not None:
                     places = list(demotable(at, latest, PAGE))
@@ -86,12 +93,11 @@ def readings(
 ) -> dict[str, Tensor]:
     """What follows each token from `start` on, [tokens, vocab], by how pages are kept."""
     found = {
-        name: read_on(reader, formats_of(reader, name), tokens, start, [None])[0]
+        name: read_on(reader, pages_of(reader, name), tokens, start, [None])[0]
         for name in (AUTO, "int4h")
     }
-    whole, *demoted = read_on(
-        reader, formats_of(reader, WHOLE, halves=True), tokens, start, [None, *kept]
-    )
+    formats = pages_of(reader, WHOLE, halves=True)
+    whole, *demoted = read_on(reader, formats, tokens, start, [None, *kept])
     names = [f"demoted, {latest} kept" for latest in kept]
     return {**found, WHOLE: whole, **dict(zip(names, demoted, strict=True))}
 

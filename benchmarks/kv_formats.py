@@ -99,9 +99,10 @@ def formats_of(
     windows: Windowing = UNASKED,
     fitted: Calibration | None = None,
     halves: bool = False,
+    page_size: int = PAGE,
 ) -> list[KVFormat]:
     spec = reader.model.spec
-    shape = (spec.num_layers, spec.num_kv_heads, PAGE, spec.head_dim)
+    shape = (spec.num_layers, spec.num_kv_heads, page_size, spec.head_dim)
     near = UNASKED if name == AUTO else windows
     return layer_formats(name, *shape, boundary, fitted, *near, halves)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks.report import Row, json_line, rows_table, table
 from kernels.kv.format import dense_rows, page_bytes
 from kernels.kv.presets import NAMES as FORMATS
-from kernels.kv.presets import packed_format
+from kernels.kv.presets import LayerPages, packed_format
 from kernels.kv.windows import DensePages, Windows
 
 HEAD_DIM = 128
@@ -135,7 +135,7 @@ def make_head(seed: int, tokens: int, queries: int, outliers: bool) -> Head:
 def store(name: str, k: Tensor, v: Tensor, mean: Tensor | None) -> Stored:
     """Through the pages of a format. k, v: [tokens, HEAD_DIM], whole pages; mean: [HEAD_DIM]."""
     count, means = len(k) // PAGE, None if mean is None else mean[None]
-    form = packed_format(name, 1, PAGE, HEAD_DIM, means, Windows(0, PAGE))
+    form = packed_format(name, LayerPages(1, PAGE, HEAD_DIM, means, Windows(0, PAGE)))
     rows = count + 1 + dense_rows(form, count + 1, 1, PAGE, HEAD_DIM, k.dtype)
     pool = torch.zeros(rows, *form.page_shape(1, PAGE, HEAD_DIM), dtype=torch.uint8)
     pages, slots = torch.arange(1, count + 1)[None], torch.arange(PAGE, PAGE + len(k))

@@ -14,7 +14,7 @@ from kernels.attention import dense_triton, packed_triton
 from kernels.attention import split as split_triton
 from kernels.kv import append_triton, rotation_triton
 from kernels.kv.paged import Paged
-from kernels.kv.presets import paged_format
+from kernels.kv.presets import PRESETS, LayerPages
 from kernels.kv.triton_launch import Launch
 from kernels.kv.windows import Windows
 from kernels.linear import quantized_triton
@@ -173,7 +173,8 @@ def _attend_types(queries: int, dtype: torch.dtype) -> dict[str, str]:
 def _paged(
     preset: str, head_dim: int, windows: Windows | None = None, *, halves: bool = False
 ) -> Paged:
-    return paged_format(preset, KV_HEADS, PAGE_SIZE, head_dim, None, windows, halves)
+    pages = LayerPages(KV_HEADS, PAGE_SIZE, head_dim, windows=windows, halves=halves)
+    return PRESETS[preset].form(pages)
 
 
 def _append(name: str, paged: Paged) -> Job:

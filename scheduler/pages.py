@@ -93,15 +93,19 @@ class PagePool:
         return page > 0 and self._refs[page] == 1
 
     def shared(self, pages: Sequence[int]) -> int:
-        """How many of a sequence's first pages others hold too.
+        """How many of a sequence's first pages others hold too. None is counted behind a half.
 
-        Who holds a page of a prefix holds those before it, so they end at one point. Halves lie
-        behind it.
+        Who holds a page of a prefix holds those before it, so they end at one point. Only where
+        several computed the same page at once each has its own, which may be demoted, before pages
+        that they share.
         """
         refs = self._refs
         if not pages or refs[pages[0]] < 2:
             return 0
-        return bisect_left(pages, True, key=lambda page: page < 0 or refs[page] < 2)
+        end = bisect_left(pages, True, key=lambda page: page < 0 or refs[page] < 2)
+        if min(pages[:end]) > 0:
+            return end
+        return next(i for i, page in enumerate(pages) if page < 0)
 
     def take(self, count: int) -> tuple[int, ...]:
         """`count` pages for one new owner. The caller has made sure that they are available."""

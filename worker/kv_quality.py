@@ -95,9 +95,13 @@ def read_dense(reader: Reader, texts: Sequence[Sequence[int]], notice: Notice) -
 
 
 def one_row(
-    start: int, count: int, pages: int, device: torch.device | None = None
+    start: int,
+    count: int,
+    pages: int,
+    device: torch.device | None = None,
+    page_size: int = PAGE,
 ) -> AttentionBatch:
-    """A step of one sequence on pages 1, 2, ... of `PAGE` positions, dense copies likewise."""
+    """A step of one sequence on pages 1, 2, ..., dense copies likewise."""
     positions = torch.arange(start, start + count, device=device)
     table = torch.arange(1, pages + 1, dtype=torch.int32, device=device)[None]
     return AttentionBatch(
@@ -106,10 +110,10 @@ def one_row(
         query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
         kv_lengths=torch.tensor([start + count], dtype=torch.int32, device=device),
         page_table=table,
-        kv_slots=positions + PAGE,
+        kv_slots=positions + page_size,
         max_query=count,
         max_kv=start + count,
-        copies=DensePages(table, positions + PAGE, pages + 1),
+        copies=DensePages(table, positions + page_size, pages + 1),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,6 +23,19 @@ EVERY_LAYERS = 8  # a layer at each end for every so many, at most two
 LEAST_LAYERS = 4  # a model of fewer has no ends to speak of
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerPages:
+    """What a preset makes a format object of: one layer's sizes, and what else was asked for."""
+
+    kv_heads: int
+    page_size: int
+    head_dim: int
+    key_mean: Tensor | None = None
+    windows: Windows | None = None
+    halves: bool = False  # pages can be demoted
+    scales: HeadScales | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """Codecs of keys and of values, which code each token by itself."""
@@ -33,6 +46,17 @@ class Preset:
     # The first and last layers want more bits: at least so many of them at each end. None: no.
     boundary: int | None = None
     scaled: bool = False  # a calibration finds a scale for each head
+
+    def form(self, pages: LayerPages) -> Paged:
+        """Raises ValueError for heads that the codecs do not take."""
+        return Paged(
+            *(pages.kv_heads, pages.page_size, pages.head_dim, self.keys(), self.values()),
+            rotated=self.rotated,
+            key_mean=pages.key_mean,
+            windows=pages.windows,
+            halves=pages.halves,
+            scales=pages.scales,
+        )
 
 
 PRESETS = {
@@ -56,6 +80,12 @@ class SealedPreset:
 
     group: int  # tokens of a channel of keys, or channels of a value, that share a scale
     boundary: int | None = None  # as in `Preset`
+
+    def form(self, pages: LayerPages) -> Sealed:
+        """Raises ValueError for heads and pages that do not make groups, and without a window."""
+        sizes = (pages.kv_heads, pages.page_size, pages.head_dim)
+        windows = pages.windows or Windows(0, 0)
+        return Sealed(*sizes, windows, group=self.group, key_mean=pages.key_mean)
 
 
 SEALED = {"oscar2": SealedPreset(group=32, boundary=1)}
@@ -112,11 +142,13 @@ def layer_formats(
     windows = _windows(page_size, sink, window)
     means = [None] * num_layers if calibration is None else list(calibration.key_means)
     scales = [None] * num_layers if calibration is None else _scales(name, calibration)
-    shape = (kv_heads, page_size, head_dim)
+    pages = LayerPages(kv_heads, page_size, head_dim, halves=halves)
     return [
-        paged_format(BOUNDARY, *shape, means[i], halves=halves)
+        packed_format(BOUNDARY, replace(pages, key_mean=means[i]))
         if i in wide
-        else packed_format(name, *shape, means[i], windows, halves, scales[i])
+        else packed_format(
+            name, replace(pages, key_mean=means[i], windows=windows, scales=scales[i])
+        )
         for i in range(num_layers)
     ]
 
@@ -142,73 +174,27 @@ def _ends(least: int | None, num_layers: int) -> int:
     return max(min(2, num_layers // EVERY_LAYERS), least)
 
 
-def packed_format(
-    name: str,
-    kv_heads: int,
-    page_size: int,
-    head_dim: int,
-    key_mean: Tensor | None = None,
-    windows: Windows | None = None,
-    halves: bool = False,
-    scales: HeadScales | None = None,
-) -> KVFormat:
-    """One layer's pages by the name of any preset. Raises ValueError, as the two below."""
+def packed_format(name: str, pages: LayerPages) -> KVFormat:
+    """One layer's format, by the name of a preset. Raises ValueError, in a sentence, for pages and
+    heads that it does not take."""
     if name in SEALED:
-        return sealed_format(name, kv_heads, page_size, head_dim, key_mean, windows)
-    return paged_format(name, kv_heads, page_size, head_dim, key_mean, windows, halves, scales)
-
-
-def paged_format(
-    name: str,
-    kv_heads: int,
-    page_size: int,
-    head_dim: int,
-    key_mean: Tensor | None = None,
-    windows: Windows | None = None,
-    halves: bool = False,
-    scales: HeadScales | None = None,
-) -> Paged:
-    """Pages of a preset by codecs. Raises ValueError for heads that it does not take."""
-    preset = PRESETS[name]
+        _check_sealed(name, pages)
     try:
-        return Paged(
-            kv_heads,
-            page_size,
-            head_dim,
-            preset.keys(),
-            preset.values(),
-            rotated=preset.rotated,
-            key_mean=key_mean,
-            windows=windows,
-            halves=halves,
-            scales=scales,
-        )
+        return (PRESETS | SEALED)[name].form(pages)
     except ValueError as error:
         raise ValueError(f"the KV format {name} does not fit this model: {error}") from error
 
 
-def sealed_format(
-    name: str,
-    kv_heads: int,
-    page_size: int,
-    head_dim: int,
-    key_mean: Tensor | None = None,
-    windows: Windows | None = None,
-) -> Sealed:
-    """Pages that are sealed. Raises ValueError for windows without a block, and for heads and pages
-    that it does not take."""
+def _check_sealed(name: str, pages: LayerPages) -> None:
+    """Raises ValueError for what other options than the model's make possible."""
     group = SEALED[name].group
-    if windows is None or not windows.block:
+    if pages.windows is None or not pages.windows.block:
         raise ValueError(
             f"pages of {name} are read dense until they are full, which takes a window of the "
             "latest tokens: leave --kv-window out, or set it to a multiple of the page size"
         )
-    if page_size % group:
+    if pages.page_size % group:
         raise ValueError(
-            f"{name} stores keys in groups of {group} tokens of a page, which has {page_size}: set "
-            f"--page-size to a multiple of {group}"
+            f"{name} stores keys in groups of {group} tokens of a page, which has "
+            f"{pages.page_size}: set --page-size to a multiple of {group}"
         )
-    try:
-        return Sealed(kv_heads, page_size, head_dim, windows, group=group, key_mean=key_mean)
-    except ValueError as error:
-        raise ValueError(f"the KV format {name} does not fit this model: {error}") from error

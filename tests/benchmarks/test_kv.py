@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.kv_demotion import read_on
+from benchmarks.kv_demotion import pages_of, read_on
 from benchmarks.kv_demotion_load import shared
 from benchmarks.kv_formats import formats_of
 from benchmarks.kv_texts import UNREAD, unread
@@ -36,14 +36,14 @@ def test_what_is_demoted_is_read_by_its_upper_halves() -> None:
         load_decoder(DEMO, dtype=torch.float32, device=CPU), TorchOps(), torch.float32, CPU
     )
     tokens = torch.randint(3, 4096, (128,), generator=torch.Generator().manual_seed(0)).tolist()
-    formats = formats_of(reader, "int8n", halves=True)
-    whole, most, some, none = read_on(reader, formats, tokens, 64, [None, 0, 32, 128])
+    formats = pages_of(reader, "int8n", halves=True)
+    whole, most, some, none = read_on(reader, formats, tokens, 64, [None, 0, 48, 128])
     said = reader.log_probabilities(tokens, formats_of(reader, "int8n"))[64:]
     torch.testing.assert_close(whole, said, rtol=0, atol=1e-4)
     assert torch.equal(none, whole)
-    # Of 64 tokens the first page and the latest 32 are all; of 96 they leave a page.
-    assert torch.equal(some[:32], whole[:32])
-    assert not torch.equal(some[32:], whole[32:])
+    # Of 64 tokens the first page and the latest 48 are all; of 80 they leave a page.
+    assert torch.equal(some[:16], whole[:16])
+    assert not torch.equal(some[16:32], whole[16:32])
 
     def divergence(found: torch.Tensor) -> float:
         return float((whole.exp() * (whole - found)).sum(-1).mean())

@@ -13,8 +13,11 @@ from functools import cache
 import pytest
 import torch
 
+from kernels.kv.balance import Balance
+from kernels.kv.calibration import Calibration
 from kernels.kv.format import KVFormat, windows_of
 from kernels.kv.presets import SEALED, layer_formats
+from kernels.kv.scales import HeadScales
 from kernels.kv.sealed import Sealed
 from kernels.kv.windows import Windows
 from kernels.linear.prepare import prepare_linears
@@ -92,11 +95,21 @@ WINDOWS = {
 }
 
 
+# Scales of heads: of a layer's keys, of its values. Larger ones than needed, so that bits are lost.
+SCALES = HeadScales(torch.tensor([[6, -2], [-3, 7]]), torch.tensor([[-4, 8], [7, 0]]))
+
+
 def layers(kv_format: str, heads: int = SPEC.num_kv_heads) -> list[KVFormat]:
+    """By a format's name, which "scales" or "halves" may follow."""
     dim, size, windows = SPEC.head_dim, CONFIG.page_size, WINDOWS.get(kv_format, (0, 0))
     if kv_format in SEALED:  # heads and pages are too small for its groups of 32
         return [Sealed(heads, size, dim, Windows(*windows), group=8)] * SPEC.num_layers
-    return layer_formats(kv_format, SPEC.num_layers, heads, size, dim, None, None, *windows)
+    name, _, more = kv_format.partition(" ")
+    means, fitted = torch.zeros(SPEC.num_layers, heads, dim), None
+    if more == "scales":
+        fitted = Calibration(name, (), means, Balance.nothing(means.shape), SCALES)
+    shape = (SPEC.num_layers, heads, size, dim)
+    return layer_formats(name, *shape, None, fitted, *windows, more == "halves")
 
 
 def windowed(config: SchedulerConfig, kv_format: str) -> SchedulerConfig:

@@ -45,8 +45,9 @@ from worker.native import native_runner
 from worker.runner import EagerRunner
 
 SAMPLER = "temperature"
-# A head of 16 has no groups of 64; elsewhere they are tested as any other.
-FORMATS = [name for name in NAMES if name != "int4h64"]
+# A head of 16 has no groups of 64; elsewhere they are tested as any other. The last two are pages
+# that can be demoted, when nothing is, and heads with scales.
+FORMATS = [*(name for name in NAMES if name != "int4h64"), "int8n halves", "fp8 scales"]
 # Tables of two and three bits are `turbo4` with other numbers: `make exhaustive` has them.
 CELLS = [
     pytest.param(name, marks=pytest.mark.exhaustive) if name in ("turbo2", "turbo3") else name
@@ -147,10 +148,11 @@ def test_formats_are_not_all_the_same() -> None:
     """Otherwise the tests above would compare dense pages with dense pages."""
     texts = {
         name: [result.tokens for _, result in sorted(alone(SAMPLER, name).items())]
-        for name in ("auto", "int4h", "int2h")
+        for name in ("auto", "int4h", "int2h", "fp8", "fp8 scales")
     }
     assert texts["int4h"] != texts["auto"]
     assert texts["int2h"] != texts["int4h"]
+    assert texts["fp8 scales"] != texts["fp8"]
 
 
 @pytest.mark.parametrize("kv_format", [cell for cell in CELLS if cell not in tuple(SEALED)])

@@ -233,12 +233,18 @@ def test_large_groups_give_the_text_of_one_request_alone(options: dict) -> None:
             llm.generate([one], [p], ignore_eos=True)[0].choices[0].tokens
             for one, p in zip(ids, params, strict=True)
         ]
-    crowded = {"max_step_tokens": 24, "max_num_seqs": 4, "fixed_draft_tokens": 3}
-    with LLM(
-        str(DEMO), builder=patient, max_model_len=512, drafters=("suffix",), **crowded, **options
-    ) as llm:
-        for _ in range(2):  # the second time with prefix hits
-            done = llm.generate(ids, params, ignore_eos=True)
-            assert [completion.choices[0].tokens for completion in done] == alone
-        assert llm.load().draft_tokens > 0
-        assert llm.load().prefix_hits > 0
+    options |= {"max_step_tokens": 24, "max_num_seqs": 4, "fixed_draft_tokens": 3}
+    longest = max(map(len, ids)) + 30
+    # The null page, and room for the longest and a page more: some are paused.
+    room = 2 + -(-longest // options.get("page_size", 16))
+    tight = {"num_pages": room, "policy": "aggressive", "watermark": 0.0}
+    for more in ({"max_model_len": 512}, {"max_model_len": longest, **tight}):
+        options |= more
+        with LLM(str(DEMO), builder=patient, drafters=("suffix",), **options) as llm:
+            for _ in range(2):  # the second time with prefix hits
+                done = llm.generate(ids, params, ignore_eos=True)
+                assert [completion.choices[0].tokens for completion in done] == alone
+            load = llm.load()
+            assert load.draft_tokens > 0
+            assert load.prefix_hits > 0
+            assert (load.preemptions > 0) == ("policy" in more)

@@ -124,6 +124,26 @@ def test_who_was_paused_begins_anew_and_stays_marked(host_pages: int) -> None:
         assert answers[name, 0].finish.demoted >= demoted
 
 
+def test_a_page_that_others_share_may_lie_behind_a_demoted_one() -> None:
+    """Two compute the same second page at once, so only the first's gets a name; the third page of
+    the other gets one, and whoever comes next holds both."""
+    both = pair(num_pages=20, slots=5, depth=0, policy=greedy(), demote_all_but=0)
+    for prompts in ({"first": 4}, {"one": 8, "other": 12}, {"next": 12}):
+        for name, length in prompts.items():
+            both.add(request(name, [*range(length), ord(name[-1])], 9))
+        both.step()
+    _, one, other, last = both.scheduler._running
+    assert last.pages[:3] == [*one.pages[:2], other.pages[2]]
+    assert other.pages[1] not in one.pages
+    memory = both.scheduler._memory
+    memory.demote(other, 1)
+    assert memory.pool.shared(other.pages) == 1
+    both.add(request("late", [5], 4))
+    plan = both.scheduler.plan(both.now)  # where it is forecast how long pages are held
+    assert plan is not None
+    assert len(plan.admits) == 1
+
+
 class Told(Watermark):
     """A reserve that counts what it is told."""
 

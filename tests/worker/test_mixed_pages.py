@@ -1,7 +1,6 @@
 """Pages of mixed formats under everything a scheduler does with them.
 
-A real scheduler, a real pool with layers of different formats, and a worker whose "model" writes
-keys and values that say whose they are: of which text up to which token, for which tenant and salt.
+A real scheduler and the worker of packed.py: a real pool with layers of different formats.
 """
 
 from __future__ import annotations
@@ -9,40 +8,31 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from kernels.kv.codec import Affine
-from kernels.kv.format import DENSE, KVFormat
-from kernels.kv.paged import Paged
-from kernels.kv.rotation import SEED
+from kernels.kv import turned
+from kernels.kv.presets import NAMES, LayerPages, packed_format
+from kernels.kv.windows import Windows
 from scheduler import choices
 from scheduler.pages import PagePool
 from scheduler.plan import StepPlan, StepResult
 from scheduler.prefix import HashChain, Link, PrefixIndex, chain_root
-from tests.e2e.test_exactness import CPU, SPEC
-from tests.fakes import KVCorruptedError, Script, ScriptedWorker, _Slot, extend
+from scheduler.scheduler import Scheduler
+from tests.fakes import KVCorruptedError, Script, extend
 from tests.scheduler.driving import Pair, assert_exact, gather, greedy, pair, request
-from worker.kv_pool import allocate_host_pool, allocate_pool, copy_pages
+from tests.worker import packed
+from tests.worker.packed import DIM, HEADS, SIZES, WINDOWS, PackedWorker, Reads, formats, owner
+from worker.kv_pool import copy_pages
+from worker.window_pages import WindowPages
 
-HEADS, DIM, SIZE = 2, 32, 2  # a page holds few positions, so that pages change hands often
-OWNERS = 4096  # a key stands for one of so many, a value for another
-OPERATIONS = 25_000  # on pages, for each of four seeds
-EVERY = 4  # of so many steps what one reads is looked at
-
-
-def formats() -> list[KVFormat]:
-    """Of the layers: the ends have more bits, as served."""
-    mean = torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(1))
-    eight, four = Affine(8), Affine(4)
-    return [
-        Paged(HEADS, SIZE, DIM, eight, eight, rotated=True, key_mean=mean),
-        Paged(HEADS, SIZE, DIM, four, four, rotated=True, key_mean=mean),
-        DENSE,
-    ]
+OPERATIONS = 25_000  # on pages, for each mix and each of four seeds
+KEPT = 8  # latest positions that are never demoted
+# By mix: the tokens that texts may have in common, and all that they may have.
+LENGTHS = {"codes": (30, 60), "windows": (60, 96), "halves": (30, 60)}
+every_mix = pytest.mark.parametrize("mix", SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -54,98 +44,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Owners:
-    """A key and a value for each owner, and as the layers' formats store them."""
-
-    def __init__(self, layers: Sequence[KVFormat]) -> None:
-        generator = torch.Generator().manual_seed(2)
-        self.keys, self.values = torch.randn(2, OWNERS, HEADS, DIM, generator=generator)
-        self.stored = []
-        for layer in layers:
-            shift = layer.key_mean if isinstance(layer, Paged) else None
-            keys = self.keys if shift is None else self.keys - shift
-            self.stored.append((layer.turn(keys), layer.turn(self.values)))
-
-    def check(self, pool: Sequence[Tensor], layers: Sequence[KVFormat], found: Pages) -> None:
-        """Raises `KVCorruptedError` unless these pages hold what their owners wrote."""
-        if not found:
-            return
-        pages = torch.tensor([list(found)])
-        owners = torch.tensor([[*each, *[-1] * (SIZE - len(each))] for each in found.values()])
-        owners = owners.flatten()
-        known = owners >= 0
-        key, value = (owners % OWNERS)[known], (owners // OWNERS)[known]
-        for kv, layer, (keys, values) in zip(pool, layers, self.stored, strict=True):
-            written = keys[key], values[value]
-            for part, right in zip(layer.gather(kv, pages), written, strict=True):
-                wrong = part[0].transpose(0, 1)[known] - right
-                # Two of them are 2 apart by this measure, four bits cost a hundredth.
-                if (wrong.square().sum(-1) > 0.7 * right.square().sum(-1)).any():
-                    raise KVCorruptedError(f"a page of {layer.name}")
-
-
-Pages = dict[int, list[int]]  # page -> the owners of its first positions
-
-
-def owner(group: bytes, name: int) -> int:
-    """`group` stands for model, format, tenant and salt; `name` for the text up to a token."""
-    return hash((int.from_bytes(group[:8], "little"), name)) % OWNERS**2
-
-
-@dataclass(slots=True)
-class PackedWorker(ScriptedWorker):
-    """A scripted worker that keeps a real pool beside its lists, and checks both."""
-
-    layers: list[KVFormat] = field(default_factory=formats)
-    pool: list[Tensor] = field(default_factory=list)
-    host_pool: list[Tensor] = field(default_factory=list)
-    owners: Owners | None = None
-    written: dict[int, int] = field(default_factory=dict)  # position in the pool -> owner
-    read: Pages = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super(PackedWorker, self).__post_init__()
-        spec = replace(SPEC, num_layers=len(self.layers), num_kv_heads=HEADS, head_dim=DIM)
-        self.pool = allocate_pool(spec, self.num_pages, SIZE, torch.float32, CPU, self.layers)
-        self.host_pool = allocate_host_pool(self.pool, 1 + self.host_pages)
-        self.owners = Owners(self.layers)
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        copy_pages(self.pool, self.host_pool, plan.saves)
-        for admit in plan.admits:
-            copy_pages(self.host_pool, self.pool, admit.loads)
-        self.written, self.read = {}, {}
-        result = super(PackedWorker, self).execute(plan)
-        assert self.owners is not None
-        slots = torch.tensor(list(self.written))
-        who = torch.tensor(list(self.written.values()))
-        keys, values = self.owners.keys[who % OWNERS], self.owners.values[who // OWNERS]
-        for kv, layer in zip(self.pool, self.layers, strict=True):
-            layer.append(keys, values, kv, slots)
-        if len(self.plans) % EVERY == 0:
-            self.owners.check(self.pool, self.layers, self.read)
-        return result
-
-    def _write(self, slot: _Slot, start: int) -> None:
-        super(PackedWorker, self)._write(slot, start)
-        for i in range(start, len(slot.tokens)):
-            place = slot.pages[i // SIZE] * SIZE + i % SIZE
-            assert place not in self.written, "two rows write to one position"
-            self.written[place] = owner(slot.admit.group, slot.names[i])
-
-    def _read(self, slot: _Slot, length: int) -> None:
-        """Other rows' writes come first here, and must not be where this one reads."""
-        super(PackedWorker, self)._read(slot, length)
-        if len(self.plans) % EVERY:
-            return
-        for first in range(0, length, SIZE):
-            names = slot.names[first : min(first + SIZE, length)]
-            owners = [owner(slot.admit.group, name) for name in names]
-            known = self.read.setdefault(slot.pages[first // SIZE], owners)
-            if len(owners) > len(known):
-                self.read[slot.pages[first // SIZE]] = owners
-
-
 class Watch:
     """Counts operations on pages, and remembers the text of every page that was ever named."""
 
@@ -153,7 +51,7 @@ class Watch:
         self.operations = 0
         self._texts: dict[bytes, tuple[bytes, int]] = {}  # digest -> its root, the whole text
         self._owners: dict[bytes, list[int]] = {}
-        take, pin, drop = PagePool.take, PagePool.pin, PagePool.drop
+        take, pin, drop, demote = PagePool.take, PagePool.pin, PagePool.drop, PagePool.demote
         register = PrefixIndex.register
 
         def counting_take(pool: PagePool, count: int) -> tuple[int, ...]:
@@ -168,6 +66,10 @@ class Watch:
             self.operations += len(pages)
             drop(pool, pages, fence)
 
+        def counting_demote(pool: PagePool, page: int) -> int:
+            self.operations += 1
+            return demote(pool, page)
+
         def naming(index: PrefixIndex, page: int, link: Link) -> None:
             self._name(link)
             register(index, page, link)
@@ -175,6 +77,7 @@ class Watch:
         monkeypatch.setattr(PagePool, "take", counting_take)
         monkeypatch.setattr(PagePool, "pin", counting_pin)
         monkeypatch.setattr(PagePool, "drop", counting_drop)
+        monkeypatch.setattr(PagePool, "demote", counting_demote)
         monkeypatch.setattr(PrefixIndex, "register", naming)
 
     def _name(self, link: Link) -> None:
@@ -190,53 +93,66 @@ class Watch:
         no page is lost."""
         memory, worker = both.scheduler._memory, both.worker
         assert isinstance(worker, PackedWorker)
-        assert worker.owners is not None
         assert memory.host is not None
         tiers = [(memory.pool, memory._index, worker.pool)]
         tiers.append((memory.host._pool, memory.host._index, worker.host_pool))
         for pages, index, pool in tiers:
-            held = sum(map(pages.held, range(1, pages.total + 1)))
-            assert pages.available + pages.fenced + held == pages.total
+            held = {page for page in range(1, pages.total + 1) if pages.held(page)}
+            if pages is memory.pool:
+                held |= halved(both.scheduler)
+            assert pages.available + pages.fenced + len(held) == pages.total
             found = {page: self._owners[link.digest] for page, link in index._link_of.items()}
-            worker.owners.check(pool, worker.layers, found)
+            worker.check(pool, Reads(found, found))
+        if (near := worker.windows) is not None:
+            copies = near.table[near.table > 0].tolist()
+            assert len(copies) == len(set(copies)) == near.count - 1 - near.free
 
 
-def mixed(rng: random.Random) -> Pair:
-    both = pair(
-        num_pages=1 + rng.choice([60, 80, 120]),
-        page_size=SIZE,
-        slots=rng.randint(8, 16),
-        budget=rng.randint(32, 96),
-        max_len=60,
-        depth=rng.randint(0, 3),
-        drafts=rng.choice([1, 4, 6]),
-        policy=greedy(),
-        script=Script(acceptance=0.6),
-        host_pages=rng.choice([8, 80, 400]),
-        hash_root=chain_root("/".join(layer.name for layer in formats()).encode()),
-    )
-    config, script = both.scheduler.config, both.worker.script
-    both.worker = PackedWorker(config.num_pages, SIZE, config.host_pages, script)
+def halved(scheduler: Scheduler) -> set[int]:
+    """Pages half of which, or both halves, somebody holds."""
+    places = [page for sequence in scheduler._running for page in sequence.pages]
+    return {~page >> 1 for page in places if page < 0}
+
+
+def mixed(rng: random.Random, mix: str, **config) -> Pair:
+    size, length = SIZES[mix], LENGTHS[mix][1]
+    names = "/".join(layer.name for layer in formats(mix))
+    asked = {
+        "num_pages": 1 + rng.choice([2, 3, 4]) * length // size,
+        "page_size": size,
+        "slots": rng.randint(8, 16),
+        "budget": rng.randint(32, 96),
+        "max_len": length,
+        "depth": rng.randint(0, 3),
+        "drafts": rng.choice([1, 4, 6]),
+        "host_pages": rng.choice([8, 80, 400]),
+        "prefix_block": WINDOWS.block if mix == "windows" else 0,
+        "demote_all_but": KEPT if mix == "halves" else None,
+        "hash_root": chain_root(names.encode()),
+    }
+    both = pair(policy=greedy(), script=Script(acceptance=0.6), **{**asked, **config})
+    both.worker = PackedWorker.of(both.scheduler.config, mix, both.worker.script)
     return both
 
 
+@every_mix
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2, 3))]
 )
 def test_random_operations_leak_nothing_and_serve_nobody_elses_page(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    mix: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """10^5 operations on pages with all seeds: submissions, aborts, pauses, drafts, settled steps.
-    `Scheduler.check` runs after each, and looks for every page."""
+    """10^5 operations on pages with all seeds: submissions, aborts, pauses, demotions, drafts,
+    settled steps. `Scheduler.check` runs after each, and looks for every page."""
     rng, watch = random.Random(seed), Watch(monkeypatch)
     seen: Counter[str] = Counter()
     while watch.operations < OPERATIONS:
-        both = mixed(rng)
-        stem = [rng.randrange(50) for _ in range(30)]
+        both = mixed(rng, mix)
+        stem = [rng.randrange(50) for _ in range(LENGTHS[mix][0])]
         todo = [
             request(
                 f"r{i}",
-                stem[: rng.randrange(30)] + [rng.randrange(50) for _ in range(5)],
+                stem[: rng.randrange(len(stem))] + [rng.randrange(50) for _ in range(5)],
                 rng.randint(1, 20),
                 seed=i,
                 arrival=float(i),
@@ -268,33 +184,47 @@ def test_random_operations_leak_nothing_and_serve_nobody_elses_page(
             out=load.pages_swapped_out,
             back=load.pages_swapped_in,
             drafts=load.accepted_tokens,
+            demoted=load.pages_demoted,
         )
     for what in ("hits", "preemptions", "out", "back", "drafts"):
         assert seen[what] > 20, what
+    assert (seen["demoted"] > 100) == (mix == "halves")
 
 
-def few_requests() -> Pair:
+def few_requests(mix: str, **config) -> Pair:
     """Two tenants with the same prompt, one after the other."""
-    both = mixed(random.Random(1))
+    both = mixed(random.Random(1), mix, **config)
     for i, tenant in enumerate(("a", "b", "a")):
         both.add(request(f"r{i}", range(30), 4, seed=i, tenant=tenant))
         both.finish()
     return both
 
 
-def test_the_same_text_of_another_tenant_is_computed_anew() -> None:
-    hits = few_requests().scheduler.load().prefix_hits
+@every_mix
+def test_the_same_text_of_another_tenant_is_computed_anew(mix: str) -> None:
+    hits = few_requests(mix).scheduler.load().prefix_hits
     assert 0 < hits < 30, "the third has hit the first, the second nobody"
 
 
-def test_a_page_of_another_tenant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_mix
+def test_a_page_of_another_tenant_is_noticed(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a scheduler that hashes no tenant."""
     monkeypatch.setattr(choices, "HashChain", lambda root, size: HashChain(b"", size))
     with pytest.raises(KVCorruptedError, match="a page of"):
-        few_requests()
+        few_requests(mix)
 
 
-def test_a_page_that_is_saved_too_late_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def crowd(mix: str, **config) -> Pair:
+    """With little room, so that much is saved, paused and demoted."""
+    both = mixed(random.Random(1), mix, **config)
+    both.add(*(request(f"r{i}", [i] * 30, 25, seed=i, arrival=i) for i in range(20)))
+    return both
+
+
+@every_mix
+def test_a_page_that_is_saved_too_late_is_noticed(
+    mix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Negative control: host memory gets what the page's next owner has written."""
     execute, watch = PackedWorker.execute, Watch(monkeypatch)
 
@@ -304,8 +234,7 @@ def test_a_page_that_is_saved_too_late_is_noticed(monkeypatch: pytest.MonkeyPatc
         return result
 
     monkeypatch.setattr(PackedWorker, "execute", late)
-    both = mixed(random.Random(1))  # with little room, so that much is saved
-    both.add(*(request(f"r{i}", [i] * 30, 25, seed=i, arrival=i) for i in range(20)))
+    both = crowd(mix, demote_all_but=None)  # pauses, where else pages would be demoted
 
     def run() -> None:
         while both.step() is not None:
@@ -315,12 +244,40 @@ def test_a_page_that_is_saved_too_late_is_noticed(monkeypatch: pytest.MonkeyPatc
         run()
 
 
-def test_names_of_formats_tell_bits_seeds_and_means_apart() -> None:
-    """They make the root of all hashes of a server."""
-    names = [layer.name for layer in formats()]
-    assert len(set(names)) == len(names)
-    assert all(f"r{SEED}" in name for name in names[:-1])
-    eight = Affine(8)
+def test_a_prefix_that_ends_within_a_block_is_noticed() -> None:
+    """Negative control: of the block that goes on there are no dense copies."""
+    with pytest.raises(KVCorruptedError, match=r"a page of .*dense"):
+        few_requests("windows", prefix_block=0)
+
+
+def test_dense_copies_that_are_given_back_too_soon_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Negative control: a page is sealed from what is left of them."""
+    settle = WindowPages.settle
+    monkeypatch.setattr(WindowPages, "settle", lambda pages, slot, n: settle(pages, slot, n + 8))
+    with pytest.raises(KVCorruptedError, match="a page of"):
+        crowd("windows").finish()
+
+
+def test_halves_that_stay_where_they_were_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: nothing is copied when a page is demoted into another's half."""
+    monkeypatch.setattr(packed, "copy_halves", lambda kv, copies: None)
+    with pytest.raises(KVCorruptedError, match="a page of"):
+        crowd("halves").finish()
+
+
+def test_names_of_formats_tell_bits_seeds_and_means_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make the root of all hashes of a server. `fp8` has no seed, for nothing is rotated."""
+    pages = LayerPages(HEADS, 32, DIM, windows=Windows(5, 32))
     means = [None, torch.zeros(HEADS, DIM), torch.ones(HEADS, DIM)]
-    made = [Paged(HEADS, SIZE, DIM, eight, eight, rotated=True, key_mean=mean) for mean in means]
-    assert len({form.name for form in made}) == 3
+    made = []
+    for seed in (turned.SEED, turned.SEED + 1):
+        monkeypatch.setattr(turned, "SEED", seed)
+        for mean in means:
+            made += [packed_format(name, replace(pages, key_mean=mean)).name for name in NAMES]
+    assert len(made) == 2 * 3 * len(NAMES)
+    assert len(set(made)) == len(made) - 3
+    for mix in SIZES:
+        layers = formats(mix)
+        assert len({layer.name for layer in layers}) == len(layers)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.kv.codec import Affine, Codec, root
 from kernels.kv.pack import pack, packed_bytes, unpack
 from kernels.kv.paged import Paged
-from kernels.kv.presets import PRESETS, Preset
+from kernels.kv.presets import PRESETS, LayerPages, Preset
 from kernels.kv.rotation import Rotation
 from kernels.kv.sealed import SealedPage
 from kernels.kv.table import Float8, LloydMax, Octopus, codebook, triplets
@@ -38,14 +38,7 @@ EXPECTED = {
     Affine(2, clip=1.5): (0.1200, 0.9397, True),
 }
 CODECS = pytest.mark.parametrize("codec", EXPECTED, ids=lambda codec: codec.name)
-FORMATS = PRESETS | {
-    "turbo2": Preset(lambda: LloydMax(2), lambda: LloydMax(2)),
-    "turbo3": Preset(lambda: LloydMax(3), lambda: LloydMax(3)),
-    "turbo4": Preset(lambda: LloydMax(4), lambda: LloydMax(4)),
-    "fp8": Preset(Float8, Float8, rotated=False),
-    "octopus": Preset(Octopus, Octopus),
-    "octopus beside fp8": Preset(Octopus, Float8),
-}
+FORMATS = PRESETS | {"octopus beside fp8": Preset(Octopus, Float8)}
 
 
 @lru_cache(maxsize=1)
@@ -59,9 +52,7 @@ def nmse(x: Tensor, found: Tensor) -> float:
 
 
 def paged(name: str, kv_heads: int = 2, page_size: int = 16, mean: Tensor | None = None) -> Paged:
-    made = FORMATS[name]
-    keys, values = made.keys(), made.values()
-    return Paged(kv_heads, page_size, N, keys, values, rotated=made.rotated, key_mean=mean)
+    return FORMATS[name].form(LayerPages(kv_heads, page_size, N, mean))
 
 
 # Codebooks

@@ -9,13 +9,12 @@ import torch
 
 from kernels.kv.codec import Affine
 from kernels.kv.paged import Paged
-from kernels.kv.presets import PRESETS
+from kernels.kv.presets import PRESETS, LayerPages
 from tests.kernels.batches import Rows, demote
 
 
 def paged(heads: int, page_size: int, dim: int, *, halves: bool) -> Paged:
-    keys, values = PRESETS["int8n"].keys(), PRESETS["int8n"].values()
-    return Paged(heads, page_size, dim, keys, values, rotated=True, halves=halves)
+    return PRESETS["int8n"].form(LayerPages(heads, page_size, dim, halves=halves))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention.paged import attend_reference
 from kernels.kv.format import dense_rows
-from kernels.kv.presets import layer_formats, packed_format
+from kernels.kv.presets import LayerPages, layer_formats, packed_format
 from kernels.kv.sealed import Sealed, SealedPage
 from kernels.kv.windows import DensePages, Windows
 from kernels.ops import AttentionLayer
@@ -231,7 +231,7 @@ def test_what_a_format_is_not_made_for() -> None:
         Sealed(1, 16, 16, Windows(0, 8), group=16)
     with pytest.raises(ValueError, match="blocks of 0 tokens"):
         Sealed(1, 16, 16, Windows(8, 0), group=16)
-    form = packed_format("oscar2", 2, 64, 128, None, Windows(64, 64))
+    form = packed_format("oscar2", LayerPages(2, 64, 128, windows=Windows(64, 64)))
     with pytest.raises(ValueError, match="made for heads, page size and head size"):
         form.page_shape(2, 32, 128)
     with pytest.raises(ValueError, match="not read without their dense windows"):
