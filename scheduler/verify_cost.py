@@ -32,7 +32,7 @@ class VerifyCost:
         # drafts, and the profile may change meanwhile: so they are kept, and not what they were
         # times the prediction of their day.
         self._recent: deque[tuple[StepShape, float, float]] = deque(maxlen=RECENT)
-        self._plain: float | None = 1.0  # observed over predicted of these; None: not known yet
+        self._plain: float | None = None  # what they say; None: to be found
         self._fits = 0  # of the profile, when that was found
         # The same with drafts, over that: as such, and beside a draft model that works ahead.
         self._drafted = {False: 1.0, True: beside}
@@ -91,13 +91,16 @@ class VerifyCost:
         self._drafted[ahead] = known + rate * (ratio - known)
 
     def _factor(self) -> float:
+        """Observed over predicted of the latest plain steps, by the profile of now."""
         if self._plain is None or self._fits != self._cost.fits:
             self._fits = self._cost.fits
             found = [(w * self._cost.uncorrected(shape), w * s) for shape, s, w in self._recent]
-            usual = sum(s for _, s in found) / (sum(p for p, _ in found) or 1.0) or 1.0
-            # One slow step among many is an accident.
-            taken = sum(min(s, _CLIP * usual * p) for p, s in found)
-            self._plain = taken / (sum(p for p, _ in found) or 1.0) or 1.0
+            expected = sum(p for p, _ in found)
+            self._plain = 1.0
+            if expected > 0.0:
+                usual = sum(s for _, s in found) / expected
+                # One slow step among many is an accident.
+                self._plain = sum(min(s, _CLIP * usual * p) for p, s in found) / expected
         return self._plain
 
 
