@@ -15,6 +15,7 @@ from scheduler.admission import Admission
 from scheduler.fair_share import PROMPT_WEIGHT, Account
 from scheduler.gap import GapBudget, gap_target
 from scheduler.memory import Hits, Memory
+from scheduler.passing import Passing
 from scheduler.policy import chunk_size, demotable, lane_size
 from scheduler.profile import StepShape
 from scheduler.request import SchedulerConfig
@@ -24,16 +25,7 @@ from scheduler.speculation import NO_RULES, DraftPolicy, Rules
 from scheduler.step_cost import StepCost
 from scheduler.wait import Waits
 from scheduler.waiting import WaitingQueue
-
-
-@dataclass(slots=True)
-class Work:
-    """What one row needs, before its pages have names."""
-
-    tokens: int  # of the chunk; 0 for a live row
-    drafts: int
-    pages: int  # new ones
-    ahead: int = 0  # drafts while those are verified
+from scheduler.work import Work
 
 
 @dataclass(slots=True)
@@ -90,6 +82,7 @@ class Decider:
         self._admission = admission
         self._cost = cost
         self._waits = waits
+        self._passing = Passing(cost, waits, config.mtpot_target)
 
     def decide(
         self,
@@ -141,6 +134,7 @@ class Decider:
             self._continue_prompts(d)
         if d.long:
             self._widen(d)
+        d.rows, d.work = self._passing.stay(d.rows, d.work, d.context, d.spare)
         return d
 
     def _continue_live(self, d: Decision, running: list[Sequence]) -> bool:
@@ -264,7 +258,7 @@ class Decider:
         if target is None:
             return
         # Between two outputs of a stream lies more than a step, and none is quite as predicted.
-        seconds = target / self._waits.longest_stretch
+        seconds = target / self._waits.longest_stretch - self._passing.gone
         page = self._config.page_size
         longest = max((s.fed for s in running[: d.keep] if s.fed < len(s.tokens)), default=0)
         live = self._live_shape(d)

@@ -38,7 +38,8 @@ class Spare:
     """What stands free for others during one planning step."""
 
     __slots__ = (
-        *("_behind", "_ending", "_fed", "_held", "_least", "_much", "_room", "_tenants", "_used"),
+        *("_behind", "_fed", "_held", "_least", "_much", "_room", "_tenants", "_used"),
+        "ending",
     )
 
     def __init__(self, room: Room, tenants: list[Account], running: Iterable[Sequence]) -> None:
@@ -48,7 +49,7 @@ class Spare:
         self._least = min(served, default=0)
         self._behind = max(served, default=0) - room.much
         self._fed: Counter[Account] = Counter()  # prompt tokens in the step
-        self._ending = False  # of one that is not ahead, a prompt ends with the step
+        self.ending = False  # of one that is not ahead, a prompt ends with the step
         self._used: Counter[Account] = Counter()  # slots
         self._held: Counter[Account] = Counter()  # pages; shared ones count for each
         for sequence in running:
@@ -81,15 +82,16 @@ class Spare:
     def feed(self, account: Account, tokens: int, own: int = 0, ends: bool = False) -> None:
         """So many more tokens of its prompts are in the step; `ends`: the last of one of them."""
         self._fed[account] += tokens
-        self._ending |= ends and not self._ahead(account, own)
+        self.ending |= ends and not self.ahead(account, own)
 
     def room(self, account: Account, most: int, own: int = 0) -> int:
         """How many tokens, up to `most`, the next chunk of a prompt may have, for which the tenant
         was charged `own` already."""
-        if not self._ahead(account, own):
+        if not self.ahead(account, own):
             return most
-        part = 0 if self._ending else max(self._room.tokens // STEP_PART, 1)
+        part = 0 if self.ending else max(self._room.tokens // STEP_PART, 1)
         return max(min(most, part - self._fed[account]), 0)
 
-    def _ahead(self, account: Account, own: int) -> bool:
+    def ahead(self, account: Account, own: int = 0) -> bool:
+        """Whether others come before it, for what it was served or holds."""
         return account.served - own > self._least or account in self._much
