@@ -3,7 +3,7 @@ make it much longer.
 
 Where a step's time hangs on its rows, as on a CPU, the newcomer then waits for little more than its
 own prompt. The flood loses no work by it: what is lost is the fixed time of a step. Where rows are
-nearly free nobody is left out.
+nearly free that hardly ever happens.
 """
 
 from __future__ import annotations
