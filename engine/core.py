@@ -67,7 +67,7 @@ class StepWorker(Protocol):
     """What the loop needs of a worker."""
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Starts a step and returns at once; steps run in the order of their launch."""
+        """Starts a step, and does not wait for its end; steps run in the order of their launch."""
         ...
 
     def close(self) -> None: ...

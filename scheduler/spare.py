@@ -38,7 +38,14 @@ class Spare:
     """What stands free for others during one planning step."""
 
     __slots__ = (
-        *("_behind", "_fed", "_held", "_least", "_much", "_room", "_tenants", "_used"),
+        "_behind",
+        "_fed",
+        "_held",
+        "_least",
+        "_much",
+        "_room",
+        "_tenants",
+        "_used",
         "ending",
     )
 

@@ -20,7 +20,8 @@ class Work:
 
 
 def shape_of(rows: Iterable[tuple[Sequence, Work | None]]) -> StepShape:
-    """Of a step with these; None: a live row with no more than its token."""
+    """Of a step with these; None: a live row with no more than its token. What an admission finds
+    cached counts as not read, since its sequence does not have it yet."""
     live = drafts = context = 0
     chunks: list[tuple[int, int]] = []
     for sequence, work in rows:

@@ -45,8 +45,8 @@ class SlotTable:
         self.tokens = torch.zeros(num_slots, max_len + 1, dtype=torch.int32, device=device)
         self.computed = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.page_table = torch.zeros(num_slots, max_pages, dtype=torch.int32, device=device)
-        # Host mirrors: exact pages (as lists and as `page_table` has them) and
-        # owners, and an upper bound of `computed`.
+        # Host mirrors: exact pages, as lists and as `page_table` has them, and owners, and an upper
+        # bound of `computed`.
         self.pages: list[list[int]] = [[] for _ in range(num_slots)]
         self.host_table = np.zeros((num_slots, max_pages), dtype=np.int32)
         self.bound = [0] * num_slots

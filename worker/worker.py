@@ -123,7 +123,7 @@ class Worker:
         self._prompt_len = [0] * len(slots.epoch)
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Starts a step and returns at once."""
+        """Starts a step, and does not wait for its end; see `ThreadExecutor`."""
         return self._executor.submit(lambda: self._begin(plan))
 
     @property

@@ -25,13 +25,16 @@ CASES = {  # pages, slots, and the flood's mean output; its prompts have 300 tok
 }
 
 
-def some(tenant: str, count: int, rate: float, output: int, **fields) -> list[Request]:
-    """Requests at random times; all at once where the rate is 0."""
+def some(
+    tenant: str, count: int, rate: float, output: int, prompts=(150, 450), **fields
+) -> list[Request]:
+    """Requests at random times; all at once where the rate is 0. `prompts`: their least and largest
+    length."""
     rng, now, requests = random.Random(tenant), 0.0, []
     for i in range(count):
         now += rng.expovariate(rate) if rate else 0.0
         first = (i * 2 + (tenant == "flood")) * 1000
-        prompt = range(first, first + rng.randint(150, 450))
+        prompt = range(first, first + rng.randint(*prompts))
         tokens = rng.randint(output // 2, output * 3 // 2)
         requests.append(
             request(f"{tenant}{i}", prompt, tokens, arrival=now, tenant=tenant, **fields)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from itertools import pairwise
 
 from scheduler.passing import GAIN
 from scheduler.plan import StepPlan
 from scheduler.profile import Profile, StepShape, chunk_pairs
-from scheduler.request import Request, SchedulerConfig
+from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
 from tests.scheduler.clocked import Clocked
-from tests.scheduler.driving import request
+from tests.scheduler.test_flood import some
 
 SECONDS = 15.0
 FIXED, ROW = 1.5e-3, 0.3e-3  # seconds of a step, and of each of its tokens: much as on a CPU
@@ -27,19 +26,8 @@ def free_rows(shape: StepShape) -> float:
     return 0.010 + 1e-6 * shape.tokens
 
 
-def some(tenant: str, count: int, rate: float, output: int) -> list[Request]:
-    """Requests at random times; all at once where the rate is 0."""
-    rng, now, requests = random.Random(tenant), 0.0, []
-    for i in range(count):
-        now += rng.expovariate(rate) if rate else 0.0
-        first = (i * 2 + (tenant == "flood")) * 1000
-        prompt = range(first, first + rng.randint(16, 40))
-        tokens = rng.randint(output // 2, output * 3 // 2)
-        requests.append(request(f"{tenant}{i}", prompt, tokens, arrival=now, tenant=tenant))
-    return requests
-
-
-MODEST, FLOOD = some("modest", 100, 8.0, 20), some("flood", 1500, 0.0, 40)
+MODEST = some("modest", 100, 8.0, 20, prompts=(16, 40))
+FLOOD = some("flood", 1500, 0.0, 40, prompts=(16, 40))
 
 
 def run(passes: bool, takes=seconds, mtpot_target: float | None = None) -> Clocked:
