@@ -8,8 +8,9 @@
    so much slower, so that the targets bind; no result of a real run has a part in that choice.
 4. What came of it, arrivals and lengths, is simulated with the server's limits, policy and targets,
    and with no past lengths known, as in the server. How much slower steps are is taken from the
-   run itself, which the server tells (`step_seconds` of /load): a machine shared with others is
-   not as fast in one minute as in the next. Results with the burst's number stand beside.
+   run itself, second by second, as the server tells it (`step_seconds` of /load): a machine shared
+   with others is not as fast in one second as in the next, and where many requests come at once,
+   they are what it is shared with. Results with the run's mean and with the burst's stand beside.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks.replay import (
     POLL,
     Played,
     Scripted,
+    Slowdown,
     learn,
     observed,
     simulated,
@@ -44,7 +46,8 @@ from benchmarks.workload import tokenized_text
 from scheduler.admission import make_policy
 from scheduler.capacity import Configuration, sustained_load
 from scheduler.outcome import SimulationReport, Targets
-from scheduler.profile import Profile
+from scheduler.plan import StepPlan
+from scheduler.profile import Profile, StepShape
 from scheduler.request import SchedulerConfig
 from scheduler.scheduler import Scheduler
 from scheduler.simulate import simulate
@@ -157,19 +160,38 @@ def scaled(profile: Profile, factor: float) -> Profile:
     return replace(profile, points=points)
 
 
+class SlowedMachine:
+    """What steps take on a machine that is slower than in its profile, by more or less in time."""
+
+    def __init__(self, profile: Profile, slowdown: Slowdown) -> None:
+        self._cost = StepCost.from_profile(profile)
+        self._slowdown = slowdown
+        self._factor = slowdown.at(0.0)
+
+    def planned(self, _: StepPlan, now: float) -> None:
+        """What is asked from here on is asked at that time."""
+        self._factor = self._slowdown.at(now)
+
+    def seconds(self, shape: StepShape) -> float:
+        return self._cost.seconds(shape) * self._factor
+
+    def copy_seconds(self, pages: int) -> float:
+        return self._cost.copy_seconds(pages) * self._factor
+
+
 def simulate_trace(
     trace: Sequence[TraceRequest],
     setting: Setting,
     targets: Targets,
     profile: Profile,
-    factor: float,
+    slowdown: Slowdown,
 ) -> SimulationReport:
     """The scheduler is given the profile as the server was, and learns that steps are slower."""
     scheduler = Scheduler(
         setting.config(targets), policy=make_policy(), cost=StepCost.from_profile(profile)
     )
-    machine = StepCost.from_profile(scaled(profile, factor))
-    return simulate(trace, scheduler, machine, targets, interval=POLL)
+    machine = SlowedMachine(profile, slowdown)
+    return simulate(trace, scheduler, machine, targets, interval=POLL, on_plan=machine.planned)
 
 
 def oracle_load(
@@ -260,10 +282,10 @@ def simulated_figures(
     setting: Setting,
     targets: Targets,
     profile: Profile,
-    factor: float,
+    slowdown: Slowdown,
 ) -> dict[str, float]:
     """Of the requests that count."""
-    report = simulate_trace(sent, setting, targets, profile, factor)
+    report = simulate_trace(sent, setting, targets, profile, slowdown)
     return without(simulated(report, WARM_SECONDS, sent[-1].arrival), len(WARM_UP)).figures(targets)
 
 
@@ -273,7 +295,7 @@ def calibrate(
     """How much slower steps are in a loaded server than in the profile."""
     sent, played = lab.play(script, Targets())
     real = played.figures(Targets())
-    virtual = simulated_figures(sent, setting, Targets(), profile, 1.0)
+    virtual = simulated_figures(sent, setting, Targets(), profile, Slowdown(1.0))
     factor = real["seconds"] / virtual["seconds"]
     say(
         f"burst: {real['seconds']:.2f} s served, {virtual['seconds']:.2f} s simulated, "
@@ -320,32 +342,48 @@ def judge(
     factor: float,
 ) -> list[Row]:
     real = played.figures(TARGETS)
-    virtual = simulated_figures(sent, setting, TARGETS, profile, played.slowdown)
-    burst = simulated_figures(sent, setting, TARGETS, profile, factor)
-    say(f"{name}: steps took {played.slowdown:.3f} times the profile's")
+    slowdown = played.slowdown
+
+    def simulated_with(steps: Slowdown) -> dict[str, float]:
+        return simulated_figures(sent, setting, TARGETS, profile, steps)
+
+    say(f"{name}: steps took {slowdown.mean:.3f} times the profile's")
     return [
-        Row(f"{name}: step time / profile's", played.slowdown),
-        *compare(name, real, virtual, burst),
+        Row(f"{name}: step time / profile's", slowdown.mean),
+        *compare(
+            name,
+            real,
+            simulated_with(slowdown),
+            {
+                "mean of the run": simulated_with(Slowdown(slowdown.mean)),
+                "mean of the burst": simulated_with(Slowdown(factor)),
+            },
+        ),
     ]
 
 
 def compare(
-    name: str, real: dict[str, float], virtual: dict[str, float], burst: dict[str, float]
+    name: str,
+    real: dict[str, float],
+    virtual: dict[str, float],
+    others: Mapping[str, dict[str, float]],
 ) -> list[Row]:
-    """`virtual` with step times as in the run, `burst` as in the burst."""
-    lines = [
-        (what, *(f"{figures[what]:.3g}" for figures in (real, virtual, burst))) for what in real
-    ]
-    header = (name, "server", "simulated", "steps of the burst")
+    """`virtual` with steps as slow as in each second of the run, `others` with other ones."""
+    worlds = (real, virtual, *others.values())
+    lines = [(what, *(f"{figures[what]:.3g}" for figures in worlds)) for what in real]
+    header = (name, "server", "simulated", *others)
     print(table(header, lines) + "\n", flush=True)
     goodput, output = "goodput requests/s", "output tok/s"
     ratio = virtual[goodput] / real[goodput] if real[goodput] else math.nan
     return [
         Row(f"{name}: goodput simulated / real, away from 1", abs(ratio - 1), TOLERANCE, "at most"),
         Row(f"{name}: goodput simulated / real", ratio),
-        Row(
-            f"{name}: goodput simulated / real, steps of the burst",
-            burst[goodput] / real[goodput] if real[goodput] else math.nan,
+        *(
+            Row(
+                f"{name}: goodput simulated / real, {steps}",
+                figures[goodput] / real[goodput] if real[goodput] else math.nan,
+            )
+            for steps, figures in others.items()
         ),
         Row(f"{name}: output tok/s simulated / real", virtual[output] / real[output]),
         Row(f"{name}: requests within targets, real", real["within targets"]),

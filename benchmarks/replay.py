@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from scheduler.trace import TraceRequest
 
 TIMEOUT = 300.0  # seconds a request
 POLL = 0.25  # seconds between two looks at /load
+STRETCH = 1.0  # seconds over which the time of a step is averaged, at least
 LEARNERS = 32  # requests at once while texts are learnt
 
 
@@ -71,12 +73,43 @@ class Fate:
 
 
 @dataclass(frozen=True, slots=True)
+class Slowdown:
+    """How many times as long as in the profile steps took in a run."""
+
+    mean: float
+    since: tuple[float, ...] = ()  # seconds of the run: from then on,
+    times: tuple[float, ...] = ()  # it was so many
+
+    @classmethod
+    def of(cls, looks: Sequence[tuple[float, float, float]]) -> Slowdown:
+        """Of the seconds of the run at each look, the seconds of all steps until then, and the same
+        by the profile."""
+        if not looks or looks[-1][2] <= looks[0][2]:
+            return cls(math.nan)
+        since: list[float] = []
+        times: list[float] = []
+        first = looks[0]
+        for look in looks[1:]:
+            seconds, took, profiled = (new - old for new, old in zip(look, first, strict=True))
+            if seconds >= STRETCH and profiled > 0.0:
+                since.append(first[0])
+                times.append(took / profiled)
+                first = look
+        (_, took0, profiled0), (_, took1, profiled1) = looks[0], looks[-1]
+        return cls((took1 - took0) / (profiled1 - profiled0), tuple(since), tuple(times))
+
+    def at(self, now: float) -> float:
+        """Before the first look it is as after it."""
+        return self.times[max(bisect_right(self.since, now) - 1, 0)] if self.times else self.mean
+
+
+@dataclass(frozen=True, slots=True)
 class Played:
     """A trace in one world."""
 
     fates: list[Fate]
     used: float  # share of KV pages, mean from the first to the last arrival
-    slowdown: float  # time between steps over that of the profile, in the same time
+    slowdown: Slowdown  # in the same time
 
     def figures(self, targets: Targets) -> dict[str, float]:
         """Rates are over the time from the first arrival to the last end."""
@@ -170,14 +203,17 @@ async def watched(
     endpoint: Endpoint, bodies: Sequence[bytes], arrivals: Sequence[float], since: float
 ) -> Played:
     """Replays, and looks at the server's pages and steps between `since` and the last arrival."""
-    seen: list[Any] = []
+    used: list[float] = []
+    looks: list[tuple[float, float, float]] = []
 
     async def look(start: float) -> None:
         while True:
             await asyncio.sleep(POLL)
             load: Any = await asyncio.to_thread(call, endpoint, "/load")
-            if since <= perf_counter() - start <= arrivals[-1]:
-                seen.append(load)
+            now = perf_counter() - start
+            if since <= now <= arrivals[-1]:
+                used.append(load["kv_usage"])
+                looks.append((now, load["step_seconds"], load["step_seconds_profiled"]))
 
     looking = asyncio.create_task(look(perf_counter()))
     try:
@@ -185,15 +221,7 @@ async def watched(
     finally:
         looking.cancel()
     fates = [fate_of(sample, start) for sample in samples]
-    if not seen:
-        return Played(fates, math.nan, math.nan)
-
-    def during(name: str) -> float:
-        return seen[-1][name] - seen[0][name]
-
-    used = sum(load["kv_usage"] for load in seen) / len(seen)
-    steps = during("step_seconds_profiled")
-    return Played(fates, used, during("step_seconds") / steps if steps else math.nan)
+    return Played(fates, sum(used) / len(used) if used else math.nan, Slowdown.of(looks))
 
 
 def fate_of(sample: Sample, start: float) -> Fate:
@@ -224,7 +252,7 @@ def simulated(report: SimulationReport, start: float, end: float) -> Played:
         )
         for record in report.records
     ]
-    return Played(fates, report.timeline.mean("used", start, end), math.nan)
+    return Played(fates, report.timeline.mean("used", start, end), Slowdown(1.0))
 
 
 def observed(script: Sequence[Scripted], played: Played) -> list[TraceRequest]:

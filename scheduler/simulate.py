@@ -150,11 +150,12 @@ class SimulatedEngine:
         *,
         interval: float = 1.0,
         deadline: float | None = None,
-        on_plan: Callable[[StepPlan], None] | None = None,
+        on_plan: Callable[[StepPlan, float], None] | None = None,
         drafting: DraftingCosts | None = None,
     ) -> None:
         """`interval` is that of the time series; `deadline` ends requests so long after their
-        arrival; `on_plan` is shown every plan; `drafting` is what drafts take."""
+        arrival; `on_plan` is shown every plan, and when it is made; `drafting` is what drafts
+        take."""
         self.scheduler = scheduler
         self.records: list[Record] = []
         self.timeline = Timeline(interval)
@@ -260,7 +261,7 @@ class SimulatedEngine:
             if plan is None:
                 return
             if self._on_plan is not None:
-                self._on_plan(plan)
+                self._on_plan(plan, now)
             copies = self._cost.copy_seconds(plan.copies) if plan.copies else 0.0
             result = self._worker.run(plan, self._cost)
             seconds = copies + result.drafting.seconds + result.seconds
@@ -328,7 +329,7 @@ def simulate(
     deadline: float | None = None,
     horizon: float = math.inf,
     most_misses: float = math.inf,
-    on_plan: Callable[[StepPlan], None] | None = None,
+    on_plan: Callable[[StepPlan, float], None] | None = None,
     drafting: DraftingCosts | None = None,
 ) -> SimulationReport:
     """Runs a trace, sorted by arrival, through a new scheduler to the end.

@@ -9,11 +9,12 @@ from statistics import median
 
 import pytest
 
-from benchmarks.fidelity import TRACES, Setting, compare, scaled, simulate_trace
+from benchmarks.fidelity import TRACES, Setting, SlowedMachine, compare, scaled, simulate_trace
 from benchmarks.replay import (
     Fate,
     Played,
     Scripted,
+    Slowdown,
     last_new,
     observed,
     replay,
@@ -25,7 +26,8 @@ from benchmarks.replay import (
 from benchmarks.scheduling_server import Gaps, LongPrompt, among_streams, gaps_between
 from benchmarks.streaming import Endpoint, Sample
 from scheduler.outcome import Targets
-from scheduler.profile import Profile
+from scheduler.plan import StepPlan
+from scheduler.profile import Profile, StepShape
 from scheduler.trace import TraceRequest
 from tests.benchmarks.scripted_server import Script, scripted_server
 
@@ -70,7 +72,7 @@ def test_429_is_a_refusal_and_anything_else_a_failure() -> None:
     assert not failed.refused
     assert failed.failed.startswith("HTTP 500")
     assert not any(fate.met(Targets()) for fate in (refused, failed))
-    assert observed(script_of(0.0), Played([refused], 0.0, 1.0))[0].output_tokens == 3
+    assert observed(script_of(0.0), Played([refused], 0.0, Slowdown(1.0)))[0].output_tokens == 3
 
 
 def test_prompts_differ_and_are_the_same_again() -> None:
@@ -100,7 +102,7 @@ def test_figures() -> None:
         Fate(3.0, math.inf, 0.0, 3.0, 0, refused=True),
     ]
     warm = Fate(0.0, 9.0, 9.0, 20.0, 99)
-    figures = without(Played([warm, *fates], 0.5, 1.0), 1).figures(Targets(1.0, 0.5))
+    figures = without(Played([warm, *fates], 0.5, Slowdown(1.0)), 1).figures(Targets(1.0, 0.5))
     assert figures["seconds"] == 6.0
     assert figures["refused"] == 1
     assert figures["within targets"] == 0.25
@@ -116,7 +118,7 @@ def test_a_slower_machine_takes_longer_in_simulation() -> None:
     assert all(r.prompt_tokens + r.max_tokens <= setting.max_model_len for r in trace)
     seconds = []
     for factor in (1.0, 2.0):
-        report = simulate_trace(trace, setting, Targets(), profile, factor)
+        report = simulate_trace(trace, setting, Targets(), profile, Slowdown(factor))
         played = simulated(report, 0.0, trace[-1].arrival)
         assert len(played.fates) == 300
         assert 0 < played.used <= 1
@@ -125,11 +127,28 @@ def test_a_slower_machine_takes_longer_in_simulation() -> None:
     assert scaled(profile, 2.0).points[0][1] == 2 * profile.points[0][1]
 
 
+def test_a_machine_is_as_slow_as_it_was_in_each_second() -> None:
+    looks = [(2.0, 1.0, 1.0), (2.5, 1.5, 1.25), (3.0, 2.0, 1.5), (3.5, 2.0, 1.5), (4.1, 2.3, 1.8)]
+    slowdown = Slowdown.of(looks)
+    assert slowdown.mean == pytest.approx(1.3 / 0.8)
+    assert slowdown.since == (2.0, 3.0)
+    assert [slowdown.at(t) for t in (0.0, 2.9)] == pytest.approx([2.0, 2.0])
+    assert [slowdown.at(t) for t in (3.0, 99.0)] == pytest.approx([1.0, 1.0])
+    machine = SlowedMachine(Profile.parse(PROFILE.read_text()), slowdown)
+    plan, shape = StepPlan(1, (), ()), StepShape(1, 1, 100)
+    machine.planned(plan, 2.9)
+    slow = machine.seconds(shape)
+    machine.planned(plan, 3.0)
+    assert machine.seconds(shape) == pytest.approx(slow / 2)
+    assert math.isnan(Slowdown.of([]).mean)  # no step was seen
+    assert math.isnan(Slowdown.of(looks[2:4]).mean)
+
+
 def test_a_server_that_is_simulated_wrongly_misses(capsys: pytest.CaptureFixture[str]) -> None:
     fates = [Fate(float(i), 0.1, 0.1, i + 1.0, 5) for i in range(10)]
-    real = Played(fates, 0.5, 1.0).figures(Targets())
+    real = Played(fates, 0.5, Slowdown(1.0)).figures(Targets())
     wrong = real | {"goodput requests/s": 0.85 * real["goodput requests/s"]}
-    same, off = compare("x", real, real, real)[0], compare("x", real, wrong, real)[0]
+    same, off = compare("x", real, real, {})[0], compare("x", real, wrong, {})[0]
     assert same.met
     assert off.value == pytest.approx(0.15)
     assert off.met is False

@@ -103,7 +103,7 @@ def test_an_idle_engine_starts_at_once():
 
 def test_requests_that_arrive_together_are_planned_together():
     plans: list[StepPlan] = []
-    run([TraceRequest(1.0, 4, 2, 9)] * 3, on_plan=plans.append)
+    run([TraceRequest(1.0, 4, 2, 9)] * 3, on_plan=lambda plan, _: plans.append(plan))
     assert len(plans[0].rows) == 3
 
 
@@ -208,7 +208,7 @@ def test_every_request_ends_once_and_decisions_repeat(workload, policy):
             cost=Fast(),
             pages=200,
             slots=32,
-            on_plan=lambda plan: seen.update(repr(plan).encode()),
+            on_plan=lambda plan, _: seen.update(repr(plan).encode()),
         )
         return report, seen.hexdigest()
 
