@@ -81,6 +81,11 @@ class Setting:
     max_model_len: int = 2048
     seconds: float = 30.0  # of arrivals of each trace
     profile_seconds: float = 45.0
+    threads: int | None = None  # of the worker; all cores, where none is said
+
+    def model_flags(self, extra: Sequence[str]) -> list[str]:
+        threads = [] if self.threads is None else ["--threads", str(self.threads)]
+        return model_flags(self.model, [*threads, *extra])
 
     def config(self, targets: Targets) -> SchedulerConfig:
         def finite(seconds: float) -> float | None:
@@ -99,7 +104,7 @@ class Setting:
     def flags(self, targets: Targets, profile: Path, history: Path) -> list[str]:
         """The same for `foresight serve`; `history` is a file that is not there."""
         config = self.config(targets)
-        out = model_flags(self.model, ["--profile", str(profile), "--length-history", str(history)])
+        out = self.model_flags(["--profile", str(profile), "--length-history", str(history)])
         for name in ("num_pages", "page_size", "max_num_seqs", "max_step_tokens", "max_model_len"):
             out += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         for name in ("ttft_target", "mtpot_target"):
@@ -142,7 +147,7 @@ def say(text: str) -> None:
 
 def measure_profile(setting: Setting, file: Path) -> None:
     """`foresight profile` with the server's rows and steps and a pool of its default size."""
-    flags = model_flags(setting.model, ["--output", str(file)])
+    flags = setting.model_flags(["--output", str(file)])
     flags += ["--seconds", str(setting.profile_seconds)]
     flags += ["--max-num-seqs", str(setting.max_num_seqs)]
     flags += ["--max-step-tokens", str(setting.max_step_tokens)]
@@ -271,7 +276,7 @@ class Laboratory:
 
 @contextmanager
 def laboratory(setting: Setting, profile: Path) -> Iterator[Laboratory]:
-    flags = model_flags(setting.model, ["--max-model-len", str(setting.max_model_len)])
+    flags = setting.model_flags(["--max-model-len", str(setting.max_model_len)])
     with tempfile.TemporaryDirectory() as folder, local_server(*flags) as learner:
         learner.native_seconds(NATIVE_PATIENCE)
         yield Laboratory(learner, setting, profile, Path(folder))

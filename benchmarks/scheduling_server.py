@@ -28,7 +28,7 @@ from statistics import median
 from time import perf_counter
 
 from benchmarks.fidelity import NATIVE_PATIENCE, TRACES, Setting, fidelity, measure_profile, say
-from benchmarks.local_server import LocalServer, local_server, model_flags
+from benchmarks.local_server import LocalServer, local_server
 from benchmarks.replay import replay
 from benchmarks.report import Row, json_line, percentile, rows_table
 from benchmarks.streaming import Connection, Endpoint, Sample
@@ -165,7 +165,7 @@ def least_target(profile: Profile, sizes: LongPrompt, page_size: int) -> float:
 def long_prompt(setting: Setting, profile_file: Path, sizes: LongPrompt) -> list[Row]:
     """Without a target first: its calm steps say what the target of the second server is."""
     profile = Profile.parse(profile_file.read_text())
-    base = model_flags(setting.model, ["--profile", str(profile_file)])
+    base = setting.model_flags(["--profile", str(profile_file)])
 
     def one(*flags: str) -> Gaps:
         with tempfile.TemporaryDirectory() as folder:
@@ -292,7 +292,7 @@ def tenants(setting: Setting, profile_file: Path, sizes: Flood) -> list[Row]:
         flags = ["--profile", str(profile_file), "--api-key-file", str(keys)]
         flags += ["--length-history", str(Path(folder) / "lengths.json")]
         flags += ["--max-num-seqs", str(setting.max_num_seqs)]
-        with local_server(*model_flags(setting.model, flags)) as server:
+        with local_server(*setting.model_flags(flags)) as server:
             server.native_seconds(NATIVE_PATIENCE)
             return _tenants(server, setting, sizes)
 
@@ -369,6 +369,7 @@ def parser() -> argparse.ArgumentParser:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--traces", nargs="+", choices=TRACES, default=list(TRACES))
     add("--seconds", type=float, default=30.0, help="of arrivals of a trace (30)")
+    add("--threads", type=int, help="of the worker (all cores)")
     add("--profile", type=Path, metavar="FILE", help="measured step times of this machine")
     add("--keep-profile", type=Path, metavar="FILE", help="where to keep those measured now")
     return made
@@ -376,7 +377,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    setting = Setting(model=args.model, seconds=args.seconds)
+    setting = Setting(model=args.model, seconds=args.seconds, threads=args.threads)
     found = rows(setting, args.profile, args.parts, args.traces, keep_profile=args.keep_profile)
     print(rows_table(found))
     print(json_line("scheduling_server", found))

@@ -7,8 +7,8 @@ what it is predicted to take, and charged what it took.
 
 from __future__ import annotations
 
-PROBE_SHARE = 0.005  # of the time
-DECISION_SHARE = 0.01
+PROBE_SHARE = 0.003  # of the time
+DECISION_SHARE = 0.004
 DECISION = 1e-3  # seconds that one takes at most: the scheduler has no clock to measure that with
 SAVED_DECISIONS = 4
 SAVED_PROBES = 1.0  # seconds

@@ -16,7 +16,7 @@ from worker.drafters.base import LATER, NOTHING, Ask, Drafter, Guess
 from worker.drafters.model import ModelDrafter
 from worker.slots import SlotTable
 
-SHADOW_SHARE = 0.005  # of the time may go into texts that nobody asked about
+SHADOW_SHARE = 0.002  # of the time may go into texts that nobody asked about
 MOST_CREDIT = 0.004  # seconds of it that can be saved up: about a text, after which a step may wait
 
 log = logging.getLogger(__name__)
@@ -133,10 +133,12 @@ class Drafting:
     def draft(self, plan: StepPlan) -> tuple[Sequence[Row], DraftTime]:
         """The plan's rows with the drafts they have; `needs_results` was heeded."""
         self._of_slot.clear()
+        drafting: list[Row] = []
         for row in plan.rows:
             if row.chunk is not None:
                 self._tokens[row.slot] += row.chunk
-        drafting = [row for row in plan.rows if row.drafts]
+            elif row.drafts:
+                drafting.append(row)
         if not drafting:
             if self.model is not None:
                 self.model.forget()
