@@ -10,7 +10,7 @@ from __future__ import annotations
 PROBE_SHARE = 0.003  # of the time
 DECISION_SHARE = 0.004
 DECISION = 1e-3  # seconds that one takes at most: the scheduler has no clock to measure that with
-SAVED_DECISIONS = 4
+SAVED_DECISIONS = 2
 SAVED_PROBES = 1.0  # seconds
 
 

@@ -36,4 +36,4 @@ def test_neither_probes_nor_decisions_take_more_than_their_share() -> None:
 def test_a_few_decisions_are_saved_up() -> None:
     exploration = Exploration()
     exploration.earn(100.0)
-    assert [exploration.decide() for _ in range(SAVED_DECISIONS + 1)] == [True] * 4 + [False]
+    assert [exploration.decide() for _ in range(SAVED_DECISIONS + 1)] == [True] * 2 + [False]
