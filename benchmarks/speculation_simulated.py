@@ -17,6 +17,7 @@ foreseen is an assumption.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -102,13 +103,22 @@ def backlog(count: int, chances: Sequence[float]) -> list[TraceRequest]:
 def rate(
     make: Make, trace: list[TraceRequest], streams: int, drafting: DraftingCosts, seconds: float
 ) -> float:
-    """Tokens per second."""
+    """Tokens per second. Raises RuntimeError if there were no requests left to begin."""
     cost = StepCost.from_profile(H200_8B)
     config = SchedulerConfig(num_pages=60_000, max_num_seqs=streams, max_queued_requests=10**6)
     scheduler = Scheduler(config, make(cost), cost=cost)
     machine = StepCost.from_profile(H200_8B)
     simulate(trace, scheduler, machine, Targets(), drafting=drafting, horizon=seconds)
-    return scheduler.load().generated_tokens / seconds
+    load = scheduler.load()
+    if not load.waiting:
+        raise RuntimeError(f"{len(trace)} requests do not last {streams} streams {seconds:g} s")
+    return load.generated_tokens / seconds
+
+
+def lasting(plain: float, streams: int, seconds: float) -> int:
+    """Requests enough for so many streams, though all drafts are right. plain: tokens per second
+    without drafts."""
+    return math.ceil((1 + MOST) * plain * seconds / TOKENS) + 2 * streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,12 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, drafting in (("model", MODEL), ("free", FREE)):
         for name, chances in CHANCES.items():
             for streams in STREAMS[:: 2 if args.quick else 1]:
-                trace = backlog(max(12 * streams, int(3 * seconds)), chances)
+                few = backlog(12 * streams, chances)
+                plain = rate(fixed(0), few, streams, drafting, seconds)
+                trace = backlog(lasting(plain, streams, seconds), chances)
 
                 def of(make: Make) -> float:
                     return rate(make, trace, streams, drafting, seconds)  # noqa: B023
 
-                plain = of(fixed(0))
                 by_length = {k: of(fixed(k)) for k in (1, 2, 3, 4, 6, 8)} | {0: plain}
                 best = max(by_length, key=lambda k: by_length[k])
                 auto = of(controller(drafting is MODEL))
@@ -174,7 +185,8 @@ def ahead(seconds: float) -> list[Row]:
     slow = DraftingCosts(forward=1.2e-3, token=0.01e-3)
     hidden = DraftingCosts(slow.forward, slow.token, ahead=True, foreseen=FORESEEN)
     for streams in (1, 2, 4):
-        trace = backlog(60, (0.8,))
+        plain = rate(fixed(0), backlog(12 * streams, (0.8,)), streams, slow, seconds)
+        trace = backlog(lasting(plain, streams, seconds), (0.8,))
         turns = rate(controller(True), trace, streams, slow, seconds)
         both = rate(controller(True, ahead=True), trace, streams, hidden, seconds)
         name = f"working ahead on a second device, {streams} streams, right 0.8"

@@ -60,6 +60,11 @@ def test_lengths_of_each_request_beat_any_common_one() -> None:
     assert auto >= 1.08 * max(rate(fixed(k), trace, 64, FREE, SECONDS) for k in range(MOST + 1))
 
 
+def test_a_rate_is_not_taken_of_requests_that_run_out() -> None:
+    with pytest.raises(RuntimeError, match="2 requests do not last 1 streams"):
+        rate(fixed(0), backlog(2, (0.5,)), 1, FREE, SECONDS)
+
+
 def test_drafts_fit_into_a_step_and_the_best_are_taken() -> None:
     """Where a step has room for few, every row gets its first ones, not the first rows all."""
     cost = StepCost.from_profile(H200_8B)
