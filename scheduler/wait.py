@@ -33,9 +33,9 @@ _LARGEST_ERROR = 3.0  # that counts in full
 _STEP = 4.0  # by which the margin moves, times the smoothing and the usual error or itself
 _BOUND = 4.0  # of the correction, either way
 _PACE = 0.05  # smoothing of step times, per settled step
-_PUNCTUAL = 0.99  # of the steps that do more than a token a row
-_FIRST_DELAY = 1.15  # times the predicted time, before any such step was seen
-_DELAY_STEP = 0.05  # by which that moves
+_FIRST_DELAY = 1.5  # times the predicted time, before a step beside prompts was seen
+_DELAY_HELD = 500  # such steps, until a delay is forgotten by two thirds
+_LONGEST_DELAY = 3.0  # that time is kept free for; a longer one is no matter of the step's size
 KNOWN_STEPS = 8  # before so many nothing is predicted
 
 
@@ -129,10 +129,11 @@ class Waits:
 
     @property
     def longest_stretch(self) -> float:
-        """The same for all but one in a hundred of the steps that do more than a token a row.
+        """The same for the slowest of the last hundreds of steps that do more than a token a row.
 
         These are what a gap target is kept by, and their times scatter: for other processes, for
-        what the cost model does not know. The quantile is followed as `margin` is.
+        what the cost model does not know. A long prompt takes hundreds of them, and one that is
+        late is the largest gap of every stream, so a quantile would not do.
         """
         return self.stretch * self._delay
 
@@ -157,10 +158,9 @@ class Waits:
 
     def _delayed(self, wall: float, expected: float) -> None:
         """A step that a gap target is kept by took so long."""
-        if expected > 0.0:
-            late = wall > expected * self._delay
-            self._delay += _DELAY_STEP * (_PUNCTUAL if late else _PUNCTUAL - 1.0)
-            self._delay = max(1.0, min(self._delay, _BOUND))
+        self._delay -= (self._delay - 1.0) / _DELAY_HELD
+        if self._delay * expected < wall <= _LONGEST_DELAY * expected:
+            self._delay = wall / expected
 
     def admitted(self, forecast: WaitForecast | None, waited: float) -> None:
         """A request got a slot after `waited` seconds.

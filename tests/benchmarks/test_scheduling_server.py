@@ -9,6 +9,7 @@ from statistics import median
 
 import pytest
 
+from benchmarks import scheduling_server
 from benchmarks.fidelity import TRACES, Setting, SlowedMachine, compare, scaled, simulate_trace
 from benchmarks.replay import (
     Fate,
@@ -166,7 +167,7 @@ def test_gaps_that_overlap_with_a_span() -> None:
 def test_streams_run_while_long_prompts_come() -> None:
     sizes = LongPrompt(streams=2, stream_prompt=4, tokens=400, prompts=2, settle=0.2, calm=0.3)
     with scripted_server(Script(pause=0.01)) as url:
-        gaps = asyncio.run(among_streams(Endpoint.parse(url), list(range(500)), sizes))
+        gaps = asyncio.run(among_streams(Endpoint.parse(url), list(range(500)), [1, 2], sizes))
     assert isinstance(gaps, Gaps)
     assert len(gaps.ttft) == 2
     assert gaps.during
@@ -177,3 +178,14 @@ def test_replay_reports_what_could_not_be_sent() -> None:
     endpoint = Endpoint.parse("http://127.0.0.1:9")
     _, samples = asyncio.run(replay(endpoint, [b"x"], [0.0]))
     assert samples[0].error
+
+
+def test_streams_draw_tokens_that_are_shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {1: "a", 2: " the", 3: "\ufffd"}  # 3: half a character
+
+    def call(endpoint: Endpoint, path: str, body: dict[str, list[int]]) -> dict[str, str]:
+        return {"prompt": shown[body["tokens"][0]]}
+
+    monkeypatch.setattr(scheduling_server, "call", call)
+    endpoint = Endpoint.parse("http://127.0.0.1:9")
+    assert scheduling_server.whole_characters(endpoint, [2, 3, 1, 2]) == [1, 2]

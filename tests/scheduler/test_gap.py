@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -73,17 +75,19 @@ def test_without_a_target_a_long_prompt_takes_whole_steps() -> None:
 def test_a_long_prompt_keeps_the_gaps_within_the_target(target: float) -> None:
     clocked = crowd(mtpot_target=target)
     assert gap(clocked) <= target
-    # It takes no more steps than the target forces it to: each is nearly full.
+    # It takes no more steps than the target forces it to: each has all that is left beside what is
+    # kept free for late ones, a third before any was seen.
     mixed = [took for plan, took in clocked.steps if plan.shape.chunk_pairs > plan.shape.tokens**2]
     assert len(mixed) > 4
-    assert sorted(mixed)[1] > 0.8 * target
+    assert sorted(mixed)[1] > 0.9 * target / 1.5
     assert clocked.ttft("long") <= sum(mixed) + 4 * target
 
 
 def test_the_strictest_of_the_streams_and_the_server_counts() -> None:
-    assert gap(crowd(own=0.03)) <= 0.03
-    assert gap(crowd(own=0.03, mtpot_target=0.06)) <= 0.03
-    assert 0.03 < gap(crowd(own=0.06, mtpot_target=0.04)) <= 0.04
+    own = gap(crowd(own=0.03))
+    assert 0.02 < own <= 0.03
+    assert gap(crowd(own=0.03, mtpot_target=0.06)) == own
+    assert own < gap(crowd(own=0.06, mtpot_target=0.04)) <= 0.04
 
 
 def test_a_target_below_the_step_itself_still_lets_the_prompt_advance() -> None:
@@ -97,28 +101,35 @@ def test_a_slower_machine_than_the_profiles_is_noticed() -> None:
 
 
 def test_what_passes_between_two_steps_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gap(crowd(between=0.5, mtpot_target=0.05)) <= 0.05
+    assert gap(crowd(between=0.8, mtpot_target=0.05)) <= 0.05
     # Negative control.
-    monkeypatch.setattr(Waits, "stretch", 1.0)
-    assert gap(crowd(between=0.5, mtpot_target=0.05)) > 0.06
+    monkeypatch.setattr(Waits, "longest_stretch", 1.0)
+    assert gap(crowd(between=0.8, mtpot_target=0.05)) > 0.08
 
 
-def test_steps_that_scatter_are_late_one_time_in_a_hundred() -> None:
-    """A machine on which others run too. The rest of the target is used."""
+def test_steps_that_scatter_are_hardly_ever_late() -> None:
+    """A machine on which others run too, and once it stops for long. The target is used as far as
+    the slowest of the last steps let it be."""
     noise = np.random.default_rng(1)
     scheduler = Scheduler(
         SchedulerConfig(num_pages=40_000, max_num_seqs=16, max_model_len=60_000, mtpot_target=0.05),
         cost=profiled(),
     )
-    clocked = Clocked(scheduler, lambda shape: seconds(shape) * float(noise.lognormal(0, 0.15)))
+    taken = itertools.count()
+
+    def scattered(shape: StepShape) -> float:
+        pause = 10.0 if next(taken) == 250 else 1.0
+        return seconds(shape) * pause * float(noise.lognormal(0, 0.15))
+
+    clocked = Clocked(scheduler, scattered)
     streams = [request(f"s{i}", range(i, i + 100), 9000, arrival=0.0) for i in range(8)]
     long = [request(f"l{i}", range(i, LONG + i), 1, arrival=1.0 + 4 * i) for i in range(30)]
     clocked.run([*streams, *long], until=120.0)
     chunks = [took for plan, took in clocked.steps if plan.shape.chunk_pairs]
     late = chunks[len(chunks) // 2 :]
     assert len(late) > 300
-    assert sum(took > 0.05 for took in late) <= 0.025 * len(late)
-    assert np.median(late) > 0.05 / 1.15**3
+    assert sum(took > 0.05 for took in late) <= 0.005 * len(late)
+    assert np.median(late) > 0.05 / 1.15**4
 
 
 def test_a_page_of_prompt_comes_before_drafts() -> None:
