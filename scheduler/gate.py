@@ -207,8 +207,9 @@ class Gate:
         room = max(config.max_step_tokens - rows, 1)
         if config.mtpot_target is None or not rows:
             return room
+        seconds = config.mtpot_target / self.waits.longest_stretch
         live = StepShape(rows, rows, context)
-        within = self._cost.tokens_within(config.mtpot_target, live, context // rows, room)
+        within = self._cost.tokens_within(seconds, live, context // rows, room)
         return min(room, max(within, config.page_size))
 
 

@@ -204,3 +204,20 @@ def test_the_budget_of_a_step_adds_up() -> None:
     assert none.room(0, MOST) == 6
     none.add(6, 0)
     assert none.room(0, MOST) == 0
+
+
+def test_first_tokens_are_predicted_by_the_chunks_that_a_gap_target_leaves() -> None:
+    """With steps that may be much later than predicted, chunks are small."""
+    noise = np.random.default_rng(2)
+    scheduler = Scheduler(
+        SchedulerConfig(num_pages=40_000, max_num_seqs=9, max_model_len=60_000, mtpot_target=0.05),
+        cost=profiled(),
+    )
+    clocked = Clocked(scheduler, lambda shape: seconds(shape) * float(noise.lognormal(0, 0.15)))
+    short = [request(f"a{i}", range(i, i + 40), 4, arrival=0.0) for i in range(40)]
+    streams = [request(f"s{i}", range(i, i + 100), 3000, arrival=1.0) for i in range(8)]
+    long = [request(f"l{i}", range(i, LONG + i), 1, arrival=3.0 + 6 * (i // 2)) for i in range(12)]
+    clocked.run([*short, *streams, *long], until=45.0)
+    waited = [clocked.ends[r.id, 0] for r in long[1::2]]  # for the slot of the one before
+    off = [(e.first_token - e.arrival) / (e.predicted_first_token - e.arrival) for e in waited]
+    assert all(0.9 < ratio < 1.35 for ratio in off), "the first of them, too"
