@@ -312,6 +312,7 @@ def make_modes(args: argparse.Namespace, streams: int, stack: ExitStack) -> list
         dtype=args.dtype,
         cache_dir=args.cache_dir,
         length_history=str(Path(gettempdir()) / "foresight-no-lengths"),
+        enable_prefix_cache=False,  # modes that share an engine would find each other's prompts
     )
     drafting = {
         "drafters": tuple(args.drafters),

@@ -43,7 +43,7 @@ PROMISING = 0.5  # a text written without drafts is news if so many would have b
 WATCH_EVERY = 8  # of so many steps one is looked at while nobody drafts
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
 MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
-REFRESH = 4  # plans without drafts, so that it stays known what plain steps take
+REFRESH = 6  # plans without drafts, so that it stays known what plain steps take
 GAP_AIM = 0.9  # of a gap target that a step with drafts may take
 PROMPTS_SHARE = 0.5  # of what the target leaves beyond a plain step, while prompts are read
 PROMPTS_RATE = 0.1  # smoothing of a step's prompt tokens, per step
@@ -109,6 +109,7 @@ class Controller:
         self._settled_at: float | None = None
         self._idle = Idle()
         self._asked = 0  # rows of the last step that had drafts
+        self._drafting = False  # there are drafts in the last plan
 
     # --- the policy -----------------------------------------------------------------------------
 
@@ -125,6 +126,7 @@ class Controller:
                 self._resting = REFRESH
         if self._resting:
             self._resting -= 1
+            self._drafting = False
             for sequence in running:
                 sequence.drafts = 0
             return NO_RULES
@@ -147,6 +149,7 @@ class Controller:
             elif willing and self._plans >= SELDOM:
                 self._plans = 0
                 self._probe(live, willing)
+        self._drafting = any(sequence.drafts for sequence in running)
         return self._tried(self._rules)
 
     def learn(self, sequence: Sequence, row: Row, done: RowResult) -> None:
@@ -402,26 +405,29 @@ class Controller:
     def _watch(self, plan: StepPlan, result: StepResult, now: float, asked: int) -> None:
         """Notes what lies between steps, and whether drafting is slower than plain decoding."""
         before, self._settled_at = self._settled_at, now
-        alone = not asked and not self._asked
+        # Who drafts for the next step works during this one, and is waited for before it is told.
+        alone = not asked and not self._asked and not self._drafting
         self._asked = asked
         stands_for, self._unwatched = 1 + self._unwatched, 0  # steps
         if before is None:
             return
-        wall = now - before
-        computed = result.seconds + result.drafting.seconds
-        if wall < 4 * computed:  # else nobody was there for a while
-            self._idle.observe(wall - computed, drafts=not alone)
-            self._exploration.earn(stands_for * wall)
         prompts, live, shape = 0, plan.shape.rows, plan.shape
         if shape.tokens > shape.rows:  # seldom, where nobody drafts
             prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
             live = sum(row.chunk is None for row in plan.rows)
             shape = shape_as_run(plan, result)
         self._prompts += PROMPTS_RATE * (prompts - self._prompts)
+        wall = now - before
+        computed = result.seconds + result.drafting.seconds
+        if wall < 4 * computed:  # else nobody was there for a while
+            self._exploration.earn(stands_for * wall)
+            if live:
+                self._idle.observe(wall - computed, drafts=not alone)
         if not live or plan.copies:
             return
         drafts = shape.tokens > live + prompts
-        self._steps.observe(shape, live, drafts, result.seconds, result.drafting.ahead > 0)
+        if drafts or alone:
+            self._steps.observe(shape, live, drafts, result.seconds, result.drafting.ahead > 0)
         if not asked:
             return
         # Prompts take the same time in all, whatever they stand beside.

@@ -105,25 +105,33 @@ class VerifyCost:
 
 
 class Idle:
-    """Seconds from one step to the next in which nothing is computed.
+    """Seconds from one step to the next in which nothing is computed: of the latest, the mean of
+    the middle half.
 
     A step with drafts begins when the one before it has been read, and is read before the next one
-    begins; plain steps follow each other unread.
+    begins; plain steps follow each other unread. Requests that come, or a collector at work, make
+    any step wait, and few plain ones are seen where there are always drafts: by their mean, plain
+    decoding would be charged with such a wait for long.
     """
 
     def __init__(self) -> None:
-        self._seconds = {False: 0.0, True: 0.0}  # by whether there are drafts on either side
-        self._steps = {False: 0, True: 0}
+        # By whether there are drafts on either side.
+        self._seconds: dict[bool, deque[float]] = {
+            False: deque(maxlen=RECENT),
+            True: deque(maxlen=RECENT),
+        }
+        self._usual = {False: 0.0, True: 0.0}
 
     def observe(self, seconds: float, *, drafts: bool) -> None:
         """`seconds` may be negative: the two ends of a step are told with some scatter."""
-        self._steps[drafts] += 1
-        rate = max(_RATE, 1.0 / self._steps[drafts])
-        self._seconds[drafts] += rate * (seconds - self._seconds[drafts])
+        recent = self._seconds[drafts]
+        recent.append(seconds)
+        middle = sorted(recent)[len(recent) // 4 : -(len(recent) // 4) or None]
+        self._usual[drafts] = sum(middle) / len(middle)
 
     @property
     def plain(self) -> float:
-        return max(self._seconds[False], 0.0)
+        return max(self._usual[False], 0.0)
 
     @property
     def drafted(self) -> float:
@@ -133,7 +141,7 @@ class Idle:
     @property
     def added(self) -> float:
         """How much longer it is beside drafts."""
-        return max(self._seconds[True] - self.plain, 0.0) if self._steps[True] else 0.0
+        return max(self._usual[True] - self.plain, 0.0) if self._seconds[True] else 0.0
 
 
 def _clipped(ratio: float) -> float:

@@ -20,7 +20,7 @@ from benchmarks.speculation_simulated import (
     rate,
 )
 from scheduler.allocation import Option
-from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, Controller
+from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, WATCH_EVERY, Controller
 from scheduler.exploration import PROBE_SHARE
 from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
@@ -436,6 +436,29 @@ def test_a_batch_in_which_nobody_wants_drafts_decides_nothing() -> None:
         alone.step(0.9)
     assert set(alone.lengths) == {0}
     assert alone.policy._decisions == 0
+
+
+def test_a_step_during_which_the_next_is_drafted_for_is_no_plain_one() -> None:
+    """It takes longer, and is told late. That plain steps take so long would be believed for
+    hundreds of steps where there are always drafts."""
+    alone = Alone(Speculation(enabled=False), Option((1,), True))
+    for _ in range(40):
+        alone.step(0.0)
+    policy, shape = alone.policy, StepShape(1, 1, 40)
+
+    def settle_late(drafts: int) -> tuple[float, float]:
+        policy._unwatched = WATCH_EVERY - 1
+        alone.sequence.drafts = drafts
+        policy.plan([alone.sequence])  # the next step
+        alone.now += 40e-3
+        row = Row(1, 1, None, True, 0, ())
+        done = StepResult(0, (RowResult((1,)),), 20e-3, DraftTime(), ())
+        policy.settled(StepPlan(0, (), (row,), shape, (), ()), done, alone.now)
+        return policy._steps.plain(shape), policy._idle.plain
+
+    before = policy._steps.plain(shape), policy._idle.plain
+    assert settle_late(4) == before
+    assert settle_late(0) > before  # negative control
 
 
 def test_working_ahead_is_kept_where_it_pays() -> None:

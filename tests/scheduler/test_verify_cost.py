@@ -79,3 +79,11 @@ def test_scatter_between_steps_is_no_time() -> None:
     for _ in range(200):
         idle.observe(-1e-3, drafts=True)
     assert idle.added == 0.0
+
+
+def test_few_waits_for_something_else_are_no_time() -> None:
+    """Requests that come, for one: a fifth of the plain steps wait for them, and few are seen."""
+    idle = Idle()
+    for turn in range(10):
+        idle.observe(0.1e-3 if turn % 5 else 8e-3, drafts=False)
+    assert idle.plain == pytest.approx(0.1e-3)
