@@ -102,8 +102,8 @@ def completion(
 
 
 def whole_characters(endpoint: Endpoint, tokens: Iterable[int]) -> list[int]:
-    """Of `tokens` those that are text by themselves, once each. Half a character is shown with the
-    next token, which from outside looks like a gap of two steps."""
+    """Of `tokens` those of ASCII text, once each. Half a character is shown with the next token,
+    which from outside looks like a gap of two steps."""
     shown = []
     for token in sorted(set(tokens)):
         answer = call(endpoint, "/detokenize", {"model": "m", "tokens": [token]})
