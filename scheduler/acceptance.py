@@ -144,6 +144,11 @@ class Acceptance:
         shared.drafted[min(proposed, allowed)] += weight
         shared.grow()
 
+    def newcomer(self, number: int) -> Floats:
+        """[positions]: the survival to expect of one that has shown nothing yet."""
+        right, _ = self._shared[number].shares()
+        return np.asarray(np.cumprod(right))
+
     def curves(self, sequences: Items[Sequence], number: int) -> Curves:
         """What to expect of each by that option."""
         shared = self._shared[number]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +99,9 @@ class Controller:
         self._foreseen = Foreseen()
         self._usual = 0.0  # drafts of a sequence, on average
         self._rules = NO_RULES
-        self._news = False  # that drafts may pay, while nobody drafts
+        self._news = False  # that drafts may pay, while nobody drafts:
+        self._unlike = False  # they do not for those who are there, but would for most others,
+        self._arrived = False  # of whom one has come
         self._turn = 0  # whose turn it is to be probed
         self._probed: Sequence | None = None  # by the last plan
         self._decided_for = self._plans = self._decisions = 0
@@ -116,6 +119,7 @@ class Controller:
     def begin(self, sequence: Sequence) -> None:
         sequence.drafters = self._drafters(sequence, self._option)
         sequence.drafts = min(round(self._usual), sequence.most_drafts)
+        self._arrived |= self._unlike
 
     def plan(self, running: list[Sequence], joining: int = 0, unread: int = 0) -> Rules:
         self._plans += 1
@@ -138,6 +142,7 @@ class Controller:
         else:
             if self._probed is not None:
                 self._probed.drafts, self._probed = 0, None
+            changed = changed or self._arrived
             due = changed or self._plans >= (EVERY if self._news else SELDOM)
         if rows and due and self._steps.ready:
             live = [s for s in running if s.fed == len(s.tokens)]
@@ -229,22 +234,23 @@ class Controller:
             self._foreseen.learn(survival, min(max(math.ceil(self._usual), 1), self.most))
         batch = self._batch(live, soon)
         verifying = self._verifying(live)
-        found = {
-            number: allocate(
-                batch,
-                self.options[number],
-                self._promise(live, number),
-                self._cost(number),
-                verifying.slower(self._steps.beside) if self.options[number].ahead else verifying,
-            )
-            for number in numbers
-        }
+
+        def allocation(number: int, promise: Promise) -> Allocation:
+            option, slower = self.options[number], verifying
+            if option.ahead:
+                slower = verifying.slower(self._steps.beside)
+            return allocate(batch, option, promise, self._cost(number), slower)
+
+        found = {number: allocation(number, self._promise(live, number)) for number in numbers}
         chosen = max(found, key=lambda number: found[number].rate)
         if found[chosen].rate < found[self._option].rate * MARGIN:
             chosen = self._option
         best = found[chosen]
         if best.rate < batch.plain * (1.0 if self._usual else MARGIN):
             best = batch.nobody
+        self._unlike = not best.drafts.any() and (
+            allocation(chosen, self._of_newcomers(live, chosen)).rate >= batch.plain * MARGIN
+        )
         if chosen != self._option:
             self._twin_in = self._twin_after = TWIN_AFTER
         self._option = chosen
@@ -260,7 +266,7 @@ class Controller:
             sequence.drafters = self._drafters(sequence, chosen)
             if not drafts:
                 sequence.exact_pace = sequence.pace = 1.0
-        self._news = False
+        self._news = self._arrived = False
 
     def _cost(self, number: int) -> DraftCost:
         """Of an option's drafts. Where a model makes them and was not seen to, what it took beside
@@ -347,6 +353,13 @@ class Controller:
             _unread(live, survival) if option.reads else 0.0,
         )
 
+    def _of_newcomers(self, live: list[Sequence], number: int) -> Promise:
+        """The same if nothing were known of those who are there."""
+        order = self.acceptance.number(self.options[number].drafters)
+        assert order is not None
+        survival = np.tile(self.acceptance.newcomer(order), (len(live), 1))
+        return replace(self._promise(live, number), survival=survival)
+
     def _patience(self, best: Allocation, live: list[Sequence]) -> int:
         """See `StepPlan.patience`: what the drafts of so many rows bring is more than what all
         would bring in the time that these take."""
@@ -420,7 +433,7 @@ class Controller:
         wall = now - before
         computed = result.seconds + result.drafting.seconds
         if wall < 4 * computed:  # else nobody was there for a while
-            self._exploration.earn(stands_for * wall)
+            self._exploration.earn(stands_for * wall, stands_for)
             if live:
                 self._idle.observe(wall - computed, drafts=not alone)
         if not live or plan.copies:

@@ -17,7 +17,9 @@ from scheduler.plan import DraftTime
 
 Floats = NDArray[np.float64]
 
-_KEEP = 0.995  # of what earlier steps say, per step
+_KEEP = 0.995  # of what earlier steps say, per step;
+# at first less, for the machine may still be waking up: about a quarter of the steps seen count.
+_FIRST_KEPT = 4
 _REFIT = 32  # steps
 _CLIP = 3.0  # a step that took more than so many times what was predicted was disturbed
 
@@ -55,8 +57,9 @@ class DraftCost:
         recent = np.array(self._recent, dtype=np.float64)
         self._recent.clear()
         seen, seconds = recent[:, :3], recent[:, 3]
-        kept = _KEEP ** np.arange(len(recent), 0, -1.0)
-        weighted = seen * (kept / _KEEP)[:, None]
+        keep = min(_KEEP, 1.0 - _FIRST_KEPT / max(self._steps, 2 * _FIRST_KEPT))
+        kept = keep ** np.arange(len(recent), 0, -1.0)
+        weighted = seen * (kept / keep)[:, None]
         self._normal = kept[0] * self._normal + weighted.T @ seen
         self._right = kept[0] * self._right + weighted.T @ seconds
         # The active-set solver takes a matrix: a root of the normal equations does for it.

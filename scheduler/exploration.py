@@ -3,11 +3,15 @@
 There are probes, drafts that only tell how good drafts would be, and decisions, which look at what
 is known by now. Both have a share of the time, and can be saved up a little. A probe is let in by
 what it is predicted to take, and charged what it took.
+
+Probes have more at first, when what is known is from a machine that was still waking up: drafts
+may have seemed to take several times what they take.
 """
 
 from __future__ import annotations
 
 PROBE_SHARE = 0.003  # of the time
+EARLY = 0.5  # of the n-th step's time, over n
 DECISION_SHARE = 0.004
 DECISION = 1e-3  # seconds that one takes at most: the scheduler has no clock to measure that with
 SAVED_DECISIONS = 2
@@ -19,12 +23,15 @@ class Exploration:
 
     def __init__(self) -> None:
         self._for_probes = 0.0
+        self._steps = 0
         self._for_decisions = SAVED_DECISIONS * DECISION
         self._price: float | None = None  # of the probe that is under way
 
-    def earn(self, seconds: float) -> None:
-        """So much time has passed in steps."""
-        self._for_probes = min(self._for_probes + PROBE_SHARE * seconds, SAVED_PROBES)
+    def earn(self, seconds: float, steps: int = 1) -> None:
+        """So much time has passed in so many steps."""
+        self._steps += steps
+        share = PROBE_SHARE + EARLY / self._steps
+        self._for_probes = min(self._for_probes + share * seconds, SAVED_PROBES)
         most = SAVED_DECISIONS * DECISION
         self._for_decisions = min(self._for_decisions + DECISION_SHARE * seconds, most)
 

@@ -160,8 +160,10 @@ class _Cell:
     def learn(self, shape: StepShape, seconds: float) -> None:
         self._count += 1
         rate = max(_RATE, 1.0 / self._count)
-        if self._count > 3:  # one slow step among many is an accident
-            seconds = min(seconds, 2.0 * self._mean[-1])
+        # One slow step among many is an accident, or one of the first: no step is too fast.
+        if self._count <= 3 and seconds < 0.5 * self._mean[-1]:
+            self._mean[-1] = seconds
+        seconds = min(seconds, 2.0 * self._mean[-1])
         for i, value in enumerate([*_sizes(shape), seconds]):
             self._mean[i] += rate * (value - self._mean[i])
 
