@@ -177,12 +177,16 @@ class Controller:
     def settled(self, plan: StepPlan, result: StepResult, now: float) -> None:
         drafting: list[tuple[int, ...]] = []
         if plan.shape.tokens > plan.shape.rows:
-            drafting = [row.drafters for row in plan.rows if row.drafts]
+            drafting = [
+                row.drafters
+                for row, done in zip(plan.rows, result.rows, strict=True)
+                if row.drafts and done.tokens
+            ]
         asked, work = len(drafting), result.drafting
         if asked:
             served = sum(done.proposed > 0 for done in result.rows)
             if drafting.count(drafting[0]) == asked:
-                self._observe(drafting[0], plan, work)
+                self._observe(drafting[0], asked, plan, work)
             self._foreseen.settled(asked, served, work.foreseen if self._was_ahead else None)
         for shadow in result.shadows:
             self.acceptance.learn_from(shadow, self.most)
@@ -195,11 +199,12 @@ class Controller:
         else:
             self._watch(plan, result, now, asked)
 
-    def _observe(self, drafters: tuple[int, ...], plan: StepPlan, work: DraftTime) -> None:
-        """What drafting has taken."""
+    def _observe(
+        self, drafters: tuple[int, ...], asked: int, plan: StepPlan, work: DraftTime
+    ) -> None:
+        """What drafting has taken, for so many rows."""
         number = self._number.get((drafters, False))
         if number is not None and not work.ahead and not self._was_ahead:
-            asked = sum(row.drafts > 0 for row in plan.rows)
             self.draft_costs[number].observe(asked, work)
         number = self._number.get((drafters, True))
         if number is not None and work.ahead:
@@ -425,9 +430,9 @@ class Controller:
         if before is None:
             return
         prompts, live, shape = 0, plan.shape.rows, plan.shape
-        if shape.tokens > shape.rows:  # seldom, where nobody drafts
+        if shape.tokens > shape.rows or result.over:  # seldom, where nobody drafts
             prompts = sum(len(row.chunk) for row in plan.rows if row.chunk)
-            live = sum(row.chunk is None for row in plan.rows)
+            live = sum(row.chunk is None for row in plan.rows) - result.over
             shape = shape_as_run(plan, result)
         self._prompts += PROMPTS_RATE * (prompts - self._prompts)
         wall = now - before

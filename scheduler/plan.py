@@ -150,3 +150,6 @@ class StepResult:
     seconds: float = 0.0
     drafting: DraftTime = NO_DRAFTING
     shadows: tuple[Shadow, ...] = ()  # of texts that ended before
+    # Rows that were not run: their texts had ended with the step before, which was not known yet
+    # when this one was planned, but when it began.
+    over: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scheduler.decide import Decision
 from scheduler.pages import PagePool
 from scheduler.plan import Row, StepPlan, StepResult
@@ -55,12 +57,22 @@ def _chunk(sequence: Sequence, use: int, new: tuple[int, ...]) -> Row:
 
 
 def shape_as_run(plan: StepPlan, result: StepResult) -> StepShape:
-    """The shape of a step in which rows may have drafted less than they were allowed to."""
+    """The shape of a step in which rows may have drafted less than they were allowed to, or were
+    not run at all."""
     unused = sum(
         row.drafts - done.proposed
         for row, done in zip(plan.rows, result.rows, strict=True)
         if row.drafts
     )
-    if not unused:
+    if not unused and not result.over:
         return plan.shape
-    return plan.shape.with_drafts(-unused, sum(row.chunk is None for row in plan.rows))
+    live = sum(row.chunk is None for row in plan.rows)
+    shape = plan.shape.with_drafts(-unused, live) if unused else plan.shape
+    if not result.over:
+        return shape
+    return replace(
+        shape,
+        rows=shape.rows - result.over,
+        tokens=shape.tokens - result.over,
+        decode_context=shape.decode_context * (live - result.over) // live,
+    )

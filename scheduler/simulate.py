@@ -62,6 +62,7 @@ class CountingWorker:
         self._requests: dict[int, TraceRequest] = {}
         self._length = [0] * (slots + 1)  # by slot: tokens it stands at
         self._end = [0] * (slots + 1)  # by slot: the length at which it stops; 0: it never does
+        self._drafted = False  # there were drafts in the last step
 
     def expect(self, number: int, request: TraceRequest) -> None:
         self._requests[number] = request
@@ -76,9 +77,13 @@ class CountingWorker:
             self._drafts.admit(admit.slot, request.right)
             end[admit.slot] = admit.prompt_len + request.output_tokens if stops else 0
         rows: list[RowResult] = []
-        drafting, without = self._drafts.draft(plan)
+        over = self._over(plan)
+        drafting, without = self._drafts.draft(plan, over)
         for row in plan.rows:
             slot = row.slot
+            if slot in over:
+                rows.append(_NOTHING)
+                continue
             if row.chunk is not None:
                 length[slot] += len(row.chunk)
                 if not row.samples:
@@ -90,12 +95,20 @@ class CountingWorker:
                 continue
             length[slot] = now = length[slot] + 1
             rows.append(_END if now == end[slot] else _MORE)
-        result = StepResult(plan.step, tuple(rows), drafting=drafting)
-        shape = shape_as_run(plan, result) if without else plan.shape
+        result = StepResult(plan.step, tuple(rows), drafting=drafting, over=len(over))
+        shape = shape_as_run(plan, result) if without or over else plan.shape
         seconds = costs.seconds(shape)
-        return replace(
-            result, seconds=seconds, drafting=self._drafts.verified(plan, drafting, seconds)
-        )
+        drafting = self._drafts.verified(plan, over, drafting, seconds)
+        return replace(result, seconds=seconds, drafting=drafting)
+
+    def _over(self, plan: StepPlan) -> set[int]:
+        """Slots of live rows whose texts have ended, where that is known when the step begins."""
+        drafted, self._drafted = self._drafted, any(row.drafts for row in plan.rows)
+        if not (drafted or self._drafted):
+            return set()
+        end, length = self._end, self._length
+        live = [row.slot for row in plan.rows if row.chunk is None]
+        return {slot for slot in live if 0 < end[slot] <= length[slot]}
 
     def _verify(self, slot: int, drafts: int, ahead: int) -> RowResult:
         length, end = self._length[slot], self._end[slot]

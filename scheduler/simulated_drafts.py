@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from scheduler.plan import NO_DRAFTING, DraftTime, StepPlan
@@ -36,9 +37,10 @@ class Drafts:
     def admit(self, slot: int, right: str) -> None:
         self._right[slot], self._ready[slot] = right, False
 
-    def draft(self, plan: StepPlan) -> tuple[DraftTime, set[int]]:
-        """What the target waits for before it verifies, and the slots that go without drafts."""
-        asked = [row for row in plan.rows if row.drafts]
+    def draft(self, plan: StepPlan, over: Container[int]) -> tuple[DraftTime, set[int]]:
+        """What the target waits for before it verifies, and the slots that go without drafts, but
+        for those that are over."""
+        asked = [row for row in plan.rows if row.drafts and row.slot not in over]
         if self._costs is None or not asked:
             return NO_DRAFTING, set()
         hidden = [row for row in asked if self._ready[row.slot]]
@@ -68,9 +70,11 @@ class Drafts:
             self._ready[slot] = run > drafts or (run < drafts and chance < self._costs.foreseen)
         return min(run, drafts)
 
-    def verified(self, plan: StepPlan, work: DraftTime, seconds: float) -> DraftTime:
+    def verified(
+        self, plan: StepPlan, over: Container[int], work: DraftTime, seconds: float
+    ) -> DraftTime:
         """Verification has taken so long: what drafting has taken, with what was done beside."""
-        ahead = [row.ahead + 1 for row in plan.rows if row.ahead]
+        ahead = [row.ahead + 1 for row in plan.rows if row.ahead and row.slot not in over]
         if self._costs is None or not self._costs.ahead or not ahead:
             return work
         beside = self._chain(ahead)

@@ -81,6 +81,8 @@ class Drafting:
         self._tokens: list[list[int]] = [[] for _ in slots.epoch]  # by slot, those known
         self._prompt = [0] * len(slots.epoch)  # by slot: tokens of it
         self._stops: list[frozenset[int]] = [frozenset()] * len(slots.epoch)  # by slot: they end it
+        self._min_len = [0] * len(slots.epoch)  # by slot: so long it is before they do
+        self._over = [False] * len(slots.epoch)  # by slot: one of them has
         self._known = [0] * len(slots.epoch)  # by slot: tokens when it was last drafted for
         self._of_slot: dict[int, Drafted] = {}  # of the step being run
         self._shadows: list[Shadow] = []  # since the last step
@@ -101,6 +103,8 @@ class Drafting:
         self._tokens[slot] = list(admit.cached)
         self._prompt[slot] = admit.prompt_len
         self._stops[slot] = admit.params.stop_token_ids
+        self._min_len[slot] = admit.prompt_len + admit.params.min_tokens
+        self._over[slot] = False
         self._known[slot] = 0
 
     def _end(self, slot: int) -> None:
@@ -143,7 +147,7 @@ class Drafting:
             if self.model is not None:
                 self.model.forget()
             return plan.rows, NO_DRAFTING
-        asking = [row for row in drafting if not self._over(row.slot)]
+        asking = [row for row in drafting if not self._over[row.slot]]
         started = time.perf_counter()
         read = sum(self._read(row.slot) for row in asking)
         with self._spared():
@@ -160,10 +164,10 @@ class Drafting:
         seconds = time.perf_counter() - started
         return rows, DraftTime(seconds, depth, tokens or read, foreseen=foreseen)
 
-    def _over(self, slot: int) -> bool:
-        """The text ended with the step before: this row's plan was made before that was known."""
-        tokens = self._tokens[slot]
-        return len(tokens) > self._prompt[slot] and tokens[-1] in self._stops[slot]
+    def over(self, row: Row) -> bool:
+        """Whether its text has ended with a step before, as far as these were read: the plan was
+        made before that was known."""
+        return row.chunk is None and self._over[row.slot]
 
     def _read(self, slot: int) -> int:
         """How many tokens came to a text since this was asked last."""
@@ -180,7 +184,7 @@ class Drafting:
         asks: list[Ask] = []
         drafts: list[list[int]] = []
         for row in rows:
-            if row.ahead and number in row.drafters and not self._over(row.slot):
+            if row.ahead and number in row.drafters and not self._over[row.slot]:
                 drafted = self._of_slot.get(row.slot)
                 asks.append(Ask(row.slot, self._tokens[row.slot], row.drafts, row.ahead))
                 drafts.append([] if drafted is None else drafted.guess.tokens)
@@ -285,5 +289,10 @@ class Drafting:
             fed = [tokens[-1], *drafted.guess.tokens]
             with self._spared():
                 self._drafters[drafted.drafter].verified(slot, fed, chosen)
-        tokens += chosen[: accepted + 1]
+        stops, least = self._stops[slot], self._min_len[slot]
+        for token in chosen[: accepted + 1]:
+            tokens.append(token)
+            if token in stops and len(tokens) > least:
+                self._over[slot] = True
+                break
         return drafted

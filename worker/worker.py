@@ -64,6 +64,7 @@ class BegunStep:
         parts: Sequence[tuple[list[int], Outcome]],  # row indices, and what became of those rows
         drafting: DraftTime,
         shadows: tuple[Shadow, ...],
+        rows: int,
         span: Span,
         read: Callable[[BegunStep], StepResult],
     ) -> None:
@@ -71,6 +72,7 @@ class BegunStep:
         self.parts = parts
         self.drafting = drafting
         self.shadows = shadows
+        self.rows = rows  # of the plan; those that are in no part were not run
         self.span = span
         self._read = read
         self._result: StepResult | None = None
@@ -201,7 +203,7 @@ class Worker:
             if self._drafting is not None:
                 drafting = self._drafting.finished(drafting)
         span.end()
-        step = BegunStep(plan.step, parts, drafting, shadows, span, self._read)
+        step = BegunStep(plan.step, parts, drafting, shadows, len(rows), span, self._read)
         self._unread.append(step)
         return step
 
@@ -227,10 +229,11 @@ class Worker:
                     self._slots.windows.settle(row.slot, self._slots.bound[row.slot])
         return StepResult(
             step=step.number,
-            rows=tuple(results[i] for i in range(len(results))),
+            rows=tuple(results.get(i) or RowResult() for i in range(step.rows)),
             seconds=step.span.seconds() - step.drafting.seconds,
             drafting=step.drafting,
             shadows=step.shadows,
+            over=step.rows - len(results),
         )
 
     def _recall_sinks(self, plan: StepPlan) -> None:
@@ -261,9 +264,12 @@ class Worker:
             self._slots.demote(demotion)
 
     def _by_runner(self, rows: Sequence[Row]) -> list[tuple[Runner, list[int]]]:
-        """Row indices by runner; more than one only while a swap is under way."""
+        """Indices of the rows to be run by runner; more than one only while a swap is under way."""
         groups: dict[int, tuple[Runner, list[int]]] = {}
+        drafting = self._drafting
         for i, row in enumerate(rows):
+            if drafting is not None and drafting.over(row):
+                continue
             runner = self._runners[row.slot]
             groups.setdefault(id(runner), (runner, []))[1].append(i)
         return list(groups.values())

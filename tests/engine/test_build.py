@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import StartupError
 from kernels.cpu.build import BuildError
 from kernels.cpu.ops import NativeOps
+from scheduler.plan import Admit, Row, RowResult, StepPlan, StepResult
 from scheduler.request import Request, SamplingParams, SchedulerConfig
 from scheduler.scheduler import Scheduler
 from tests.e2e.driving import drive
@@ -199,3 +200,39 @@ def test_kernels_that_are_ready_after_the_end_are_of_no_use(
     caplog.clear()
     built.set_result(None)
     assert not caplog.records  # a callback that fails is logged
+
+
+def test_rows_whose_texts_are_over_are_not_run(tmp_path: Path) -> None:
+    """The first token of one text ends it. Steps with drafts begin when that was read."""
+    save(tmp_path, "llama")
+    worker, limits = build(tmp_path, drafters=("suffix",))
+
+    def run(number: int, admits: tuple[Admit, ...], *rows: Row) -> StepResult:
+        return worker.launch(StepPlan(number, admits, rows)).wait()
+
+    def text(slot: int, stops: frozenset[int]) -> tuple[Admit, Row]:
+        params = SamplingParams(max_tokens=20, temperature=0, stop_token_ids=stops)
+        pages = tuple(range(10 * slot, 10 * slot + 10))
+        prompt = Row(slot, slot, PROMPT, True, new_pages=pages)
+        return Admit(slot, slot, params, 0, len(PROMPT), (), ()), prompt
+
+    try:
+        plain = greedy(worker, limits)
+        first, prompt = text(1, frozenset(plain[:1]))
+        other, its_prompt = text(2, frozenset())
+        assert not run(1, (first, other), prompt, its_prompt).over
+        gone, on = (Row(slot, slot, None, True, 4, (0,)) for slot in (1, 2))
+        result = run(2, (), gone, on)
+        assert (result.over, result.rows[0]) == (1, RowResult())
+        tokens = list(result.rows[1].tokens)
+        assert tokens == plain[1 : 1 + len(tokens)]
+        result = run(3, (), gone)
+        assert (result.over, result.rows) == (1, (RowResult(),))
+        more = run(4, (), on).rows[0].tokens
+        assert list(more) == plain[1 + len(tokens) :][: len(more)]
+        # Who gets the slot next is not.
+        again, prompt = text(1, frozenset())
+        assert list(run(5, (again,), prompt).rows[0].tokens) == plain[:1]
+        assert not run(6, (), gone).over
+    finally:
+        worker.close()

@@ -65,6 +65,15 @@ def test_drafts_that_were_not_made_are_taken_off_the_shape() -> None:
         assert shape_as_run(plan, StepResult(0, results)) == shape
 
 
+def test_rows_that_were_not_run_are_taken_off_the_shape() -> None:
+    rows = tuple(Row(i, 1, None, True, k, (0,)) for i, k in enumerate((3, 0, 4)))
+    shape = StepShape(4, 53, 900, 5000).with_drafts(7, 3)
+    plan = StepPlan(0, (), (*rows, Row(3, 1, (7,) * 50, False)), shape=shape)
+    done = RowResult((1,) * 4, proposed=3), RowResult(), RowResult(), RowResult()
+    result = StepResult(0, done, over=2)
+    assert shape_as_run(plan, result) == StepShape(2, 54, 300, 5900)
+
+
 def test_the_cost_learns_from_settled_steps() -> None:
     both = pair()
     both.add(*workload(4, 1))

@@ -157,6 +157,24 @@ def test_nothing_is_drafted_for_a_text_that_has_ended() -> None:
     scripted.asked.clear()
     assert [row.drafts for row in drafting.draft(StepPlan(3, (), rows))[0]] == [1, 0]
     assert scripted.asked == [1]
+    assert [drafting.over(row) for row in (*rows, slot)] == [False, True, False]
+
+
+def test_a_text_is_over_with_the_token_that_ends_it_whatever_came_after() -> None:
+    """A step may choose another token behind a right draft that ends the text."""
+    for least, over in ((0, True), (2, False)):
+        drafting, _, _ = setting(Guess([7], [0.9]))
+        params = SamplingParams(max_tokens=9, min_tokens=least, stop_token_ids=frozenset({7}))
+        drafting.admit(Admit(2, 1, params, 0, 3, (), ()))
+        drafting.draft(StepPlan(1, (), (Row(2, 1, (10, 11, 12), True),)))
+        drafting.committed(2, [13], 0)
+        live = Row(2, 1, None, True, 4, (0,))
+        drafting.draft(StepPlan(2, (), (live,)))
+        drafting.committed(2, [7, 21], 1)
+        assert drafting.over(live) == over
+        assert drafting._tokens[2] == [10, 11, 12, 13, 7] + [21] * (not over)
+        drafting.admit(Admit(2, 2, params, 0, 3, (), ()))
+        assert not drafting.over(live)
 
 
 def test_it_is_told_how_much_came_to_the_texts_since_they_were_drafted_for() -> None:
