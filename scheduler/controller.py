@@ -39,7 +39,8 @@ Floats = NDArray[np.float64]
 
 EVERY = 8  # steps from one decision to the next while there are drafts, unless the batch changes
 CHANGE = 2  # by more than one row of so many
-SELDOM = 32  # steps from one probe to the next while there are none; they are what may change that
+# Steps from one probe to the next while there are none, later on; they are what may change that.
+SELDOM = 32
 PROMISING = 0.5  # a text written without drafts is news if so many would have been right
 WATCH_EVERY = 8  # of so many steps one is looked at while nobody drafts
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
@@ -107,7 +108,7 @@ class Controller:
         self._decided_for = self._plans = self._decisions = 0
         self._net = SafetyNet()
         self._resting = 0  # plans without drafts to come
-        self._exploration = Exploration()
+        self._exploration = Exploration(early=1.0 if cost.learns else 0.0)
         self._unwatched = 0  # steps since one was looked at
         self._settled_at: float | None = None
         self._idle = Idle()
@@ -135,6 +136,7 @@ class Controller:
                 sequence.drafts = 0
             return NO_RULES
         rows = len(running)
+        probing = EVERY if self._exploration.early else SELDOM
         reading = joining > 0 or self._prompts >= 1.0
         changed = abs(rows - self._decided_for) * CHANGE > self._decided_for
         if self._usual:
@@ -143,7 +145,7 @@ class Controller:
             if self._probed is not None:
                 self._probed.drafts, self._probed = 0, None
             changed = changed or self._arrived
-            due = changed or self._plans >= (EVERY if self._news else SELDOM)
+            due = changed or self._plans >= (EVERY if self._news else probing)
         if rows and due and self._steps.ready:
             live = [s for s in running if s.fed == len(s.tokens)]
             willing = [s for s in live if s.most_drafts]
@@ -151,7 +153,7 @@ class Controller:
             if willing and (self._usual or (news and self._exploration.decide())):
                 self._plans, self._decided_for, self._shared = 0, rows, reading
                 self._decide(live, self._soon(running, joining, unread))
-            elif willing and self._plans >= SELDOM:
+            elif willing and self._plans >= probing:
                 self._plans = 0
                 self._probe(live, willing)
         self._drafting = any(sequence.drafts for sequence in running)

@@ -4,15 +4,16 @@ There are probes, drafts that only tell how good drafts would be, and decisions,
 is known by now. Both have a share of the time, and can be saved up a little. A probe is let in by
 what it is predicted to take, and charged what it took.
 
-Probes have more at first, when what is known is from a machine that was still waking up: drafts
-may have seemed to take several times what they take.
+Where no profile tells what steps take, both have more at first: what is known then is from a
+machine that was still waking up, on which drafts may have seemed to take several times what they
+take.
 """
 
 from __future__ import annotations
 
 PROBE_SHARE = 0.003  # of the time
-EARLY = 0.5  # of the n-th step's time, over n
 DECISION_SHARE = 0.004
+EARLY_PROBES, EARLY_DECISIONS = 4.0, 2.0  # of the n-th step's time, over n
 DECISION = 1e-3  # seconds that one takes at most: the scheduler has no clock to measure that with
 SAVED_DECISIONS = 2
 SAVED_PROBES = 1.0  # seconds
@@ -21,7 +22,9 @@ SAVED_PROBES = 1.0  # seconds
 class Exploration:
     """Counts seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, early: float = 1.0) -> None:
+        """`early`: how much more there is at first, in parts of `EARLY_…`."""
+        self._early = early
         self._for_probes = 0.0
         self._steps = 0
         self._for_decisions = SAVED_DECISIONS * DECISION
@@ -30,10 +33,17 @@ class Exploration:
     def earn(self, seconds: float, steps: int = 1) -> None:
         """So much time has passed in so many steps."""
         self._steps += steps
-        share = PROBE_SHARE + EARLY / self._steps
+        early = self._early / self._steps
+        share = PROBE_SHARE + EARLY_PROBES * early
         self._for_probes = min(self._for_probes + share * seconds, SAVED_PROBES)
         most = SAVED_DECISIONS * DECISION
-        self._for_decisions = min(self._for_decisions + DECISION_SHARE * seconds, most)
+        share = DECISION_SHARE + EARLY_DECISIONS * early
+        self._for_decisions = min(self._for_decisions + share * seconds, most)
+
+    @property
+    def early(self) -> bool:
+        """Whether most of it is for the beginning."""
+        return self._steps * PROBE_SHARE < EARLY_PROBES * self._early
 
     def decide(self) -> bool:
         """Whether there may be a decision now, which is then paid."""

@@ -35,7 +35,7 @@ class StepCost:
 
     def __init__(self, profile: Profile | None) -> None:
         self.label = "learnt from its own steps" if profile is None else profile.label
-        self._learning = profile is None
+        self.learns = profile is None  # from the steps that are run, and nothing else
         self._seen: dict[tuple[int, int, int], _Cell] = {}
         self._steps = 0
         self.fits = 0  # the curve has changed so many times
@@ -60,7 +60,7 @@ class StepCost:
     @property
     def ready(self) -> bool:
         """Whether predictions rest on anything."""
-        return not self._learning or bool(self._seen)
+        return not self.learns or bool(self._seen)
 
     @property
     def correction(self) -> float:
@@ -109,7 +109,7 @@ class StepCost:
         if not (0.0 < seconds < math.inf) or shape.tokens < 1:
             return
         self._steps += 1
-        if self._learning and self._collect(shape, seconds):
+        if self.learns and self._collect(shape, seconds):
             self._fit(cell.point() for cell in self._seen.values())
             self._log, self._factor = 0.0, 1.0
             return
