@@ -42,7 +42,7 @@ CHANGE = 2  # by more than one row of so many
 # Steps from one probe to the next while there are none, later on; they are what may change that.
 SELDOM = 32
 PROMISING = 0.5  # a text written without drafts is news if so many would have been right
-WATCH_EVERY = 8  # of so many steps one is looked at while nobody drafts
+WATCH_EVERY = 16  # of so many steps one is looked at while nobody drafts
 ALL_OPTIONS = 4  # decisions from one that looks at all options to the next
 MARGIN = 1.02  # by how much drafting must be better than plain decoding to begin, or another option
 REFRESH = 6  # plans without drafts, so that it stays known what plain steps take
@@ -106,6 +106,7 @@ class Controller:
         self._turn = 0  # whose turn it is to be probed
         self._probed: Sequence | None = None  # by the last plan
         self._decided_for = self._plans = self._decisions = 0
+        self._unprobed = 0  # plans since the last probe, or decision
         self._net = SafetyNet()
         self._resting = 0  # plans without drafts to come
         self._exploration = Exploration(early=1.0 if cost.learns else 0.0)
@@ -118,12 +119,22 @@ class Controller:
     # --- the policy -----------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
+        self._as_usual(sequence)
+        self._arrived |= self._unlike and sequence.most_drafts > 0
+
+    def _as_usual(self, sequence: Sequence) -> None:
+        """Until it is live, and something can be said of it."""
         sequence.drafters = self._drafters(sequence, self._option)
         sequence.drafts = min(round(self._usual), sequence.most_drafts)
-        self._arrived |= self._unlike
 
     def plan(self, running: list[Sequence], joining: int = 0, unread: int = 0) -> Rules:
-        self._plans += 1
+        self._plans, self._unprobed = self._plans + 1, self._unprobed + 1
+        rows = len(running)
+        changed = abs(rows - self._decided_for) * CHANGE > self._decided_for or self._arrived
+        probing = EVERY if self._exploration.early else SELDOM
+        due = changed or self._plans >= (EVERY if self._usual or self._news else probing)
+        if not (due or self._usual or self._drafting or self._resting):
+            return NO_RULES  # nearly always, where drafts do not pay
         if self._steps.stale and not self._resting:
             # Beside prompts little would be seen of them; that can wait, but not for ever.
             reading = joining > 0 or any(s.fed < len(s.tokens) for s in running)
@@ -135,27 +146,28 @@ class Controller:
             for sequence in running:
                 sequence.drafts = 0
             return NO_RULES
-        rows = len(running)
-        probing = EVERY if self._exploration.early else SELDOM
         reading = joining > 0 or self._prompts >= 1.0
-        changed = abs(rows - self._decided_for) * CHANGE > self._decided_for
         if self._usual:
-            due = changed or self._plans >= EVERY or (self._bound and reading != self._shared)
-        else:
-            if self._probed is not None:
-                self._probed.drafts, self._probed = 0, None
-            changed = changed or self._arrived
-            due = changed or self._plans >= (EVERY if self._news else probing)
+            due = due or (self._bound and reading != self._shared)
+        elif self._probed is not None:
+            self._probed.drafts, self._probed = 0, None
         if rows and due and self._steps.ready:
             live = [s for s in running if s.fed == len(s.tokens)]
             willing = [s for s in live if s.most_drafts]
             news = changed or self._news
+            self._plans, self._decided_for = 0, rows
+            self._arrived &= not willing  # its prompt is read first
             if willing and (self._usual or (news and self._exploration.decide())):
-                self._plans, self._decided_for, self._shared = 0, rows, reading
+                self._unprobed, self._shared = 0, reading
                 self._decide(live, self._soon(running, joining, unread))
-            elif willing and self._plans >= probing:
-                self._plans = 0
-                self._probe(live, willing)
+                for sequence in running:
+                    if sequence.fed < len(sequence.tokens):
+                        self._as_usual(sequence)
+            else:
+                self._news = news
+                if willing and self._unprobed >= probing:
+                    self._unprobed = 0
+                    self._probe(live, willing)
         self._drafting = any(sequence.drafts for sequence in running)
         return self._tried(self._rules)
 
@@ -273,7 +285,7 @@ class Controller:
             sequence.drafters = self._drafters(sequence, chosen)
             if not drafts:
                 sequence.exact_pace = sequence.pace = 1.0
-        self._news = self._arrived = False
+        self._news = False
 
     def _cost(self, number: int) -> DraftCost:
         """Of an option's drafts. Where a model makes them and was not seen to, what it took beside

@@ -20,12 +20,13 @@ from benchmarks.speculation_simulated import (
     rate,
 )
 from scheduler.allocation import Option
-from scheduler.controller import GAP_AIM, TWIN_AFTER, TWIN_STEPS, WATCH_EVERY, Controller
+from scheduler.controller import GAP_AIM, SELDOM, TWIN_AFTER, TWIN_STEPS, WATCH_EVERY, Controller
 from scheduler.exploration import PROBE_SHARE
 from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
 from scheduler.profile import StepShape
 from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
 from scheduler.scheduler import Scheduler
+from scheduler.sequence import Sequence
 from scheduler.simulated_drafts import DraftingCosts
 from scheduler.speculation import NO_RULES, FixedDrafts
 from scheduler.step_cost import StepCost
@@ -161,9 +162,10 @@ class Alone:
         self.lengths: list[int] = []
         self.shadows: tuple[Shadow, ...] = ()
         self.idle = 0.0  # seconds between a step with drafts and its neighbours
+        self.beside: list[Sequence] = []  # that are still being read
 
     def step(self, chance: float) -> None:
-        self.rules = rules = self.policy.plan([self.sequence])
+        self.rules = rules = self.policy.plan([self.sequence, *self.beside])
         drafts, drafters = self.sequence.drafts, self.sequence.drafters
         self.lengths.append(drafts)
         ahead = drafts if rules.ahead else 0
@@ -430,6 +432,21 @@ def test_who_gets_a_slot_has_as_many_drafts_as_others() -> None:
     assert sequence.drafts == 3
 
 
+def test_who_is_still_read_loses_drafts_that_end_for_others() -> None:
+    alone = Alone(WILLING, Option((1,), True))
+    for _ in range(200):
+        alone.step(0.95)
+    params = SamplingParams(max_tokens=400)
+    alone.scheduler.add(Request("1", (1,) * 900, params, 0.0), 0.0)
+    (reading,) = alone.scheduler._requests["1"]
+    alone.policy.begin(reading)
+    assert reading.drafts > 5
+    alone.beside = [reading]
+    for _ in range(60):
+        alone.step(0.0)
+    assert alone.sequence.drafts == reading.drafts == 0
+
+
 def test_a_batch_in_which_nobody_wants_drafts_decides_nothing() -> None:
     alone = Alone(Speculation(enabled=False))
     for _ in range(200):
@@ -447,7 +464,7 @@ def test_a_step_during_which_the_next_is_drafted_for_is_no_plain_one() -> None:
     policy, shape = alone.policy, StepShape(1, 1, 40)
 
     def settle_late(drafts: int) -> tuple[float, float]:
-        policy._unwatched = WATCH_EVERY - 1
+        policy._unwatched, policy._plans = WATCH_EVERY - 1, SELDOM
         alone.sequence.drafts = drafts
         policy.plan([alone.sequence])  # the next step
         alone.now += 40e-3
