@@ -112,7 +112,7 @@ PLAIN_RATE = 21 / (1.045 * (CHUNK + 20 * PLAIN) + 21 * 20e-6)
 def test_what_a_waking_machine_has_taken_does_not_stop_drafts_for_long() -> None:
     """First steps take up to five times as long, some fifty milliseconds more."""
     found = rates(3.0, 20, mostly_right, 4.0, 0.05)
-    assert min(found) > 1.02 * PLAIN_RATE
+    assert min(found) > 1.1 * PLAIN_RATE
     assert np.mean(found) > 0.9 * np.mean(rates(3.0, 20, mostly_right))
 
 
