@@ -109,7 +109,7 @@ class Controller:
         self._unprobed = 0  # plans since the last probe, or decision
         self._net = SafetyNet()
         self._resting = 0  # plans without drafts to come
-        self._exploration = Exploration(early=1.0 if cost.learns else 0.0)
+        self._exploration = Exploration(cold=cost.learns)
         self._unwatched = 0  # steps since one was looked at
         self._settled_at: float | None = None
         self._idle = Idle()

@@ -22,9 +22,9 @@ SAVED_PROBES = 1.0  # seconds
 class Exploration:
     """Counts seconds."""
 
-    def __init__(self, early: float = 1.0) -> None:
-        """`early`: how much more there is at first, in parts of `EARLY_…`."""
-        self._early = early
+    def __init__(self, cold: bool = True) -> None:
+        """`cold`: no profile tells what steps take."""
+        self._cold = cold
         self._for_probes = 0.0
         self._steps = 0
         self._for_decisions = SAVED_DECISIONS * DECISION
@@ -33,7 +33,7 @@ class Exploration:
     def earn(self, seconds: float, steps: int = 1) -> None:
         """So much time has passed in so many steps."""
         self._steps += steps
-        early = self._early / self._steps
+        early = self._cold / self._steps
         share = PROBE_SHARE + EARLY_PROBES * early
         self._for_probes = min(self._for_probes + share * seconds, SAVED_PROBES)
         most = SAVED_DECISIONS * DECISION
@@ -42,8 +42,8 @@ class Exploration:
 
     @property
     def early(self) -> bool:
-        """Whether most of it is for the beginning."""
-        return self._steps * PROBE_SHARE < EARLY_PROBES * self._early
+        """Whether most of what probes have is what they have more at first."""
+        return self._cold and self._steps * PROBE_SHARE < EARLY_PROBES
 
     def decide(self) -> bool:
         """Whether there may be a decision now, which is then paid."""

@@ -1,9 +1,8 @@
-"""Draft lengths: against an oracle, against every fixed length, and through sudden changes."""
+"""Draft lengths of batches: against an oracle, every fixed length, gap targets, and prompts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,15 +19,13 @@ from benchmarks.speculation_simulated import (
     rate,
 )
 from scheduler.allocation import Option
-from scheduler.controller import GAP_AIM, SELDOM, TWIN_AFTER, TWIN_STEPS, WATCH_EVERY, Controller
-from scheduler.exploration import PROBE_SHARE
-from scheduler.plan import DraftTime, Row, RowResult, Shadow, StepPlan, StepResult
+from scheduler.controller import GAP_AIM, Controller
+from scheduler.plan import DraftTime, Row, RowResult, StepPlan, StepResult
 from scheduler.profile import StepShape
-from scheduler.request import Request, SamplingParams, SchedulerConfig, Speculation
+from scheduler.request import Request, SamplingParams, SchedulerConfig
 from scheduler.scheduler import Scheduler
-from scheduler.sequence import Sequence
 from scheduler.simulated_drafts import DraftingCosts
-from scheduler.speculation import NO_RULES, FixedDrafts
+from scheduler.speculation import FixedDrafts
 from scheduler.step_cost import StepCost
 from scheduler.verify_cost import LEAST_PLAIN
 
@@ -140,94 +137,6 @@ def test_prompts_that_are_nearly_read_count_as_rows_to_come() -> None:
     assert policy._soon(running, 10, 100) == 7, "20 tokens are left for their prompts of 10"
 
 
-WILLING = Speculation()
-
-
-class Alone:
-    """A controller and one live sequence, whose drafts come true with a given chance."""
-
-    def __init__(self, speculation: Speculation = WILLING, *options: Option, seed: int = 1) -> None:
-        cost = StepCost.from_profile(H200_8B)
-        every = Option((0,), False), Option((0, 1), True), Option((1,), True)
-        self.policy = Controller(options or every, ["suffix", "model"], MOST, cost)
-        self.rules = NO_RULES
-        self.scheduler = Scheduler(SchedulerConfig(num_pages=2000), self.policy, cost=cost)
-        params = SamplingParams(max_tokens=4000)
-        self.scheduler.add(Request("0", (1,) * 40, params, 0.0, speculation=speculation), 0.0)
-        ((self.sequence,),) = self.scheduler._requests.values()
-        self.sequence.fed = len(self.sequence.tokens)
-        self._rng = np.random.default_rng(seed)
-        self._behind = 40  # tokens that the draft model has not read
-        self.now = 0.0
-        self.lengths: list[int] = []
-        self.shadows: tuple[Shadow, ...] = ()
-        self.idle = 0.0  # seconds between a step with drafts and its neighbours
-        self.beside: list[Sequence] = []  # that are still being read
-
-    def step(self, chance: float) -> None:
-        self.rules = rules = self.policy.plan([self.sequence, *self.beside])
-        drafts, drafters = self.sequence.drafts, self.sequence.drafters
-        self.lengths.append(drafts)
-        ahead = drafts if rules.ahead else 0
-        row = Row(1, 1, None, True, drafts, drafters, ahead)
-        right = 0
-        while right < drafts and self._rng.random() < chance:
-            right += 1
-        done = RowResult((1,) * (right + 1), proposed=drafts)
-        if drafts:
-            done.drafter = drafters[-1]
-            done.confidence = (0.6,) * drafts
-            self.policy.learn(self.sequence, row, done)
-        shape = StepShape(1, 1 + drafts, 40)
-        plan = StepPlan(0, (), (row,), shape, rules.least, rules.heard)
-        self._behind += right + 1
-        work = DraftTime()
-        if drafts and 1 in drafters:
-            tokens = drafts + self._behind
-            work = DraftTime(0.5e-3 * drafts + 2e-6 * tokens, drafts, tokens)
-            self._behind = 0
-        seconds = 4.5e-3
-        if ahead:  # it pays under no circumstances
-            seconds *= 3
-            work = work._replace(beside=1e-3 * ahead, ahead=1)
-        self.now += seconds + work.seconds + self.idle * any(self.lengths[-2:])
-        result = StepResult(0, (done,), seconds, work, self.shadows)
-        self.shadows = ()
-        self.policy.settled(plan, result, self.now)
-
-    def mean(self, steps: int) -> float:
-        return sum(self.lengths[-steps:]) / steps
-
-
-def test_it_follows_a_sudden_change_within_50_steps_and_does_not_flap() -> None:
-    """Up as well as down, by the median: with drafts off a change is seen by a probe only, and
-    after drafts have lost there are none for a while."""
-    up = []
-    for seed in range(9):
-        alone = Alone(WILLING, Option((1,), True), seed=seed)
-        for _ in range(200):
-            alone.step(0.9)
-        assert alone.mean(50) > 5
-        for _ in range(50):
-            alone.step(0.1)
-        assert alone.mean(5) <= 2
-        for _ in range(100):
-            alone.step(0.1)
-        assert alone.mean(100) <= 1
-        for steps in range(300):
-            alone.step(0.95)
-            if alone.mean(10) > 5 and steps >= 10:
-                break
-        up.append(steps)
-        for _ in range(150):
-            alone.step(0.95)
-        assert alone.mean(100) > 5
-        last = alone.lengths[-100:]
-        assert sum(a != b for a, b in pairwise(last)) <= 10
-    assert sorted(up)[4] <= 50
-    assert max(up) < 299
-
-
 def test_steps_with_prompts_beside_tell_what_drafts_take() -> None:
     """Under load hardly a step is without a chunk. Here verifying takes four times what the profile
     says, so drafts that are right half the time lose."""
@@ -298,56 +207,6 @@ def test_what_plain_steps_take_is_seen_before_and_between_drafts(chance: float) 
     assert sum(lengths[-500:]) <= 25
 
 
-def test_what_lies_between_steps_with_drafts_counts() -> None:
-    """They are not in flight two at a time, as plain ones are. Four tokens in twice the time are a
-    gain, two in three times are not."""
-    for chance, idle, drafted in ((0.5, 0.0, True), (0.8, 5e-3, True), (0.5, 10e-3, False)):
-        alone = Alone(WILLING, Option((0,), False))
-        alone.idle = idle
-        for _ in range(1500):
-            alone.step(chance)
-        assert (alone.mean(500) > 3) == drafted, idle
-        if not drafted:
-            assert alone.mean(500) < 0.2
-
-
-def test_probes_take_no_more_than_their_share_of_the_time() -> None:
-    """With what they keep waiting. Nothing is ever right."""
-    alone = Alone(WILLING, Option((0,), False))
-    alone.idle = 10e-3
-    for _ in range(500):
-        alone.step(0.0)
-    before = alone.now
-    for _ in range(5000):
-        alone.step(0.0)
-    probes = sum(drafts > 0 for drafts in alone.lengths[-5000:])
-    assert probes > 2
-    assert 2 * probes * alone.idle < 1.2 * PROBE_SHARE * (alone.now - before)
-
-
-def test_plain_steps_are_not_forgotten_while_drafts_pay() -> None:
-    alone = Alone(WILLING, Option((1,), True))
-    for _ in range(1300):
-        alone.step(0.95)
-    without = [i for i, drafts in enumerate(alone.lengths[100:]) if not drafts]
-    assert 2 <= len(without) <= 2 * 12
-
-
-def test_a_request_may_forbid_bound_or_choose() -> None:
-    off, bounded, chosen = (
-        Alone(Speculation(enabled=False)),
-        Alone(Speculation(max_draft_tokens=2)),
-        Alone(Speculation(drafter="model")),
-    )
-    for _ in range(60):
-        for alone in (off, bounded, chosen):
-            alone.step(0.95)
-    assert set(off.lengths) == {0}
-    assert max(bounded.lengths) == 2
-    assert max(chosen.lengths) > 4
-    assert chosen.sequence.drafters == (1,)
-
-
 def test_a_gap_target_bounds_the_step() -> None:
     cost = StepCost.from_profile(H200_8B)
     params = SamplingParams(max_tokens=500)
@@ -408,18 +267,6 @@ def test_prompts_get_a_share_of_what_a_gap_target_leaves() -> None:
     assert taken(0) == pytest.approx(all_of_it)
 
 
-def test_texts_written_without_drafts_say_when_drafts_would_pay() -> None:
-    alone = Alone(WILLING, Option((1,), True))
-    for _ in range(150):
-        alone.step(0.0)
-    assert alone.mean(50) <= 0.5
-    for _ in range(6):
-        alone.shadows = (Shadow(1, (True,) * 60 + (False,)),)
-        for _ in range(12):
-            alone.step(1.0)
-    assert alone.mean(4) > 1
-
-
 def test_who_gets_a_slot_has_as_many_drafts_as_others() -> None:
     """Not those of the time when it came, when nobody had any."""
     policy = FixedDrafts(0)
@@ -430,52 +277,6 @@ def test_who_gets_a_slot_has_as_many_drafts_as_others() -> None:
     assert sequence.drafts == 0
     scheduler.plan(1.0)
     assert sequence.drafts == 3
-
-
-def test_who_is_still_read_loses_drafts_that_end_for_others() -> None:
-    alone = Alone(WILLING, Option((1,), True))
-    for _ in range(200):
-        alone.step(0.95)
-    params = SamplingParams(max_tokens=400)
-    alone.scheduler.add(Request("1", (1,) * 900, params, 0.0), 0.0)
-    (reading,) = alone.scheduler._requests["1"]
-    alone.policy.begin(reading)
-    assert reading.drafts > 5
-    alone.beside = [reading]
-    for _ in range(60):
-        alone.step(0.0)
-    assert alone.sequence.drafts == reading.drafts == 0
-
-
-def test_a_batch_in_which_nobody_wants_drafts_decides_nothing() -> None:
-    alone = Alone(Speculation(enabled=False))
-    for _ in range(200):
-        alone.step(0.9)
-    assert set(alone.lengths) == {0}
-    assert alone.policy._decisions == 0
-
-
-def test_a_step_during_which_the_next_is_drafted_for_is_no_plain_one() -> None:
-    """It takes longer, and is told late. That plain steps take so long would be believed for
-    hundreds of steps where there are always drafts."""
-    alone = Alone(Speculation(enabled=False), Option((1,), True))
-    for _ in range(40):
-        alone.step(0.0)
-    policy, shape = alone.policy, StepShape(1, 1, 40)
-
-    def settle_late(drafts: int) -> tuple[float, float]:
-        policy._unwatched, policy._plans = WATCH_EVERY - 1, SELDOM
-        alone.sequence.drafts = drafts
-        policy.plan([alone.sequence])  # the next step
-        alone.now += 40e-3
-        row = Row(1, 1, None, True, 0, ())
-        done = StepResult(0, (RowResult((1,)),), 20e-3, DraftTime(), ())
-        policy.settled(StepPlan(0, (), (row,), shape, (), ()), done, alone.now)
-        return policy._steps.plain(shape), policy._idle.plain
-
-    before = policy._steps.plain(shape), policy._idle.plain
-    assert settle_late(4) == before
-    assert settle_late(0) > before  # negative control
 
 
 def test_working_ahead_is_kept_where_it_pays() -> None:
@@ -492,16 +293,3 @@ def test_working_ahead_is_kept_where_it_pays() -> None:
     hopeless = backlog(60, (0.2,))
     turns = rate(controller(True), hopeless, 4, slow, SECONDS)
     assert rate(controller(True, ahead=True), hopeless, 4, useless, SECONDS) > 0.97 * turns
-
-
-def test_whether_it_works_ahead_is_tried_again() -> None:
-    """What either takes is forgotten unless it is seen, so the other way has its turns, ever more
-    seldom while nothing changes."""
-    alone = Alone(WILLING, Option((1,), True), Option((1,), True, ahead=True))
-    for _ in range(128):  # until both were seen
-        alone.step(0.9)
-    tried = 0
-    for _ in range(5 * TWIN_AFTER):
-        alone.step(0.9)
-        tried += alone.rules.ahead
-    assert tried == 2 * TWIN_STEPS
