@@ -24,9 +24,9 @@ def pages_over_time(length: int, remaining: int, steps: np.ndarray) -> np.ndarra
 def draw(path: Path) -> None:
     steps = np.arange(0, 200)
     length, remaining = np.array(list(RUNNING.values())).T
-    batch = Batch.of(length, remaining, np.ones(3), np.zeros(3, dtype=np.int64))
+    batch = Batch.of(length, remaining[None], np.ones(3), np.zeros(3, dtype=np.int64))
     forecast = Forecast(batch, PAGE)
-    candidate = Growth(*CANDIDATE, 1.0, 0)
+    candidate = Growth(CANDIDATE[0], np.array(CANDIDATE[1:]), 1.0, 0)
     peak = forecast.peak_with(candidate)
     parts = [*RUNNING.values(), CANDIDATE]
     layers = [pages_over_time(*part, steps) for part in parts]

@@ -73,7 +73,7 @@ class Answers:
         usual = min(max(self.mean - produced, self.mean / 3), sequence.cap - produced)
         if left <= 0:  # the policy guesses nothing
             left = usual
-        elif sequence.level is not None:
+        elif sequence.levels:
             left = trust * left + (1.0 - trust) * usual
         return max(left, 1.0)
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
+
 from scheduler.admission import Admission
 from scheduler.fair_share import PROMPT_WEIGHT, Account
 from scheduler.gap import GapBudget, gap_target
@@ -26,6 +28,9 @@ from scheduler.step_cost import StepCost
 from scheduler.wait import Waits
 from scheduler.waiting import WaitingQueue
 from scheduler.work import Work
+
+SCARCE = 2  # free pages for each sequence: with more, nobody looks who may take them
+LATE = 1.4  # times the mean: pages are to last for an end that comes so late
 
 
 @dataclass(slots=True)
@@ -142,6 +147,7 @@ class Decider:
         size, max_len = self._config.page_size, self._memory.max_len
         rows, work = d.rows, d.work
         spare = d.budget - len(running)  # drafts leave a token to every running sequence
+        growing: int | None = None  # of the sequences, the first so many may take pages
         others = False
         context = 0
         for i, sequence in enumerate(running):
@@ -175,6 +181,11 @@ class Decider:
                 k = 0
                 need = -(-reach // size) - len(sequence.pages)
             if need > 0:
+                if growing is None:
+                    growing = self._growing(d, running)
+                if i >= growing:
+                    d.pressure = True
+                    continue
                 if need > d.free:
                     self._retreat(d, running, i + 1, need)
                 stalled = need > d.free
@@ -191,6 +202,30 @@ class Decider:
         d.budget = spare + len(running) - len(rows)
         return others
 
+    def _growing(self, d: Decision, running: list[Sequence]) -> int:
+        """How many of the sequences, in order, may take new pages: all, if these last until one of
+        them is expected to end. Else as many as they last for, so that the first come to their end
+        and give theirs back, instead of all being stuck and the last preempted.
+
+        All as well, where the others would have to wait for too long.
+        """
+        count = len(running)
+        if not self._patient(d) or d.free >= SCARCE * count:
+            return count
+        steps = self._admission.first_ends(running)
+        if steps is None:
+            return count
+        paces = np.cumsum([sequence.pace for sequence in running])
+        tokens = (d.free + d.promised) * self._config.page_size
+        few_enough = LATE * steps * paces <= tokens
+        target = gap_target(self._config.mtpot_target, running)
+        if target is not None:
+            context = sum(len(sequence.tokens) for sequence in running)
+            seconds = self._cost.seconds(StepShape(count, count, context))
+            few_enough &= 2 * steps * seconds <= target
+        found = np.flatnonzero(few_enough)
+        return int(found[-1]) + 1 if found.size else count
+
     def _retreat(self, d: Decision, running: list[Sequence], first: int, need: int) -> None:
         """Demotes pages or preempts running[first:], from the end, until the one before them finds
         the `need` pages it lacks available or promised.
@@ -203,7 +238,9 @@ class Decider:
         in need stalls until the fence lifts; preempting on would empty the batch for nothing.
 
         Nobody is preempted or stalls as long as it is enough to demote pages, its own last of all.
-        Nor is preempted who has just lost some, lest a page is given up twice: the row stalls.
+        Nor is preempted who has just lost some, lest a page is given up twice: the row stalls. And
+        for its equals only the first in order preempts; who comes later waits for it to do so, or
+        for an end, while there are rows that can go on.
         """
         d.pressure = True
         if d.several:
@@ -212,6 +249,9 @@ class Decider:
             if self._demote(d, running[first - 1 : d.keep], need - d.free - d.promised):
                 return
             request = running[d.keep - 1].request
+            equals = request.priority <= running[first - 1].request.priority
+            if d.rows and equals and self._patient(d):
+                return
             loses = any(sequence.request is request for sequence, _ in d.demotions.values())
             if loses or d.keep == first:
                 return
@@ -222,6 +262,11 @@ class Decider:
                     d.promised += freed
                 else:
                     d.free += freed
+
+    def _patient(self, d: Decision) -> bool:
+        """Whether rows wait for pages: not for another tenant's, nor where pages could be demoted,
+        which would be the first one's own then."""
+        return not d.several and self._config.demote_all_but is None
 
     def _demote(self, d: Decision, sequences: list[Sequence], short: int) -> bool:
         """Demotes pages, the last sequence's first, so that `short` more become available: one for

@@ -7,16 +7,20 @@ it ends. What answers is the policy: `PastFuture` draws from the past, `NothingM
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import math
 from collections.abc import Mapping
-from operator import neg
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scheduler.request import FinishReason
 from scheduler.sequence import Sequence
 
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+BEYOND = 2**62  # longer than any answer
 GOLDEN = 0.6180339887498949  # multiples of it modulo one are spread evenly, however many there are
 
 
@@ -27,12 +31,15 @@ class LengthGuess(Protocol):
     never above `Sequence.cap`.
     """
 
+    futures: int  # different ones it can tell, if asked for so many
+
     def begin(self, sequence: Sequence) -> None:
         """The first guess, when a sequence arrives."""
         ...
 
-    def update(self, sequences: list[Sequence]) -> None:
-        """Guesses again, given what each has produced since."""
+    def foresee(self, sequences: list[Sequence], futures: int) -> Ints:
+        """Guesses again, given what each has produced since: output lengths, [futures, sequences],
+        of which the first become the guesses."""
         ...
 
     def ended(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -56,7 +63,7 @@ class LengthWindow:
         # Length, and whether it was cut short; the `added`-th stands in row `added` modulo `size`.
         self._past = np.zeros((size, 2), dtype=np.int64)
         self.added = 0  # lengths since the start
-        self._curve: tuple[list[int], list[float]] | None = None
+        self._curve: tuple[Ints, Floats] | None = None
 
     def __len__(self) -> int:
         return min(self.added, len(self._past))
@@ -66,23 +73,24 @@ class LengthWindow:
         self.added += 1
         self._curve = None
 
-    def curve(self) -> tuple[list[int], list[float]]:
+    def curve(self) -> tuple[Ints, Floats]:
         """Lengths at which answers ended, ascending, and the share that got longer than each."""
         if self._curve is None:
             lengths, cut_short = self._past[: len(self)].T
             ends, deaths = np.unique(lengths[cut_short == 0], return_counts=True)
             at_risk = len(self) - np.sort(lengths).searchsorted(ends) + self._doubt
-            self._curve = ends.tolist(), np.cumprod(1.0 - deaths / at_risk).tolist()
+            survival: Floats = np.cumprod(1.0 - deaths / at_risk, dtype=np.float64)
+            self._curve = ends.astype(np.int64), survival
         return self._curve
 
-    def survival(self, length: int) -> float:
-        """The share of answers that get longer than that."""
+    def survival(self, length: Ints) -> Floats:
+        """The share of answers that get longer than that, for each length."""
         ends, survival = self.curve()
-        before = bisect_right(ends, length)
-        return survival[before - 1] if before else 1.0
+        return np.concatenate(([1.0], survival))[ends.searchsorted(length, side="right")]
 
-    def quantile(self, level: float, above: int, cap: int) -> int:
+    def quantile(self, level: Floats, above: Ints, cap: Ints) -> Ints:
         """The length that a share `level` of all that get longer than `above` outlives, or `cap`.
+        All three broadcast.
 
         With levels spread evenly over (0, 1) these are draws of the length, conditional on what was
         already produced (Past-Future, arXiv 2507.10150). Where the past does not reach, `cap`.
@@ -90,8 +98,7 @@ class LengthWindow:
         ends, survival = self.curve()
         # A hair more than the level, so that rounding never skips the end it names.
         reached = level * self.survival(above) * (1 + 1e-12)
-        where = bisect_left(survival, -reached, key=neg)
-        return min(ends[where], cap) if where < len(ends) else cap
+        return np.minimum(np.append(ends, BEYOND)[(-survival).searchsorted(-reached)], cap)
 
     def state(self) -> dict[str, Any]:
         """What to keep between two starts; plain JSON."""
@@ -115,47 +122,45 @@ class LengthWindow:
 class PastFuture:
     """Draws from the lengths of the past, given that a sequence already outlived some of them.
 
-    Draws are sticky: a sequence keeps its place among the lengths of the past (`Sequence.level`,
-    the share that outlives it) until it outlives it itself; only then is another one drawn. So no
-    sequence is admitted for having redrawn, and the forecast stands still while it comes true.
-    They are dispersed: consecutive sequences get multiples of the golden ratio, which cover the
-    distribution evenly, so the sum over a batch is nearer its mean than with independent draws.
-    And they are seeded: the same requests give the same decisions.
+    Draws are sticky: a sequence keeps its place among the lengths of the past (`Sequence.levels`,
+    the share of those that got as long as it is which outlive it) as long as it lives. So no
+    sequence is admitted for having redrawn. They are dispersed: consecutive sequences get multiples
+    of the golden ratio, which cover the distribution evenly, so the sum over a batch is nearer its
+    mean than with independent draws. And they are seeded: the same requests give the same
+    decisions.
+
+    In the other futures a sequence has other places, spread evenly from its first, in an order of
+    its own.
     """
+
+    futures = 8
 
     def __init__(self, window: LengthWindow, seed: int = 0) -> None:
         self.window = window
-        self._next = float(np.random.default_rng(seed).random())
-
-    def _draw(self) -> float:
-        self._next = (self._next + GOLDEN) % 1.0
-        return self._next
+        self._rng = np.random.default_rng(seed)
+        self._next = float(self._rng.random())
 
     def begin(self, sequence: Sequence) -> None:
-        params = sequence.request.params
-        if not params.stop_token_ids:  # as with `ignore_eos`: nothing but the limit ends it
-            sequence.guess = sequence.cap
-            return
-        sequence.level = self._draw()
-        sequence.outlived = max(sequence.output_len, params.min_tokens - 1, 0)
-        self._guess(sequence)
+        if sequence.request.params.stop_token_ids:
+            self._next = (self._next + GOLDEN) % 1.0
+            others = self._rng.permutation(self.futures - 1) + 1
+            levels = (self._next + np.append(0, others) / self.futures) % 1.0
+            sequence.levels = tuple(levels.tolist())
+        # As with `ignore_eos`, nothing but the limit ends it.
+        self.foresee([sequence], 1)
 
-    def update(self, sequences: list[Sequence]) -> None:
-        """Of whoever outlived its guess, or made it before a twentieth of the window was new."""
-        stale = self.window.added - len(self.window) // 20
-        for s in sequences:
-            if s.guessed_at < stale or s.guess <= len(s.tokens) - s.prompt_len:
-                self._guess(s)
-
-    def _guess(self, sequence: Sequence) -> None:
-        window, cap, produced = self.window, sequence.cap, sequence.output_len
-        sequence.guessed_at = window.added
-        if sequence.level is None:
-            return  # it was not drawn
-        sequence.guess = window.quantile(sequence.level, sequence.outlived, cap)
-        if sequence.guess <= produced < cap:
-            sequence.level, sequence.outlived = self._draw(), produced
-            sequence.guess = window.quantile(sequence.level, produced, cap)
+    def foresee(self, sequences: list[Sequence], futures: int) -> Ints:
+        of_each = [s.levels[:futures] or (math.nan,) * futures for s in sequences]
+        levels = np.array(of_each).reshape(-1, futures).T
+        outlived = np.array(
+            [max(s.output_len, s.request.params.min_tokens - 1) for s in sequences], dtype=np.int64
+        )
+        cap = np.array([s.cap for s in sequences], dtype=np.int64)
+        drawn = self.window.quantile(levels, outlived, cap)
+        lengths = np.where(np.isnan(levels), cap, drawn)
+        for s, guess in zip(sequences, lengths[0].tolist(), strict=True):
+            s.guess = guess
+        return lengths
 
     def ended(self, sequence: Sequence, reason: FinishReason) -> None:
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -165,12 +170,15 @@ class PastFuture:
 class NothingMore:
     """Aggressive: what fits now is admitted, and the reserve must do for growth."""
 
+    futures = 1
+
     def begin(self, sequence: Sequence) -> None:
         sequence.guess = sequence.output_len
 
-    def update(self, sequences: list[Sequence]) -> None:
+    def foresee(self, sequences: list[Sequence], futures: int) -> Ints:
         for sequence in sequences:
             sequence.guess = sequence.output_len
+        return _guesses(sequences)
 
     def ended(self, sequence: Sequence, reason: FinishReason) -> None:
         pass
@@ -179,11 +187,13 @@ class NothingMore:
 class AllItMay:
     """Conservative: every sequence is taken to produce all that it may."""
 
+    futures = 1
+
     def begin(self, sequence: Sequence) -> None:
         sequence.guess = sequence.cap
 
-    def update(self, sequences: list[Sequence]) -> None:
-        pass
+    def foresee(self, sequences: list[Sequence], futures: int) -> Ints:
+        return _guesses(sequences)
 
     def ended(self, sequence: Sequence, reason: FinishReason) -> None:
         pass
@@ -192,14 +202,20 @@ class AllItMay:
 class Known:
     """Oracle: the true lengths, by request id. Only a simulation knows them."""
 
+    futures = 1
+
     def __init__(self, lengths: Mapping[str, int]) -> None:
         self._lengths = lengths
 
     def begin(self, sequence: Sequence) -> None:
         sequence.guess = min(self._lengths[sequence.request.id], sequence.cap)
 
-    def update(self, sequences: list[Sequence]) -> None:
-        pass
+    def foresee(self, sequences: list[Sequence], futures: int) -> Ints:
+        return _guesses(sequences)
 
     def ended(self, sequence: Sequence, reason: FinishReason) -> None:
         pass
+
+
+def _guesses(sequences: list[Sequence]) -> Ints:
+    return np.array([[sequence.guess for sequence in sequences]], dtype=np.int64)

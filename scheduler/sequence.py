@@ -80,9 +80,8 @@ class Sequence:
 
     # What the admission test knows of it; `lengths.py` keeps these.
     guess: int = 0  # output tokens it is expected to have when it ends
-    level: float | None = None  # its draw: the share of answers longer than `outlived` that outlive
-    guessed_at: int = 0  # lengths the window had seen when it was guessed
-    outlived: int = 0  # it, too; None: it was not drawn
+    # By future: the share of answers that got as long as it is which outlive it; none: not drawn.
+    levels: tuple[float, ...] = ()
     pace: float = 1.0  # tokens it gains per step, rounded
 
     # What may be drafted for it in its next step; `speculation.py` keeps these.

@@ -275,7 +275,7 @@ def test_backlogged_tenants_stay_within_a_constant(
     both = pair(slots=4, num_pages=num_pages, lookahead=2, max_len=160, enable_prefix_cache=False)
     together = WaitingQueue.open
     monkeypatch.setattr(WaitingQueue, "open", lambda self, _, n, now: together(self, "all", n, now))
-    unfair = [abs(served["a"] - served["b"]) for served in backlog(both, kinds, 800)]
+    unfair = [abs(served["a"] - served["b"]) for served in backlog(both, kinds, 1600)]
     assert unfair[-1] > 2 * max(leads)
 
 

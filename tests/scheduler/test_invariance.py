@@ -22,7 +22,7 @@ from tests.fakes import KVCorruptedError, Script
 from tests.scheduler.driving import EOS, Pair, assert_exact, gather, greedy, pair, request
 
 POLICIES = [greedy, make_policy, partial(make_policy, "conservative")]
-PAGES = {1: (170, 900), 4: (46, 260), 16: (14, 80)}  # by page size: tight, ample
+PAGES = {1: (170, 900), 4: (46, 260), 16: (11, 80)}  # by page size: tight, ample
 
 
 def workload(count: int, seed: int) -> list[Request]:

@@ -26,11 +26,15 @@ def produce(sequence: Sequence, count: int) -> None:
     sequence.tokens += [0] * count
 
 
+def at(window: LengthWindow, length: int) -> float:
+    return float(window.survival(np.array([length]))[0])
+
+
 def test_survival_is_the_share_that_got_longer() -> None:
     window = LengthWindow(doubt=1e-9)
     for length in (10, 20, 20, 40):
         window.add(length, cut_short=False)
-    survival = [window.survival(x) for x in (0, 9, 10, 19, 20, 39, 40, 99)]
+    survival = window.survival(np.array([0, 9, 10, 19, 20, 39, 40, 99])).tolist()
     assert survival == pytest.approx([1, 1, 0.75, 0.75, 0.25, 0.25, 0, 0], abs=1e-6)
 
 
@@ -39,8 +43,8 @@ def test_what_was_cut_short_counts_only_as_long_as_it_was_seen() -> None:
     window = LengthWindow(doubt=1e-9)
     for length, cut in ((10, False), (15, True), (20, False), (30, False)):
         window.add(length, cut)
-    assert window.survival(10) == pytest.approx(0.75)
-    assert window.survival(20) == pytest.approx(0.375)
+    assert at(window, 10) == pytest.approx(0.75)
+    assert at(window, 20) == pytest.approx(0.375)
 
 
 def test_without_a_past_an_answer_gets_as_long_as_it_may() -> None:
@@ -56,7 +60,7 @@ def test_doubt_fades() -> None:
     for count in (4, 40, 400):
         while len(window) < count:
             window.add(10, cut_short=False)
-        shares.append(window.survival(10))
+        shares.append(at(window, 10))
     assert shares == pytest.approx([1 / 2, 1 / 11, 1 / 101])
 
 
@@ -68,7 +72,8 @@ def test_only_the_limit_ends_what_has_no_stop_token() -> None:
     assert sequence.guess == 50
 
 
-def test_a_guess_stands_until_it_is_outlived() -> None:
+def test_a_sequence_keeps_its_place_as_long_as_it_lives() -> None:
+    """So its guess never falls, is always ahead of it, and tells the same share of what is left."""
     rng = np.random.default_rng(0)
     window = LengthWindow(doubt=0.1)
     for length in rng.integers(1, 500, 300).tolist():
@@ -76,17 +81,36 @@ def test_a_guess_stands_until_it_is_outlived() -> None:
     guess = PastFuture(window, seed=3)
     sequence = a_sequence()
     guess.begin(sequence)
-    redraws = 0
     while len(sequence.tokens) < 600:
         before = sequence.guess
         produce(sequence, 1)
-        guess.update([sequence])
+        guess.foresee([sequence], 1)
         assert sequence.guess > sequence.output_len
-        if sequence.guess != before:
-            assert before == sequence.output_len, "redrawn before its time"
-            redraws += 1
-    assert redraws >= 2
+        assert sequence.guess >= before
     assert sequence.guess == sequence.cap, "beyond all that was seen"
+
+
+def test_futures_cover_what_may_come_of_each_sequence_and_of_all_together() -> None:
+    window = LengthWindow(doubt=0.01)
+    for length in range(1, 1001):
+        window.add(length, cut_short=False)
+    guess = PastFuture(window, seed=1)
+    sequences = [a_sequence(max_tokens=5000) for _ in range(200)]
+    for number, sequence in enumerate(sequences):
+        guess.begin(sequence)
+        produce(sequence, number)
+    lengths = guess.foresee(sequences, guess.futures)
+    assert lengths.shape == (guess.futures, 200)
+    assert lengths[0].tolist() == [sequence.guess for sequence in sequences]
+    produced = np.arange(200)
+    assert (lengths > produced).all()
+    # Of each sequence, one in every eighth of what is left.
+    eighths = (lengths - produced - 1) * guess.futures // (1000 - produced)
+    assert (np.sort(eighths, axis=0) == np.arange(guess.futures)[:, None]).mean() > 0.98
+    # From one sequence to the next in another order, so that no future is one of long answers.
+    means = lengths.mean(axis=1)
+    assert np.abs(means / lengths.mean() - 1).max() < 0.1
+    assert guess.foresee(sequences[:1], 3).tolist() == lengths[:3, :1].tolist()
 
 
 def test_min_tokens_bound_a_guess_from_below() -> None:
@@ -109,8 +133,8 @@ def test_guesses_are_calibrated_on_lengths_not_seen(produced: int) -> None:
     for length in past.tolist():
         window.add(length, cut_short=False)
     actual = future[future > produced]
-    base = window.survival(produced)
-    transformed = 1 - np.array([window.survival(x) for x in actual.tolist()]) / base
+    base = at(window, produced)
+    transformed = 1 - window.survival(actual) / base
     histogram = np.histogram(transformed, bins=10, range=(0, 1))[0] / len(actual)
     # The window's own sampling error: 1000 lengths, fewer beyond `produced`.
     error = 4 * np.sqrt(0.1 * 0.9 / (1000 * base)) + 4 * np.sqrt(0.1 * 0.9 / len(actual))

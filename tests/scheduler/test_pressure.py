@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.admission import Admission, Policy, Watermark
+from scheduler.lengths import LengthWindow, PastFuture
 from scheduler.pages import PagePool
 from scheduler.request import FinishReason
 from tests.scheduler.driving import Pair, assert_exact, greedy, pair, request
+
+NEVER = 999  # a token that nobody says: a request with it might end at any time, for all one knows
 
 
 def crowd(count: int, num_pages: int, tokens: int = 24, **config) -> tuple[Pair, list]:
@@ -31,7 +35,7 @@ def test_the_newest_go_and_the_first_never_does(depth: int) -> None:
 
 
 def preemptions_with(depth: int) -> int:
-    both, _ = crowd(8, num_pages=30, depth=depth)
+    both, _ = crowd(8, num_pages=18, depth=depth)
     both.finish()
     return both.scheduler.load().preemptions
 
@@ -159,3 +163,52 @@ def test_a_tenant_is_no_victim_of_anothers_priority() -> None:
     assert_exact(both.finish(), [*loud, quiet], both.worker.script)
     assert victims[0][-1].startswith("loud")
     assert not any("quiet/0" in group for group in victims)
+
+
+def short_of_pages(**second) -> Pair:
+    """All pages are full, and the first of three is about to end: the second needs one before."""
+    both = pair(num_pages=7, depth=0, policy=greedy())
+    both.add(
+        request("first", [0] * 5, 3, seed=0),
+        request("second", [1] * 7, 5, seed=1, arrival=1.0, **second),
+        request("third", [2] * 7, 5, seed=2, arrival=2.0),
+    )
+    both.finish()
+    return both
+
+
+def test_equals_wait_for_an_end_instead_of_preempting_each_other() -> None:
+    assert short_of_pages().scheduler.load().preemptions == 0
+
+
+def test_the_more_urgent_and_other_tenants_do_not_wait_for_an_end() -> None:
+    assert short_of_pages(priority=-1).scheduler.load().preemptions == 1
+    assert short_of_pages(tenant="another").scheduler.load().preemptions == 1
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_pages_are_left_to_the_first_as_long_as_it_takes_them_to_end(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of 80 tokens and thereabouts, of which each began 20 steps after the one before it.
+    They do not fit all at once, but the first is nearly over when pages run out."""
+    window = LengthWindow()
+    for length in range(75, 86):
+        for _ in range(20):
+            window.add(length, cut_short=False)
+
+    def preemptions() -> int:
+        policy = Policy(PastFuture(window), Watermark(-9.0))  # admits whoever fits now
+        both = pair(num_pages=52, depth=depth, policy=policy)
+        items = [request(f"r{i}", [i] * 8, 80, seed=i, stop=[NEVER]) for i in range(6)]
+        for item in items:
+            both.add(item)
+            for _ in range(20):
+                both.step()
+        assert_exact(both.finish(), items, both.worker.script)
+        return both.scheduler.load().preemptions
+
+    assert preemptions() == 0
+    # Negative control: nobody knows when one ends.
+    monkeypatch.setattr(Admission, "first_ends", lambda *_: None)
+    assert preemptions() > 0
