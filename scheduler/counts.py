@@ -22,6 +22,7 @@ class Counts:
     generated_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    rows_stalled: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
     pages_demoted: int = 0
@@ -95,6 +96,7 @@ class Counts:
             generated_tokens=self.generated_tokens,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
+            rows_stalled=self.rows_stalled,
             preemptions=self.preemptions,
             recomputed_tokens=self.recomputed_tokens,
             pages_swapped_out=host.swapped_out if host else 0,

@@ -48,6 +48,7 @@ class Decision:
     # By page that is demoted: whose it is, and its place there.
     demotions: dict[int, tuple[Sequence, int]] = field(default_factory=dict)
     dropped: Counter[int] = field(default_factory=Counter)  # references the victims give up
+    stalled: int = 0  # live rows left out for want of a page
     pressure: bool = False  # somebody stalled or was preempted: admit nobody
     rules: Rules = NO_RULES
     context: int = 0  # positions that live rows read, summed, at most
@@ -185,12 +186,14 @@ class Decider:
                     growing = self._growing(d, running)
                 if i >= growing:
                     d.pressure = True
+                    d.stalled += 1
                     continue
                 if need > d.free:
                     self._retreat(d, running, i + 1, need)
                 stalled = need > d.free
                 d.free -= need  # what a stalled row waits for is spoken for
                 if stalled:
+                    d.stalled += 1
                     continue
             else:
                 need = 0

@@ -240,6 +240,7 @@ class Load:
     generated_tokens: int = 0
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
+    rows_stalled: int = 0  # of live sequences, left out of a step for want of a page
     preemptions: int = 0
     recomputed_tokens: int = 0
     pages_swapped_out: int = 0

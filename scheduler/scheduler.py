@@ -189,6 +189,7 @@ class Scheduler:
         """Makes a decision real. All hits are pinned before any page is taken, so that none is
         evicted for another row of the same step."""
         self._blocked = decision.blocked
+        self._counts.rows_stalled += decision.stalled
         demotions: tuple[Demotion, ...] = ()
         if decision.rows:  # first of all: see `PagePool.freed_by_dropping`
             demotions = tuple(self._demote(*page) for page in decision.demotions.values())

@@ -132,6 +132,10 @@ _GAUGES: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
 _ENGINE_COUNTERS: tuple[tuple[Definition, Callable[[Load], float]], ...] = (
     (Definition("prefix_cache_queries", "Prompt tokens looked up."), lambda x: x.prefix_queries),
     (Definition("prefix_cache_hits", "Prompt tokens found cached."), lambda x: x.prefix_hits),
+    (
+        Definition("rows_stalled", "Rows that waited a step for a KV page.", False),
+        lambda x: x.rows_stalled,
+    ),
     (Definition("num_preemptions", "Sequences paused for memory."), lambda x: x.preemptions),
     (
         Definition("recomputed_tokens", "Tokens computed again after a pause.", False),

@@ -50,6 +50,7 @@ def ops_router(services: Services, version: str) -> APIRouter:
             "kv_forecast": now.pages_forecast / now.pages_total if now.pages_total else 0.0,
             "host_pages": now.host_pages_total,
             "host_pages_held": now.host_pages_held,
+            "rows_stalled": now.rows_stalled,
             "pages_swapped_out": now.pages_swapped_out,
             "pages_swapped_in": now.pages_swapped_in,
             "pages_demoted": now.pages_demoted,

@@ -178,7 +178,9 @@ def short_of_pages(**second) -> Pair:
 
 
 def test_equals_wait_for_an_end_instead_of_preempting_each_other() -> None:
-    assert short_of_pages().scheduler.load().preemptions == 0
+    load = short_of_pages().scheduler.load()
+    assert load.preemptions == 0
+    assert load.rows_stalled > 0
 
 
 def test_the_more_urgent_and_other_tenants_do_not_wait_for_an_end() -> None:

@@ -19,6 +19,7 @@ COUNTERS = {
     "http_requests",
     "ignored_params",
     "kv_demoted_pages",
+    "rows_stalled",
     "num_preemptions",
     "pages_swapped_in",
     "pages_swapped_out",
@@ -90,6 +91,7 @@ OURS_ALONE = {
     "kv_cache_forecast_perc",
     "kv_cache_reserve_perc",
     "kv_demoted_pages",
+    "rows_stalled",
     "pages_swapped_in",
     "pages_swapped_out",
     "recomputed_tokens",
@@ -245,7 +247,12 @@ async def test_reasons_statuses_and_ignored_fields() -> None:
         await client.post("/v1/completions", json=completion(stop="wör", user="u", what=1))
         await client.post("/v1/completions", json=completion(n=0))
         engine.load = Load(
-            waiting=5000, pages_total=64, pages_held=16, preemptions=3, pages_demoted=7
+            waiting=5000,
+            pages_total=64,
+            pages_held=16,
+            preemptions=3,
+            pages_demoted=7,
+            rows_stalled=5,
         )
         await client.post("/v1/completions", json=completion())
         text = await scrape(client)
@@ -257,6 +264,7 @@ async def test_reasons_statuses_and_ignored_fields() -> None:
     assert value(text, "foresight_kv_cache_usage_perc") == 0.25
     assert value(text, "foresight_num_preemptions_total") == 3
     assert value(text, "foresight_kv_demoted_pages_total") == 7
+    assert value(text, "foresight_rows_stalled_total") == 5
 
 
 @pytest.mark.parametrize("prefix", ["foresight_", "vllm:"])
