@@ -17,7 +17,7 @@ from scheduler.sequence import Sequence
 
 IN_FLIGHT = 1  # positions a launched row writes beyond the tokens that count
 NOBODY = -1  # in place of an end: no page that others hold
-FORECAST_SIZE = 256  # sequences times futures of a forecast that tells several
+FORECAST_SIZE = 128  # sequences times futures of a forecast that tells several
 
 
 class Reserve(Protocol):

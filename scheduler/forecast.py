@@ -72,10 +72,10 @@ class Batch:
     def plus(self, growth: Growth) -> Batch:
         length, remaining, pace, shared = growth
         return Batch(
-            np.append(self.length, length),
+            np.concatenate((self.length, [length])),
             _with_column(self.remaining, remaining),
-            np.append(self.pace, pace),
-            np.append(self.shared, shared),
+            np.concatenate((self.pace, [pace])),
+            np.concatenate((self.shared, [shared])),
             _with_column(self.end, growth.end),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from random import Random
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,23 +75,26 @@ class LengthWindow:
         self._curve = None
 
     def curve(self) -> tuple[Ints, Floats]:
-        """Lengths at which answers ended, ascending, and the share that got longer than each."""
+        """Lengths at which answers ended, ascending, and the share that got longer than each.
+
+        Before these, a share of one got longer than nothing; after them stands `BEYOND`.
+        """
         if self._curve is None:
             lengths, cut_short = self._past[: len(self)].T
             ends, deaths = np.unique(lengths[cut_short == 0], return_counts=True)
             at_risk = len(self) - np.sort(lengths).searchsorted(ends) + self._doubt
-            survival: Floats = np.cumprod(1.0 - deaths / at_risk, dtype=np.float64)
-            self._curve = ends.astype(np.int64), survival
+            survival = np.cumprod(1.0 - deaths / at_risk, dtype=np.float64)
+            self._curve = np.concatenate((ends, [BEYOND])), np.concatenate(([1.0], survival))
         return self._curve
 
     def survival(self, length: Ints) -> Floats:
         """The share of answers that get longer than that, for each length."""
         ends, survival = self.curve()
-        return np.concatenate(([1.0], survival))[ends.searchsorted(length, side="right")]
+        return survival[ends.searchsorted(length, side="right")]
 
     def quantile(self, level: Floats, above: Ints, cap: Ints) -> Ints:
-        """The length that a share `level` of all that get longer than `above` outlives, or `cap`.
-        All three broadcast.
+        """The length that a share `level`, below one, of all that get longer than `above` outlives,
+        or `cap`. All three broadcast.
 
         With levels spread evenly over (0, 1) these are draws of the length, conditional on what was
         already produced (Past-Future, arXiv 2507.10150). Where the past does not reach, `cap`.
@@ -98,7 +102,7 @@ class LengthWindow:
         ends, survival = self.curve()
         # A hair more than the level, so that rounding never skips the end it names.
         reached = level * self.survival(above) * (1 + 1e-12)
-        return np.minimum(np.append(ends, BEYOND)[(-survival).searchsorted(-reached)], cap)
+        return np.minimum(ends[np.maximum((-survival).searchsorted(-reached), 1) - 1], cap)
 
     def state(self) -> dict[str, Any]:
         """What to keep between two starts; plain JSON."""
@@ -137,21 +141,21 @@ class PastFuture:
 
     def __init__(self, window: LengthWindow, seed: int = 0) -> None:
         self.window = window
-        self._rng = np.random.default_rng(seed)
-        self._next = float(self._rng.random())
+        self._rng = Random(seed)
+        self._next = self._rng.random()
 
     def begin(self, sequence: Sequence) -> None:
         if sequence.request.params.stop_token_ids:
             self._next = (self._next + GOLDEN) % 1.0
-            others = self._rng.permutation(self.futures - 1) + 1
-            levels = (self._next + np.append(0, others) / self.futures) % 1.0
-            sequence.levels = tuple(levels.tolist())
+            others = self._rng.sample(range(1, self.futures), self.futures - 1)
+            sequence.levels = tuple((self._next + i / self.futures) % 1.0 for i in (0, *others))
         # As with `ignore_eos`, nothing but the limit ends it.
         self.foresee([sequence], 1)
 
     def foresee(self, sequences: list[Sequence], futures: int) -> Ints:
-        of_each = [s.levels[:futures] or (math.nan,) * futures for s in sequences]
-        levels = np.array(of_each).reshape(-1, futures).T
+        not_drawn = (math.nan,) * futures
+        levels = np.array([x for s in sequences for x in s.levels[:futures] or not_drawn])
+        levels = levels.reshape(len(sequences), futures).T
         outlived = np.array(
             [max(s.output_len, s.request.params.min_tokens - 1) for s in sequences], dtype=np.int64
         )
