@@ -178,13 +178,14 @@ class Decider:
                     need = more
                 else:
                     ahead = 0
-            if k and need > 0 and need > d.free:  # the first retreat: no drafts
-                k = 0
+            if need > 0 and growing is None:
+                growing = self._growing(d, running)
+            waits = growing is not None and i >= growing
+            if k and need > 0 and (waits or need > d.free):  # the first retreat: no drafts
+                k = ahead = 0
                 need = -(-reach // size) - len(sequence.pages)
             if need > 0:
-                if growing is None:
-                    growing = self._growing(d, running)
-                if i >= growing:
+                if waits:
                     d.pressure = True
                     d.stalled += 1
                     continue

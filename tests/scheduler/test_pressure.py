@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.admission import Admission, Policy, Watermark
+from scheduler.decide import Decider
 from scheduler.lengths import LengthWindow, PastFuture
 from scheduler.pages import PagePool
 from scheduler.request import FinishReason
@@ -214,3 +215,18 @@ def test_pages_are_left_to_the_first_as_long_as_it_takes_them_to_end(
     # Negative control: nobody knows when one ends.
     monkeypatch.setattr(Admission, "first_ends", lambda *_: None)
     assert preemptions() > 0
+
+
+def test_who_may_take_no_pages_goes_on_without_drafts_to_the_end_of_its_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Decider, "_growing", lambda *_: 1)
+    both = pair(num_pages=30, drafts=3, depth=0, policy=greedy())
+    items = [request(f"r{i}", [i] * 6, 40, seed=i, arrival=i) for i in range(2)]
+    both.add(*items)
+    for _ in range(6):
+        both.step()
+    second = both.scheduler._running[1]
+    assert len(second.pages) == 2
+    assert len(second.tokens) == 9, "eight computed, and one to come"
+    assert_exact(both.finish(), items, both.worker.script)
