@@ -38,7 +38,7 @@ from kernels.triton_ops import TritonOps
 from worker.sampler import Form
 
 page_size = 16
-formats = ("auto", "int8n", "int4h", "k8v4", "k4v2h")
+formats = ("auto", "int8n", "int4h", "k8v4", "k4v2h", "fp8")
 contexts, batches = (1024, 8192, 32768), (1, 16, 64)
 # Faster than FlashInfer in bf16 at 32k tokens and 16 rows.
 targets = {"int8n": 1.6, "int4h": 2.2}
@@ -249,7 +249,8 @@ def paged(
     moved = qkv.nbytes + read_bytes(form, shape, rows, dtype)
     exact = 1e-5 if dtype == torch.float32 else 0.04
     # Another order of sums may round a number to the next cell; with two bits these are wide.
-    cell = {"auto": exact, "int8n": 0.06, "k8v4": 0.6, "int4h": 0.6, "k4v2h": 2.5}[name]
+    cells = {"int8n": 0.06, "k8v4": 0.6, "int4h": 0.6, "k4v2h": 2.5, "fp8": 0.6}
+    cell = cells.get(name, exact)
     yield Case(
         f"rope, append {kind}",
         "rope append dense, head norms" if kind == "dense" else f"append {sizes}",

@@ -28,8 +28,10 @@ from kernels.aot_jobs import Job, jobs
 TARGET = GPUTarget("cuda", 90, 32)
 MOST_SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 may have
 ALIGNED = 16  # bytes: what Triton specialises pointers and integers for
-# Decoding from dense pages is what every start without a format does: it must not spill.
-NEVER_SPILLS = re.compile(r"attend dense \d+ (decode|verify|prefill|window)$")
+# What every start without a format does must not spill, nor what the same kernel does for floats.
+NEVER_SPILLS = re.compile(
+    r"attend (dense|fp8) \d+ (decode|verify|prefill|window)( scales)?( windows)?$"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from kernels.attention import split as split_triton
 from kernels.kv import append_triton, rotation_triton
 from kernels.kv.paged import Paged
 from kernels.kv.presets import PRESETS, LayerPages
+from kernels.kv.scales import HeadScales
 from kernels.kv.triton_launch import Launch
 from kernels.kv.windows import Windows
 from kernels.linear import quantized_triton
@@ -86,11 +87,29 @@ def jobs() -> Iterator[Job]:
     for what in ("decode", "prefill"):
         name = f"attend int8n 128 {what} fp32"
         yield _attend(name, _paged("int8n", 128), QUERIES[what], dtype=torch.float32)
+    yield from _floats()
     for form in WEIGHTS:
         for rows in (16, 64):
             yield _weight(form, rows)
     yield from _choice()
     yield from _penalties()
+
+
+def _floats() -> Iterator[Job]:
+    """Pages of eight-bit floats, whose heads have scales after a calibration alone."""
+    near = Windows(sink=64, block=128)
+    yield _append("append fp8 128", _paged("fp8", 128))
+    yield _append("append fp8 128 scales", _paged("fp8", 128, scaled=True))
+    yield _append("append fp8 128 scales windows", _paged("fp8", 128, near, scaled=True))
+    yield _append("append fp8 64", _paged("fp8", 64))
+    for what, queries in QUERIES.items():
+        yield _attend_floats(f"attend fp8 128 {what}", queries, scaled=False)
+    for what in ("decode", "prefill"):
+        queries = QUERIES[what]
+        yield _attend_floats(f"attend fp8 64 {what}", queries, head_dim=64, scaled=False)
+        yield _attend_floats(f"attend fp8 128 {what} scales", queries)
+        yield _attend_floats(f"attend fp8 128 {what} scales windows", queries, windows=near)
+        yield _attend_floats(f"attend fp8 128 {what} fp32", queries, dtype=torch.float32)
 
 
 def _norm(name: str, added: bool) -> Job:
@@ -141,7 +160,34 @@ def _attend_dense(
 ) -> Job:
     launch = dense_triton.attend_launch(_layer(head_dim, window), PAGE_SIZE, queries, dtype)
     types = {**_attend_types(queries, dtype), "kv": NAMES[dtype]}
-    return _job(name, dense_triton._attend, types, launch, ODD)
+    absent = dense_triton.FLOATS_ALONE
+    return _job(name, dense_triton._attend, types, launch, ODD, absent=absent)
+
+
+def _attend_floats(
+    name: str,
+    queries: int,
+    *,
+    head_dim: int = HEAD_DIM,
+    scaled: bool = True,
+    windows: Windows | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Job:
+    layer = _layer(head_dim)
+    launch = dense_triton.attend_launch(layer, PAGE_SIZE, queries, dtype, windows)
+    more = {
+        "head_scales": "*fp32",
+        "copies": NAMES[dtype],
+        "copies_table": "*i32",
+        "copies_stride": "i32",
+    }
+    assert more.keys() == set(dense_triton.FLOATS_ALONE)
+    absent = set() if scaled else {"head_scales"}
+    if windows is None:
+        absent |= more.keys() - {"head_scales"}
+    types = {**_attend_types(queries, dtype), **more, "kv": "*fp8e4nv"}
+    odd = ODD | {"copies_stride"}
+    return _job(name, dense_triton._attend, types, launch, odd, absent=absent)
 
 
 # Integers of attention that need not be multiples of 16, and the scale.
@@ -171,9 +217,16 @@ def _attend_types(queries: int, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _paged(
-    preset: str, head_dim: int, windows: Windows | None = None, *, halves: bool = False
+    preset: str,
+    head_dim: int,
+    windows: Windows | None = None,
+    *,
+    halves: bool = False,
+    scaled: bool = False,
 ) -> Paged:
-    pages = LayerPages(KV_HEADS, PAGE_SIZE, head_dim, windows=windows, halves=halves)
+    zeros = torch.zeros(KV_HEADS, dtype=torch.int64)
+    scales = HeadScales(zeros, zeros) if scaled else None
+    pages = LayerPages(KV_HEADS, PAGE_SIZE, head_dim, windows=windows, halves=halves, scales=scales)
     return PRESETS[preset].form(pages)
 
 
@@ -189,13 +242,15 @@ def _append(name: str, paged: Paged) -> Job:
         # Without windows these are the pool and its slots.
         "copies": "*u8" if paged.windows is None else "*bf16",
         "copy_slots": "*i64",
+        "head_scales": "*fp32",
         "tokens": "i32",
         "k_stride": "i32",
         "v_stride": "i32",
         "page_stride": "i32",
     }
+    absent = {"head_scales"} if paged.scales is None else set()
     options = {"enable_fp_fusion": False}
-    return _job(name, append_triton._append, types, launch, {"tokens"}, options)
+    return _job(name, append_triton._append, types, launch, {"tokens"}, options, absent)
 
 
 def _attend(
@@ -330,6 +385,8 @@ def _job(
     absent: Iterable[str] = (),
 ) -> Job:
     """`odd`: numbers that need not be multiples of 16; `absent`: arguments that are None."""
+    absent = frozenset(absent)
+    types = {key: kind for key, kind in types.items() if key not in absent}
     chosen = {"num_warps": launch.warps, "num_stages": launch.stages, **(options or {})}
     constants = launch.constants | dict.fromkeys(absent)
     return Job(name, kernel, types, constants, frozenset(types) - odd, chosen)

@@ -17,16 +17,25 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+_TORCH = {
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+}
+
+
 @cache
 def mend() -> None:
     """Corrects it for the whole process; a second call changes nothing.
 
     It keeps bf16 as uint16, which its products and its casts of integers take for numbers, and cuts
-    numbers off where hardware rounds them to bf16; some versions cannot make a loop's bounds of
-    numpy's newer arrays; and for every function that a kernel calls it replaces the whole language
-    anew, which takes longer than most functions.
+    numbers off where hardware rounds them to bf16; it rounds to e4m3 without carrying, has no NaN
+    there; some versions cannot make a loop's bounds of numpy's newer arrays; and for every function
+    that a kernel calls it replaces the whole language anew, which takes longer than most functions.
     """
     builder: Any = interpreter.InterpreterBuilder
+    convert = builder.create_fp_to_fp
     dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang_tensor
 
     def wide(x: Any) -> Any:
@@ -42,6 +51,16 @@ def mend() -> None:
         data = number.to(torch.bfloat16).view(torch.uint16).numpy().reshape(x.data.shape)
         return interpreter.TensorHandle(data, tl.bfloat16)
 
+    def converted(self: Any, x: Any, to: Any, rounding: Any) -> Any:
+        if tl.float8e4nv not in (x.dtype.scalar, to.scalar):
+            return convert(self, x, to, rounding)
+        bits = torch.from_numpy(np.ascontiguousarray(x.data))
+        number = bits.view(_TORCH[x.dtype.scalar]).float().to(_TORCH[to.scalar])
+        held = {1: torch.uint8, 2: torch.uint16}.get(number.itemsize)  # as the interpreter keeps it
+        if to.scalar != tl.float16 and held is not None:
+            number = number.view(held)
+        return interpreter.TensorHandle(number.numpy().reshape(x.data.shape), to.scalar)
+
     def patch_index(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
@@ -54,4 +73,5 @@ def mend() -> None:
     interpreter.InterpretedFunction.__call__ = call
     builder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
     builder.cast_impl = rounded
+    builder.create_fp_to_fp = converted
     interpreter._patch_lang_tensor = patch_index

@@ -5,6 +5,7 @@ Not run on hardware yet: the kernels compile for sm_90 and are tested under Trit
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from kernels.kv import append_triton
 from kernels.kv.format import Dense, KVFormat
 from kernels.kv.paged import Paged
 from kernels.kv.rotation_triton import turn
-from kernels.kv.triton_launch import layout_constants
+from kernels.kv.triton_launch import are_floats
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.torch_ops import TorchOps
 
@@ -95,12 +96,12 @@ class DensePages:
         return self._attention.attend(q, kv, layer, batch)
 
 
-class PackedPages:
-    """Pages of affine codes, which attention multiplies as they lie."""
+class _CodedPages(ABC):
+    """Pages of codes: queries are turned before attention, and what that makes is turned back."""
 
     def __init__(self, paged: Paged) -> None:
-        """Raises ValueError for codecs and heads that the kernels do not take."""
-        layout_constants(paged)
+        """Raises ValueError for codecs and heads that the kernel does not take."""
+        append_triton.append_launch(paged)
         self._paged = paged
 
     def rope_append(
@@ -117,8 +118,31 @@ class PackedPages:
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
         rotation = self._paged.rotation
-        parts = packed_triton.attend(turn(rotation, q, back=False), kv, layer, batch)
-        return turn(rotation, merge(parts, q.dtype), back=True)
+        found = self._attend(turn(rotation, q, back=False), kv, layer, batch)
+        return turn(rotation, found, back=True)
+
+    @abstractmethod
+    def _attend(
+        self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch
+    ) -> Tensor: ...
+
+
+class PackedPages(_CodedPages):
+    """Of affine codes, which attention multiplies as they lie."""
+
+    def _attend(
+        self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch
+    ) -> Tensor:
+        return merge(packed_triton.attend(q, kv, layer, batch), q.dtype)
+
+
+class FloatPages(_CodedPages):
+    """Of eight-bit floats, which attention reads as it reads dense numbers."""
+
+    def _attend(
+        self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch
+    ) -> Tensor:
+        return dense_triton.attend_floats(q, kv, layer, batch)
 
 
 class TritonOps:
@@ -184,7 +208,10 @@ class TritonOps:
             return self._dense
         if type(layer.kv) is Paged:
             try:
-                return PackedPages(layer.kv)
+                if not are_floats(layer.kv):
+                    return PackedPages(layer.kv)
+                if dense_triton.takes(layer) and dense_triton.reads_floats():
+                    return FloatPages(layer.kv)
             except ValueError:
                 pass
         return self._torch

@@ -28,6 +28,7 @@ from kernels.attention.split import (
     TILE,
     Partials,
     launch_splits,
+    near_tiles,
     positions_of,
     query_block,
     query_rows,
@@ -270,13 +271,9 @@ def _attend(
             a3 = _dot(scaled, _codes(high, low, 3, value_bits, coarse), a3)
 
     if sink + latest > 0:
-        # The tiles of sinks, then those of the rows' blocks that are not among them.
-        first_near = tl.min(tl.where(valid, near, whole_stop), 0)
-        sinks = tl.maximum(tl.cdiv(tl.minimum(whole_stop, sink) - whole_start, tile), 0)
-        blocks_start = tl.maximum(whole_start + sinks * tile, first_near // tile * tile)
-        tiles = sinks
-        if latest > 0:
-            tiles += tl.maximum(tl.cdiv(whole_stop - blocks_start, tile), 0)
+        first_near, sinks, blocks_start, tiles = near_tiles(
+            near, valid, whole_start, whole_stop, sink, latest, tile
+        )
         table = copies_table + row.to(tl.int64) * copies_stride
         for i in range(0, tiles):
             begin = tl.where(i < sinks, whole_start + i * tile, blocks_start + (i - sinks) * tile)

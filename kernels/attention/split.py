@@ -222,6 +222,28 @@ def recent(position: tl.tensor, latest: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def near_tiles(
+    near: tl.tensor,  # [block], of `recent`
+    valid: tl.tensor,  # [block]
+    start: tl.tensor,
+    stop: tl.tensor,
+    sink: tl.constexpr,
+    latest: tl.constexpr,
+    tile: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Where a split from `start` to `stop` is read dense: from which position on any row does; how
+    many tiles hold sinks; where the tiles of the rows' blocks that are not among them begin; and
+    how many tiles there are of both."""
+    first_near = tl.min(tl.where(valid, near, stop), 0)
+    sinks = tl.maximum(tl.cdiv(tl.minimum(stop, sink) - start, tile), 0)
+    blocks_start = tl.maximum(start + sinks * tile, first_near // tile * tile)
+    tiles = sinks
+    if latest > 0:
+        tiles += tl.maximum(tl.cdiv(stop - blocks_start, tile), 0)
+    return first_near, sinks, blocks_start, tiles
+
+
+@triton.jit
 def soften(
     scores: tl.tensor, best: tl.tensor, norm: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:

@@ -1,8 +1,8 @@
 """Writing packed pages, as a Triton kernel: `Paged.append` in one pass.
 
 The key's mean is subtracted, both are rotated by butterflies in the torch form's order, their scale
-and zero are found, and codes are packed and scattered to their slots. The bytes are those of the
-torch form.
+and zero are found, and codes are packed and scattered to their slots. Eight-bit floats are divided
+by their head's scale instead, and rounded. The bytes are those of the torch form.
 
 Not run on hardware yet: it compiles for sm_90 and is tested under Triton's interpreter.
 """
@@ -16,7 +16,15 @@ from torch import Tensor
 from kernels.kv.codec import LARGEST, MOST_GROWTH
 from kernels.kv.paged import Paged
 from kernels.kv.rotation_triton import hadamard, hadamard_constants, signs_on
-from kernels.kv.triton_launch import Launch, affine, dense_heads, layout_constants
+from kernels.kv.table import LARGEST_E4M3
+from kernels.kv.triton_launch import (
+    Launch,
+    affine,
+    are_floats,
+    dense_heads,
+    layout_constants,
+    places,
+)
 from kernels.kv.windows import DensePages
 
 APPEND_ROWS = 16  # keys, and values, that one program encodes
@@ -32,8 +40,8 @@ def append(
 ) -> None:
     """As `Paged.append`: k, v: [tokens, kv_heads, head_dim]; kv: [pages, bytes] uint8, written in
     place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
-    copying of the signs and of the mean. Raises ValueError for codecs and heads that the kernels do
-    not take."""
+    copying of the signs, the mean and the scales. Raises ValueError for codecs and heads that the
+    kernels do not take."""
     tokens, kv_heads, head_dim = k.shape
     if tokens == 0:
         return
@@ -52,6 +60,7 @@ def append(
         kv if paged.rotation is None else signs_on(head_dim, k.device),
         pages,
         copy_slots,
+        None if paged.scales is None else paged.scales_on(k.device),
         tokens,
         k.stride(0),
         v.stride(0),
@@ -65,22 +74,35 @@ def append(
 
 
 def append_launch(paged: Paged) -> Launch:
-    keys, values, head_dim = affine(paged.keys), affine(paged.values), paged.head_dim
     constants = {
-        **layout_constants(paged),
-        **hadamard_constants(head_dim),
+        **(_float_constants(paged) if are_floats(paged) else _affine_constants(paged)),
+        **hadamard_constants(paged.head_dim),
         "rotated": paged.rotation is not None,
         "with_mean": paged.key_mean is not None,
         "with_copies": paged.windows is not None,
+        "most_growth": MOST_GROWTH,
+        "block": APPEND_ROWS,
+    }
+    return Launch(constants, warps=4, stages=1)
+
+
+def _affine_constants(paged: Paged) -> dict[str, int | float]:
+    keys, values, head_dim = affine(paged.keys), affine(paged.values), paged.head_dim
+    return {
+        **layout_constants(paged),
         "key_clip": keys.clip,
         "value_clip": values.clip,
         "key_halvings": (head_dim // keys.groups(head_dim)).bit_length() - 1,
         "value_halvings": (head_dim // values.groups(head_dim)).bit_length() - 1,
         "largest": LARGEST,
-        "most_growth": MOST_GROWTH,
-        "block": APPEND_ROWS,
     }
-    return Launch(constants, warps=4, stages=1)
+
+
+def _float_constants(paged: Paged) -> dict[str, int | float]:
+    """No bits of a code are packed, and no numbers lie beside it."""
+    kinds = ("bits", "groups", "clip", "halvings")
+    nothing = {f"{side}_{kind}": 0 for side in ("key", "value") for kind in kinds}
+    return {**places(paged), **nothing, "largest": LARGEST_E4M3}
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -93,6 +115,7 @@ def _append(
     signs: tl.tensor,  # [head_dim] fp32
     copies: tl.tensor,  # [dense pages, 2, kv_heads, page_size, head_dim], written
     copy_slots: tl.tensor,  # [tokens] int64
+    head_scales: tl.tensor | None,  # [2, kv_heads] fp32, of floats
     tokens: tl.tensor,
     k_stride: tl.tensor,
     v_stride: tl.tensor,
@@ -100,7 +123,7 @@ def _append(
     kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     page_size: tl.constexpr,
-    key_bits: tl.constexpr,
+    key_bits: tl.constexpr,  # 0: eight-bit floats, and so of values
     key_groups: tl.constexpr,
     value_bits: tl.constexpr,
     value_groups: tl.constexpr,
@@ -117,7 +140,7 @@ def _append(
     value_clip: tl.constexpr,
     key_halvings: tl.constexpr,
     value_halvings: tl.constexpr,
-    largest: tl.constexpr,
+    largest: tl.constexpr,  # number: of a scale or zero, or of floats
     most_growth: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
@@ -143,23 +166,28 @@ def _append(
         x = hadamard(x * tl.load(signs + dim)[None, :], block, head_dim, stages, norm)
     if with_copies:
         tl.store(copy_at, x.to(copies.dtype.element_ty), mask=valid[:, None])
-    _write(
-        x,
-        page,
-        place,
-        valid,
-        numbers_start + place * numbers,
-        0,
-        key_low_start,
-        block,
-        head_dim,
-        key_bits,
-        key_groups,
-        key_clip,
-        key_halvings,
-        largest,
-        most_growth,
-    )
+    if key_bits == 0:
+        if head_scales is not None:
+            x = _divide(x, tl.load(head_scales + head), block)
+        _write_floats(x, page, place, valid, head_dim, largest)
+    else:
+        _write(
+            x,
+            page,
+            place,
+            valid,
+            numbers_start + place * numbers,
+            0,
+            key_low_start,
+            block,
+            head_dim,
+            key_bits,
+            key_groups,
+            key_clip,
+            key_halvings,
+            largest,
+            most_growth,
+        )
     x = tl.load(v + (token * v_stride)[:, None] + at, mask=valid[:, None], other=0.0)
     x = x.to(tl.float32)
     if rotated:
@@ -167,23 +195,51 @@ def _append(
     if with_copies:
         copy_at += kv_heads * page_size * head_dim
         tl.store(copy_at, x.to(copies.dtype.element_ty), mask=valid[:, None])
-    _write(
-        x,
-        page,
-        place,
-        valid,
-        numbers_start + place * numbers + 4 * key_groups,
-        value_start,
-        value_low_start,
-        block,
-        head_dim,
-        value_bits,
-        value_groups,
-        value_clip,
-        value_halvings,
-        largest,
-        most_growth,
-    )
+    if key_bits == 0:
+        if head_scales is not None:
+            x = _divide(x, tl.load(head_scales + kv_heads + head), block)
+        _write_floats(x, page + value_start, place, valid, head_dim, largest)
+    else:
+        _write(
+            x,
+            page,
+            place,
+            valid,
+            numbers_start + place * numbers + 4 * key_groups,
+            value_start,
+            value_low_start,
+            block,
+            head_dim,
+            value_bits,
+            value_groups,
+            value_clip,
+            value_halvings,
+            largest,
+            most_growth,
+        )
+
+
+@triton.jit
+def _divide(x: tl.tensor, scale: tl.tensor, rows: tl.constexpr) -> tl.tensor:
+    """x: [rows, n] fp32; scale: [rows], powers of two, by whose inverse products are exact."""
+    inverse = tl.div_rn(tl.full((rows,), 1.0, tl.float32), scale)
+    return x * inverse[:, None]
+
+
+@triton.jit
+def _write_floats(
+    x: tl.tensor,  # [rows, n] fp32
+    plane: tl.tensor,  # [rows] pointers
+    place: tl.tensor,  # [rows] of the plane
+    valid: tl.tensor,  # [rows]
+    n: tl.constexpr,
+    largest: tl.constexpr,
+) -> None:
+    """As `Float8.encode`."""
+    x = tl.clamp(x, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+    codes = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    at = (plane + place * n)[:, None] + tl.arange(0, n)[None, :]
+    tl.store(at, codes, mask=valid[:, None])
 
 
 @triton.jit

@@ -140,7 +140,7 @@ class Paged(Turned):
             assert copies is not None
             dense.append(k, v, self.dense(kv, copies.count, dtype), copies.slots)
         if self.scales is not None:
-            scales = self._scales(k.device)
+            scales = self.scales_on(k.device)
             k, v = k / scales[0], v / scales[1]
         key, value = self.keys.encode(k), self.values.encode(v)
         pages = torch.div(kv_slots, self.layout.page_size, rounding_mode="floor")
@@ -151,7 +151,7 @@ class Paged(Turned):
             if plane.shape[-1]:
                 plane[pages, :, offsets] = code
 
-    def _scales(self, device: torch.device) -> Tensor:
+    def scales_on(self, device: torch.device) -> Tensor:
         """[2, kv_heads, 1] fp32 there, of keys and of values: copied once, as the mean is."""
         assert self.scales is not None
         if device not in self._scales_on:
@@ -178,7 +178,7 @@ class Paged(Turned):
         keys = self.keys.decode(Code(key_high, key_low, of_key), coarse)
         values = self.values.decode(Code(value_high, value_low, of_value), coarse)
         if self.scales is not None:
-            scales = self._scales(keys.device)[:, :, None]
+            scales = self.scales_on(keys.device)[:, :, None]
             keys, values = keys * scales[0], values * scales[1]
         return keys, values
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.kv.codec import Affine, Codec
 from kernels.kv.paged import Paged
+from kernels.kv.table import Float8
 
 SMALLEST_RUN = 16  # dimensions: what a matrix product takes
 
@@ -22,24 +23,37 @@ class Launch:
 
 
 def layout_constants(paged: Paged) -> dict[str, int | float]:
-    """Constants of both kernels. Raises ValueError for what they do not take."""
+    """Constants of both kernels of affine codes. Raises ValueError for what they do not take."""
     head_dim, keys, values = paged.head_dim, affine(paged.keys), affine(paged.values)
-    if head_dim & (head_dim - 1):
-        raise ValueError(f"these kernels take heads of a power of two, not of {head_dim} numbers")
+    found = places(paged)
     for codec in (keys, values):
         runs = 8 // min(codec.bits, 4)
         if head_dim // runs < SMALLEST_RUN or runs % codec.groups(head_dim):
             raise ValueError(f"these kernels do not take {codec.name} of {head_dim} numbers")
-    layout = paged.layout
+    return {
+        **found,
+        "key_bits": keys.bits,
+        "key_groups": keys.groups(head_dim),
+        "value_bits": values.bits,
+        "value_groups": values.groups(head_dim),
+    }
+
+
+def are_floats(paged: Paged) -> bool:
+    """Whether keys and values are eight-bit floats."""
+    return isinstance(paged.keys, Float8) and isinstance(paged.values, Float8)
+
+
+def places(paged: Paged) -> dict[str, int | float]:
+    """Where things lie in a page. Raises ValueError for heads that no kernel takes."""
+    head_dim, layout = paged.head_dim, paged.layout
+    if head_dim & (head_dim - 1):
+        raise ValueError(f"these kernels take heads of a power of two, not of {head_dim} numbers")
     _, value_start, numbers_start, key_low, value_low, _ = layout.starts
     return {
         "kv_heads": layout.kv_heads,
         "head_dim": head_dim,
         "page_size": layout.page_size,
-        "key_bits": keys.bits,
-        "key_groups": keys.groups(head_dim),
-        "value_bits": values.bits,
-        "value_groups": values.groups(head_dim),
         "value_start": value_start,
         "numbers_start": numbers_start,
         "key_low_start": key_low,

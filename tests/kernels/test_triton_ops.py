@@ -32,7 +32,7 @@ pytest.importorskip("triton")
 from kernels.attention import dense_triton
 from kernels.interpreter import mend
 from kernels.kv.rotation_triton import turn
-from kernels.triton_ops import DividedAttention, PackedPages, TritonOps
+from kernels.triton_ops import DividedAttention, FloatPages, PackedPages, TritonOps
 
 mend()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -226,11 +226,13 @@ def test_who_takes_which_pages() -> None:
     windows = layer_formats("k4v2h", 1, 1, 16, 64, sink=8, window=32)[0]
     near = dataclasses.replace(dense, kv=windows)
     assert isinstance(ops.pages(near), PackedPages)
-    for each in (dense, packed, near):
+    floats = dataclasses.replace(dense, kv=layer_formats("fp8", 1, 1, 16, 64)[0])
+    assert isinstance(ops.pages(floats), FloatPages)
+    for each in (dense, packed, near, floats):
         assert ops.captures(each)
     for other in (
         dataclasses.replace(dense, kv=layer_formats("turbo3", 1, 1, 16, 64)[0]),
-        dataclasses.replace(dense, kv=layer_formats("fp8", 1, 1, 16, 64)[0]),
+        dataclasses.replace(dense, kv=layer_formats("oscar2", 1, 1, 32, 64, window=32)[0]),
         dataclasses.replace(narrow, head_dim=16),
         attention_layer(2, 1, 8),
     ):
@@ -282,6 +284,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llama", "int4h", {}),
         ("qwen3", "int4h", {"sink": 3, "window": 16}),
         ("qwen3", "turbo4", {}),
+        ("llama", "fp8", {}),
+        ("qwen3", "fp8", {"sink": 3, "window": 16}),
     ],
 )
 def test_a_whole_model(
