@@ -30,7 +30,7 @@ MOST_SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 may hav
 ALIGNED = 16  # bytes: what Triton specialises pointers and integers for
 # What every start without a format does must not spill, nor what the same kernel does for floats.
 NEVER_SPILLS = re.compile(
-    r"attend (dense|fp8) \d+ (decode|verify|prefill|window)( scales)?( windows)?$"
+    r"attend (dense|fp8) \d+ (decode|verify|prefill|window)( fp32)?( scales)?( windows)?$"
 )
 
 

@@ -68,7 +68,12 @@ def jobs() -> Iterator[Job]:
             yield _attend_dense(f"attend dense {head_dim} {what}", head_dim, queries)
         yield _merge(head_dim)
     yield _attend_dense("attend dense 128 window", 128, 1, window=True)
-    yield _attend_dense("attend dense 128 decode fp32", 128, 1, dtype=torch.float32)
+    for what in ("decode", "prefill"):
+        queries = QUERIES[what]
+        for head_dim in (128, 256):
+            name = f"attend dense {head_dim} {what} fp32"
+            yield _attend_dense(name, head_dim, queries, dtype=torch.float32)
+        yield _attend_dense(f"attend dense 256 {what}", 256, queries)
     for head_dim, presets in KV_FORMATS.items():
         for preset in presets:
             paged = _paged(preset, head_dim)
@@ -108,7 +113,8 @@ def _floats() -> Iterator[Job]:
         queries = QUERIES[what]
         yield _attend_floats(f"attend fp8 64 {what}", queries, head_dim=64, scaled=False)
         yield _attend_floats(f"attend fp8 128 {what} scales", queries)
-        yield _attend_floats(f"attend fp8 128 {what} scales windows", queries, windows=near)
+        yield _attend_floats(f"attend fp8 128 {what} windows", queries, windows=near)
+        yield _attend_floats(f"attend fp8 256 {what}", queries, head_dim=256, scaled=False)
         yield _attend_floats(f"attend fp8 128 {what} fp32", queries, dtype=torch.float32)
 
 

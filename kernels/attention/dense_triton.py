@@ -100,20 +100,25 @@ def attend_launch(
     windows: Windows | None = None,
 ) -> Launch:
     """`dtype`: of queries; `windows`: of what is not dense throughout."""
-    rows = query_rows(max_query, layer.num_heads // layer.num_kv_heads, (FEW, MANY, PREFILL))
+    width = triton.next_power_of_2(layer.head_dim)
+    size = width * dtype.itemsize  # bytes of a head
+    # Of wide heads, or of 32 bits, tiles are shorter, or shared memory and registers end. They are
+    # so for few rows, too: how many there are must not change the order of a token's sums.
+    blocks = (FEW, MANY, PREFILL) if size <= 512 else (FEW,)
+    rows = query_rows(max_query, layer.num_heads // layer.num_kv_heads, blocks)
     constants = {
         **rows,
         "kv_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
-        "width": triton.next_power_of_2(layer.head_dim),
+        "width": width,
         "page_size": page_size,
-        "tile": TILE,
+        "tile": TILE if size <= 256 else TILE // 2,
         "windowed": layer.window is not None,
         "sink": 0 if windows is None else windows.sink,
         "latest": 0 if windows is None else windows.block,
     }
-    warps = 8 if rows["block"] >= PREFILL else 4
-    if layer.head_dim * dtype.itemsize > 256:  # wide heads or 32 bits: or shared memory ends
+    warps = 8 if rows["block"] >= PREFILL or size > 512 else 4
+    if size > 256:
         return Launch(constants, warps, STAGES - 1)
     return Launch(constants, warps, DECODE_STAGES if rows["block"] == FEW else STAGES)
 

@@ -165,6 +165,15 @@ def test_dense_attention(dtype: torch.dtype, seed: int) -> None:
         close(dense_triton.attend(q, kv, layer, batch, split), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_attention_of_wide_heads(dtype: torch.dtype) -> None:
+    draw = Draws(13, dtype)
+    layer, rows = attention_layer(4, 2, 256), Rows.shuffled([97, 40], 16, draw.generator)
+    batch = on_device(rows.step([(0, 96, 97), (1, 20, 40)]))
+    kv, q = dense_pool(rows, layer, draw), draw(21, 4, 256)
+    close(dense_triton.attend(q, kv, layer, batch, 64), attend_reference(q, kv, layer, batch))
+
+
 def test_what_was_never_written_is_not_seen() -> None:
     draw = Draws(6)
     layer, rows = attention_layer(4, 2, 16), Rows.shuffled([21, 70], 16, draw.generator)
