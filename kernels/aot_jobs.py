@@ -12,10 +12,11 @@ import torch
 from kernels import activation_triton, norm_triton, rope_triton
 from kernels.attention import dense_triton, packed_triton
 from kernels.attention import split as split_triton
-from kernels.kv import append_triton, rotation_triton
+from kernels.kv import append_triton, rotation_triton, seal_triton
 from kernels.kv.paged import Paged
-from kernels.kv.presets import PRESETS, LayerPages
+from kernels.kv.presets import PRESETS, SEALED, LayerPages
 from kernels.kv.scales import HeadScales
+from kernels.kv.sealed import Sealed
 from kernels.kv.triton_launch import Launch
 from kernels.kv.windows import Windows
 from kernels.linear import quantized_triton
@@ -93,6 +94,7 @@ def jobs() -> Iterator[Job]:
         name = f"attend int8n 128 {what} fp32"
         yield _attend(name, _paged("int8n", 128), QUERIES[what], dtype=torch.float32)
     yield from _floats()
+    yield from _sealed_pages()
     for form in WEIGHTS:
         for rows in (16, 64):
             yield _weight(form, rows)
@@ -116,6 +118,22 @@ def _floats() -> Iterator[Job]:
         yield _attend_floats(f"attend fp8 128 {what} windows", queries, windows=near)
         yield _attend_floats(f"attend fp8 256 {what}", queries, head_dim=256, scaled=False)
         yield _attend_floats(f"attend fp8 128 {what} fp32", queries, dtype=torch.float32)
+
+
+def _sealed_pages() -> Iterator[Job]:
+    for head_dim, page_size in ((128, 32), (128, 64), (64, 32)):
+        pages = LayerPages(KV_HEADS, page_size, head_dim, windows=Windows(64, 128))
+        form = SEALED["oscar2"].form(pages)
+        sizes = f"oscar2 {head_dim}, pages of {page_size}"
+        if page_size == 32:
+            yield _append(f"append oscar2 {head_dim}", form)
+        types = {"kv": "*u8", "kv_slots": "*i64", "copies": "*bf16", "copy_slots": "*i64"}
+        types["page_stride"] = "i32"
+        launch = seal_triton.seal_launch(form)
+        exact = {"enable_fp_fusion": False}
+        yield _job(f"seal {sizes}", seal_triton._seal, types, launch, {"page_stride"}, exact)
+        for what in ("decode", "prefill"):
+            yield _attend(f"{what} {sizes}", form, QUERIES[what])
 
 
 def _norm(name: str, added: bool) -> Job:
@@ -236,7 +254,7 @@ def _paged(
     return PRESETS[preset].form(pages)
 
 
-def _append(name: str, paged: Paged) -> Job:
+def _append(name: str, paged: Paged | Sealed) -> Job:
     launch = append_triton.append_launch(paged)
     types = {
         "k": "*bf16",
@@ -254,14 +272,15 @@ def _append(name: str, paged: Paged) -> Job:
         "v_stride": "i32",
         "page_stride": "i32",
     }
-    absent = {"head_scales"} if paged.scales is None else set()
+    scaled = isinstance(paged, Paged) and paged.scales is not None
+    absent = set() if scaled else {"head_scales"}
     options = {"enable_fp_fusion": False}
     return _job(name, append_triton._append, types, launch, {"tokens"}, options, absent)
 
 
 def _attend(
     name: str,
-    paged: Paged,
+    paged: Paged | Sealed,
     queries: int,
     window: bool = False,
     dtype: torch.dtype = torch.bfloat16,

@@ -13,10 +13,12 @@ from torch import Tensor
 from kernels import activation_triton, norm_triton, rope_triton
 from kernels.attention import dense_triton, packed_triton
 from kernels.attention.split import merge
-from kernels.kv import append_triton
+from kernels.kv import append_triton, seal_triton
 from kernels.kv.format import Dense, KVFormat
 from kernels.kv.paged import Paged
+from kernels.kv.rotation import Rotation
 from kernels.kv.rotation_triton import turn
+from kernels.kv.sealed import Sealed
 from kernels.kv.triton_launch import are_floats
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.torch_ops import TorchOps
@@ -99,10 +101,8 @@ class DensePages:
 class _CodedPages(ABC):
     """Pages of codes: queries are turned before attention, and what that makes is turned back."""
 
-    def __init__(self, paged: Paged) -> None:
-        """Raises ValueError for codecs and heads that the kernel does not take."""
-        append_triton.append_launch(paged)
-        self._paged = paged
+    def __init__(self, rotation: Rotation | None) -> None:
+        self._rotation = rotation
 
     def rope_append(
         self, qkv: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
@@ -111,15 +111,14 @@ class _CodedPages(ABC):
         self.append(k, v, layer, kv, batch)
         return q
 
+    @abstractmethod
     def append(
         self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
-    ) -> None:
-        append_triton.append(self._paged, k, v, kv, batch.kv_slots, batch.copies)
+    ) -> None: ...
 
     def attend(self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch) -> Tensor:
-        rotation = self._paged.rotation
-        found = self._attend(turn(rotation, q, back=False), kv, layer, batch)
-        return turn(rotation, found, back=True)
+        found = self._attend(turn(self._rotation, q, back=False), kv, layer, batch)
+        return turn(self._rotation, found, back=True)
 
     @abstractmethod
     def _attend(
@@ -130,19 +129,51 @@ class _CodedPages(ABC):
 class PackedPages(_CodedPages):
     """Of affine codes, which attention multiplies as they lie."""
 
+    def __init__(self, paged: Paged) -> None:
+        """Raises ValueError for codecs and heads that the kernels do not take."""
+        append_triton.append_launch(paged)
+        super().__init__(paged.rotation)
+        self._paged = paged
+
+    def append(
+        self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
+    ) -> None:
+        append_triton.append(self._paged, k, v, kv, batch.kv_slots, batch.copies)
+
     def _attend(
         self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch
     ) -> Tensor:
         return merge(packed_triton.attend(q, kv, layer, batch), q.dtype)
 
 
-class FloatPages(_CodedPages):
+class FloatPages(PackedPages):
     """Of eight-bit floats, which attention reads as it reads dense numbers."""
 
     def _attend(
         self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch
     ) -> Tensor:
         return dense_triton.attend_floats(q, kv, layer, batch)
+
+
+class SealedPages(_CodedPages):
+    """Encoded when they are full, keys channel by channel."""
+
+    def __init__(self, sealed: Sealed) -> None:
+        """Raises ValueError for pages and heads that the kernels do not take."""
+        seal_triton.seal_launch(sealed)
+        super().__init__(sealed.rotation)
+        self._sealed = sealed
+
+    def append(
+        self, k: Tensor, v: Tensor, layer: AttentionLayer, kv: Tensor, batch: AttentionBatch
+    ) -> None:
+        assert batch.copies is not None
+        seal_triton.append(self._sealed, k, v, kv, batch.kv_slots, batch.copies)
+
+    def _attend(
+        self, q: Tensor, kv: Tensor, layer: AttentionLayer, batch: AttentionBatch
+    ) -> Tensor:
+        return merge(packed_triton.attend(q, kv, layer, batch), q.dtype)
 
 
 class TritonOps:
@@ -206,12 +237,17 @@ class TritonOps:
         # Formats derived from these may do anything else, so they are torch's.
         if type(layer.kv) is Dense and dense_triton.takes(layer):
             return self._dense
-        if type(layer.kv) is Paged:
-            try:
-                if not are_floats(layer.kv):
-                    return PackedPages(layer.kv)
-                if dense_triton.takes(layer) and dense_triton.reads_floats():
-                    return FloatPages(layer.kv)
-            except ValueError:
-                pass
+        try:
+            if type(layer.kv) is Sealed:
+                return SealedPages(layer.kv)
+            if type(layer.kv) is Paged and not are_floats(layer.kv):
+                return PackedPages(layer.kv)
+            if (
+                type(layer.kv) is Paged
+                and dense_triton.takes(layer)
+                and dense_triton.reads_floats()
+            ):
+                return FloatPages(layer.kv)
+        except ValueError:
+            pass
         return self._torch

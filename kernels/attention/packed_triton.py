@@ -7,6 +7,9 @@ zeros are applied to the scores and to the weights, once a position:
     q . key = scale * (q . codes) + zero * sum(q)
     sum p * value = sum (p * scale) * codes + sum p * zero
 
+Keys of pages that are sealed have scales by channels, which no product can be taken out of: they
+are decoded in registers, and their norms are applied to the scores.
+
 Where there are windows, a program walks over its split twice: over what any of its rows reads
 packed, then over what any reads dense, and each row sees of both what is its own.
 
@@ -38,7 +41,8 @@ from kernels.attention.split import (
     store_lse,
 )
 from kernels.kv.paged import Paged
-from kernels.kv.triton_launch import Launch, layout_constants
+from kernels.kv.sealed import Sealed
+from kernels.kv.triton_launch import Launch, layout_constants, sealed_constants
 from kernels.ops import AttentionBatch, AttentionLayer
 from kernels.triton_bytes import shift
 
@@ -54,7 +58,7 @@ def attend(
     ValueError as `append` does.
     """
     paged = layer.kv
-    if not isinstance(paged, Paged):
+    if not isinstance(paged, (Paged, Sealed)):
         raise TypeError(f"these kernels read pages of codes, not of {paged.name}")
     group = layer.num_heads // layer.num_kv_heads
     windowed = layer.window is not None
@@ -70,15 +74,13 @@ def attend(
 
 
 def attend_launch(
-    paged: Paged, group: int, max_query: int, windowed: bool, dtype: torch.dtype
+    paged: Paged | Sealed, group: int, max_query: int, windowed: bool, dtype: torch.dtype
 ) -> Launch:
     """`group`: query heads of a KV head; `dtype`: of queries."""
     windows = paged.windows
     constants = {
-        **layout_constants(paged),
+        **(_sealed(paged) if isinstance(paged, Sealed) else _unsealed(paged)),
         **query_rows(max_query, group, (FEW, MANY)),
-        "coarse": paged.reads_coarsely,
-        "half_bytes": paged.layout.half_bytes if paged.layout.halves else 0,
         "tile": TILE,
         "windowed": windowed,
         "sink": 0 if windows is None else windows.sink,
@@ -89,7 +91,22 @@ def attend_launch(
     # fewer they are; with less than sixteen dimensions, they would repeat each other's work.
     run = paged.head_dim // (4 if constants["value_bits"] == 2 else 2)
     warps = 4 if block > FEW else 2 if run >= 32 else 1
+    if isinstance(paged, Sealed) and block > FEW:
+        warps = 8  # keys are decoded into numbers of 32 bits, for which registers are needed
     return Launch(constants, warps * (2 if dtype == torch.float32 else 1), STAGES)
+
+
+def _sealed(sealed: Sealed) -> dict[str, int | float]:
+    return {**sealed_constants(sealed), "coarse": False, "half_bytes": 0}
+
+
+def _unsealed(paged: Paged) -> dict[str, int | float]:
+    return {
+        **layout_constants(paged),
+        **dict.fromkeys(("sealed", "norms_start", "key_numbers_start"), 0),
+        "coarse": paged.reads_coarsely,
+        "half_bytes": paged.layout.half_bytes if paged.layout.halves else 0,
+    }
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "table_stride", "window", "copies_stride"])
@@ -121,9 +138,12 @@ def _attend(
     value_bits: tl.constexpr,
     value_groups: tl.constexpr,
     value_start: tl.constexpr,
-    numbers_start: tl.constexpr,
+    numbers_start: tl.constexpr,  # where pages are sealed, of the values'
     key_low_start: tl.constexpr,
     value_low_start: tl.constexpr,
+    sealed: tl.constexpr,  # positions that share a scale of a channel of keys; 0: none do
+    norms_start: tl.constexpr,  # of keys, where pages are sealed
+    key_numbers_start: tl.constexpr,
     coarse: tl.constexpr,
     half_bytes: tl.constexpr,  # of a page, where entries of the table may be halves; else 0
     group: tl.constexpr,
@@ -198,34 +218,64 @@ def _attend(
         # What lies behind the row's last position may be anything, even a NaN.
         numbers_at = (kv + page + numbers_start).to(tl.pointer_type(tl.int32)) + place * pairs
 
-        key_at = (page + place * key_run)[None, :] + tl.arange(0, key_run)[:, None]
-        high = tl.load(kv + key_at)
-        low = high
-        if key_bits == 8 and not coarse:
-            low = _low(kv + key_low_start + key_at, whole[None, :], half_bytes)
-        s, z = _numbers(numbers_at, 0, known, key_bits, coarse)
-        if half_bytes and not coarse:
-            z = tl.where(whole, z, z - 0.5 * s)
-        d0 = _dot(q0, _codes(high, low, 0, key_bits, coarse), None)
-        if key_groups == 1:
-            scores = _dot(q1, _codes(high, low, 1, key_bits, coarse), d0)
-            if key_runs == 4:
-                scores = _dot(q2, _codes(high, low, 2, key_bits, coarse), scores)
-                scores = _dot(q3, _codes(high, low, 3, key_bits, coarse), scores)
-            scores = scores * (s * scale)[None, :] + total[:, None] * (z * scale)[None, :]
+        if sealed > 0:
+            # Scales, each of so many positions, and codes, of a key's channels.
+            first_at = begin + tl.arange(0, tile // sealed) * sealed
+            there = first_at < stop
+            groups = tl.load(table + first_at // page_size, mask=there, other=0).to(tl.int64)
+            groups = groups * page_stride + key_numbers_start
+            groups += first_at % page_size // sealed * 4
+            channel = kv_head * head_dim + tl.arange(0, key_run)
+            codes_at = (channel * (page_size // 4))[:, None] + page[None, :]
+            groups_at = (channel * (4 * (page_size // sealed)))[:, None] + groups[None, :]
+            step: tl.constexpr = key_run * (page_size // 4)  # from a run's codes to the next
+            jump: tl.constexpr = key_run * 4 * (page_size // sealed)
+            keys = _sealed_keys(kv + codes_at, kv + groups_at, at, there, page_size, sealed)
+            scores = _dot(q0, keys.to(q0.dtype), None)
+            keys = _sealed_keys(
+                kv + codes_at + step, kv + groups_at + jump, at, there, page_size, sealed
+            )
+            scores = _dot(q1, keys.to(q0.dtype), scores)
+            keys = _sealed_keys(
+                kv + codes_at + 2 * step, kv + groups_at + 2 * jump, at, there, page_size, sealed
+            )
+            scores = _dot(q2, keys.to(q0.dtype), scores)
+            keys = _sealed_keys(
+                kv + codes_at + 3 * step, kv + groups_at + 3 * jump, at, there, page_size, sealed
+            )
+            scores = _dot(q3, keys.to(q0.dtype), scores)
+            norms_at = (kv + page + norms_start).to(tl.pointer_type(tl.float16)) + place
+            norms = tl.load(norms_at, mask=known, other=0.0).to(tl.float32)
+            scores *= (norms * scale)[None, :]
         else:
-            scores = d0 * s[None, :] + t0[:, None] * z[None, :]
-            s, z = _numbers(numbers_at, key_groups // key_runs, known, key_bits, coarse)
-            d1 = _dot(q1, _codes(high, low, 1, key_bits, coarse), None)
-            scores += d1 * s[None, :] + t1[:, None] * z[None, :]
-            if key_runs == 4:
-                s, z = _numbers(numbers_at, 2 * key_groups // key_runs, known, key_bits, coarse)
-                d2 = _dot(q2, _codes(high, low, 2, key_bits, coarse), None)
-                scores += d2 * s[None, :] + t2[:, None] * z[None, :]
-                s, z = _numbers(numbers_at, 3 * key_groups // key_runs, known, key_bits, coarse)
-                d3 = _dot(q3, _codes(high, low, 3, key_bits, coarse), None)
-                scores += d3 * s[None, :] + t3[:, None] * z[None, :]
-            scores *= scale
+            key_at = (page + place * key_run)[None, :] + tl.arange(0, key_run)[:, None]
+            high = tl.load(kv + key_at)
+            low = high
+            if key_bits == 8 and not coarse:
+                low = _low(kv + key_low_start + key_at, whole[None, :], half_bytes)
+            s, z = _numbers(numbers_at, 0, known, key_bits, coarse)
+            if half_bytes and not coarse:
+                z = tl.where(whole, z, z - 0.5 * s)
+            d0 = _dot(q0, _codes(high, low, 0, key_bits, coarse), None)
+            if key_groups == 1:
+                scores = _dot(q1, _codes(high, low, 1, key_bits, coarse), d0)
+                if key_runs == 4:
+                    scores = _dot(q2, _codes(high, low, 2, key_bits, coarse), scores)
+                    scores = _dot(q3, _codes(high, low, 3, key_bits, coarse), scores)
+                scores = scores * (s * scale)[None, :] + total[:, None] * (z * scale)[None, :]
+            else:
+                scores = d0 * s[None, :] + t0[:, None] * z[None, :]
+                s, z = _numbers(numbers_at, key_groups // key_runs, known, key_bits, coarse)
+                d1 = _dot(q1, _codes(high, low, 1, key_bits, coarse), None)
+                scores += d1 * s[None, :] + t1[:, None] * z[None, :]
+                if key_runs == 4:
+                    s, z = _numbers(numbers_at, 2 * key_groups // key_runs, known, key_bits, coarse)
+                    d2 = _dot(q2, _codes(high, low, 2, key_bits, coarse), None)
+                    scores += d2 * s[None, :] + t2[:, None] * z[None, :]
+                    s, z = _numbers(numbers_at, 3 * key_groups // key_runs, known, key_bits, coarse)
+                    d3 = _dot(q3, _codes(high, low, 3, key_bits, coarse), None)
+                    scores += d3 * s[None, :] + t3[:, None] * z[None, :]
+                scores *= scale
 
         scores = see(scores, at, known, position, window, windowed)
         if sink + latest > 0:
@@ -317,6 +367,30 @@ def _attend(
     if value_runs == 4:
         tl.store(out_at + 2 * value_run, (a2 / norm[:, None]).to(kind), mask=written)
         tl.store(out_at + 3 * value_run, (a3 / norm[:, None]).to(kind), mask=written)
+
+
+@triton.jit
+def _sealed_keys(
+    codes_at: tl.tensor,  # [run, tile] pointers to pages' codes of channels
+    groups_at: tl.tensor,  # [run, tile / sealed] pointers to scales and zeros
+    at: tl.tensor,  # [tile] positions
+    there: tl.tensor,  # [tile / sealed]
+    page_size: tl.constexpr,
+    sealed: tl.constexpr,
+) -> tl.tensor:
+    """[run, tile] fp32: keys over their norms. A byte has codes of positions a fourth of the page
+    apart."""
+    run: tl.constexpr = codes_at.shape[0]
+    tile: tl.constexpr = codes_at.shape[1]
+    line: tl.constexpr = page_size // 4
+    inside = at % page_size
+    byte = tl.load(codes_at + (inside % line)[None, :]).to(tl.int32)
+    codes = (byte >> (inside // line * 2)[None, :]) & 3
+    pair = tl.load(groups_at.to(tl.pointer_type(tl.int32)), mask=there[None, :], other=0)
+    s = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    z = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    codes = tl.reshape(codes.to(tl.float32), (run, tile // sealed, sealed))
+    return tl.reshape(codes * s[:, :, None] + z[:, :, None], (run, tile))
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.kv.codec import LARGEST, MOST_GROWTH
 from kernels.kv.paged import Paged
 from kernels.kv.rotation_triton import hadamard, hadamard_constants, signs_on
+from kernels.kv.sealed import Sealed
 from kernels.kv.table import LARGEST_E4M3
 from kernels.kv.triton_launch import (
     Launch,
@@ -28,6 +29,12 @@ from kernels.kv.triton_launch import (
 from kernels.kv.windows import DensePages
 
 APPEND_ROWS = 16  # keys, and values, that one program encodes
+# Of what has no codes of so many bits.
+_NOTHING: dict[str, int | float] = {
+    f"{side}_{kind}": 0
+    for side in ("key", "value")
+    for kind in ("bits", "groups", "clip", "halvings")
+}
 
 
 def append(
@@ -42,25 +49,46 @@ def append(
     place; kv_slots: [tokens] int64. Does not synchronise with the host, but for the first call's
     copying of the signs, the mean and the scales. Raises ValueError for codecs and heads that the
     kernels do not take."""
-    tokens, kv_heads, head_dim = k.shape
-    if tokens == 0:
+    if k.numel() == 0:
         return
-    launch = append_launch(paged)
+    launch_append(
+        paged,
+        None if paged.scales is None else paged.scales_on(k.device),
+        k,
+        v,
+        kv,
+        kv_slots,
+        copies,
+    )
+
+
+def launch_append(
+    form: Paged | Sealed,
+    scales: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    kv_slots: Tensor,
+    copies: DensePages | None,
+) -> None:
+    """As `append`; scales: [2, kv_heads, 1] fp32, of heads."""
+    tokens, kv_heads, head_dim = k.shape
+    launch = append_launch(form)
     pages, copy_slots = kv, kv_slots  # not followed where there are no windows
-    if paged.windows is not None:
+    if form.windows is not None:
         assert copies is not None
-        pages, copy_slots = paged.dense(kv, copies.count, k.dtype), copies.slots
+        pages, copy_slots = form.dense(kv, copies.count, k.dtype), copies.slots
     k, v = dense_heads(k), dense_heads(v)
     _append[(triton.cdiv(tokens * kv_heads, APPEND_ROWS),)](
         k,
         v,
         kv,
         kv_slots,
-        kv if paged.key_mean is None else paged.mean_on(k.device),
-        kv if paged.rotation is None else signs_on(head_dim, k.device),
+        kv if form.key_mean is None else form.mean_on(k.device),
+        kv if form.rotation is None else signs_on(head_dim, k.device),
         pages,
         copy_slots,
-        None if paged.scales is None else paged.scales_on(k.device),
+        scales,
         tokens,
         k.stride(0),
         v.stride(0),
@@ -73,13 +101,20 @@ def append(
     )
 
 
-def append_launch(paged: Paged) -> Launch:
+def append_launch(form: Paged | Sealed) -> Launch:
+    """Of `Sealed`, what writes dense copies alone; see `seal_triton`."""
+    if isinstance(form, Sealed):
+        written = _copy_constants(form)
+    elif are_floats(form):
+        written = _float_constants(form)
+    else:
+        written = _affine_constants(form)
     constants = {
-        **(_float_constants(paged) if are_floats(paged) else _affine_constants(paged)),
-        **hadamard_constants(paged.head_dim),
-        "rotated": paged.rotation is not None,
-        "with_mean": paged.key_mean is not None,
-        "with_copies": paged.windows is not None,
+        **written,
+        **hadamard_constants(form.head_dim),
+        "rotated": form.rotation is not None,
+        "with_mean": form.key_mean is not None,
+        "with_copies": form.windows is not None,
         "most_growth": MOST_GROWTH,
         "block": APPEND_ROWS,
     }
@@ -100,9 +135,14 @@ def _affine_constants(paged: Paged) -> dict[str, int | float]:
 
 def _float_constants(paged: Paged) -> dict[str, int | float]:
     """No bits of a code are packed, and no numbers lie beside it."""
-    kinds = ("bits", "groups", "clip", "halvings")
-    nothing = {f"{side}_{kind}": 0 for side in ("key", "value") for kind in kinds}
-    return {**places(paged), **nothing, "largest": LARGEST_E4M3}
+    return {**places(paged), **_NOTHING, "largest": LARGEST_E4M3}
+
+
+def _copy_constants(sealed: Sealed) -> dict[str, int | float]:
+    kv_heads, page_size, head_dim = sealed.shape
+    sizes = {"kv_heads": kv_heads, "page_size": page_size, "head_dim": head_dim}
+    starts = ("value_start", "numbers_start", "key_low_start", "value_low_start", "largest")
+    return {**sizes, **dict.fromkeys(starts, 0), **_NOTHING, "key_bits": -1}
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -123,7 +163,7 @@ def _append(
     kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     page_size: tl.constexpr,
-    key_bits: tl.constexpr,  # 0: eight-bit floats, and so of values
+    key_bits: tl.constexpr,  # 0: eight-bit floats; -1: dense copies alone; and so of values
     key_groups: tl.constexpr,
     value_bits: tl.constexpr,
     value_groups: tl.constexpr,
@@ -170,8 +210,8 @@ def _append(
         if head_scales is not None:
             x = _divide(x, tl.load(head_scales + head), block)
         _write_floats(x, page, place, valid, head_dim, largest)
-    else:
-        _write(
+    elif key_bits > 0:
+        write(
             x,
             page,
             place,
@@ -199,8 +239,8 @@ def _append(
         if head_scales is not None:
             x = _divide(x, tl.load(head_scales + kv_heads + head), block)
         _write_floats(x, page + value_start, place, valid, head_dim, largest)
-    else:
-        _write(
+    elif key_bits > 0:
+        write(
             x,
             page,
             place,
@@ -243,7 +283,7 @@ def _write_floats(
 
 
 @triton.jit
-def _write(
+def write(
     x: tl.tensor,  # [rows, n] fp32
     page: tl.tensor,  # [rows] pointers
     place: tl.tensor,  # [rows] of the plane
@@ -264,7 +304,7 @@ def _write(
     count: tl.constexpr = 1 << bits
     parts = tl.reshape(x, (rows, groups, n // groups))
     if clip > 0:
-        rms = tl.sqrt_rn(_squares(parts, rows, groups, n // groups, halvings) * (groups / n))
+        rms = tl.sqrt_rn(squares(parts, rows, groups, n // groups, halvings) * (groups / n))
         scale, zero = rms * (2 * clip / (count - 1)), rms * -clip
     else:
         lowest, highest = tl.min(parts, 2), tl.max(parts, 2)
@@ -281,8 +321,8 @@ def _write(
     codes = (codes + 12582912.0) - 12582912.0
     if bits < 8:
         decoded = codes * scale[:, :, None] + zero[:, :, None]
-        length = _squares(decoded, rows, groups, n // groups, halvings)
-        by = _squares(parts, rows, groups, n // groups, halvings)
+        length = squares(decoded, rows, groups, n // groups, halvings)
+        by = squares(parts, rows, groups, n // groups, halvings)
         by = tl.sqrt_rn(tl.div_rn(by, tl.where(length > 0, length, 1.0)))
         by = tl.where(length > 0, tl.minimum(by, most_growth), 1.0)
         scale = tl.minimum(scale * by, largest)
@@ -300,7 +340,7 @@ def _write(
 
 
 @triton.jit
-def _squares(
+def squares(
     x: tl.tensor,  # [rows, groups, n]
     rows: tl.constexpr,
     groups: tl.constexpr,

@@ -49,6 +49,14 @@ class SealedPage:
         )
 
     @property
+    def starts(self) -> tuple[int, int, int, int]:
+        """Where the values' codes begin, the norms, the keys' scales and zeros, the values'."""
+        key_codes, value_codes = (torch.Size(shape).numel() for shape in self.codes)
+        norms, of_keys, _ = (2 * torch.Size(shape).numel() for shape in self.numbers)
+        split = key_codes + value_codes
+        return key_codes, split, split + norms, split + norms + of_keys
+
+    @property
     def bytes(self) -> int:
         codes = sum(torch.Size(shape).numel() for shape in self.codes)
         return codes + 2 * sum(torch.Size(shape).numel() for shape in self.numbers)
@@ -96,23 +104,23 @@ class Sealed(Turned):
         if not windows.block or windows.block % page_size:
             raise ValueError(f"blocks of {windows.block} tokens are no pages of {page_size}")
         self.windows = windows
-        self._page = SealedPage(kv_heads, page_size, head_dim, group)
-        self._shape = (kv_heads, page_size, head_dim)
+        self.page = SealedPage(kv_heads, page_size, head_dim, group)
+        self.shape = (kv_heads, page_size, head_dim)
 
     @property
     def name(self) -> str:
-        return f"sealed-{self._page.codec.name}{self.turning}{self.windows.name}"
+        return f"sealed-{self.page.codec.name}{self.turning}{self.windows.name}"
 
     def page_shape(self, kv_heads: int, page_size: int, head_dim: int) -> tuple[int, ...]:
-        if (kv_heads, page_size, head_dim) != self._shape:
-            raise ValueError(f"made for heads, page size and head size {self._shape}")
-        return (self._page.bytes,)
+        if (kv_heads, page_size, head_dim) != self.shape:
+            raise ValueError(f"made for heads, page size and head size {self.shape}")
+        return (self.page.bytes,)
 
     def pool_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.uint8
 
     def page_size(self, kv: Tensor) -> int:
-        return self._shape[1]
+        return self.shape[1]
 
     def append(
         self,
@@ -125,19 +133,19 @@ class Sealed(Turned):
         """Pages whose last position is among the tokens are sealed, as they are now: once more, if
         what was written there before was a draft. The null page is not: nobody reads it."""
         assert copies is not None
-        pool, size = self.dense(kv, copies.count, k.dtype), self._shape[1]
+        pool, size = self.dense(kv, copies.count, k.dtype), self.shape[1]
         dense.append(*self.turned(k, v), pool, copies.slots)
         last = (kv_slots % size == size - 1) & (kv_slots >= size)
         ends = last.nonzero().flatten()
         whole = pool[copies.slots[ends] // size]
-        kv[kv_slots[ends] // size] = self._page.encode(whole[:, 0], whole[:, 1])
+        kv[kv_slots[ends] // size] = self.page.encode(whole[:, 0], whole[:, 1])
 
     def gather(self, kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._page.decode(kv[pages])
+        keys, values = self.page.decode(kv[pages])
         return keys.transpose(1, 2).flatten(2, 3), values.transpose(1, 2).flatten(2, 3)
 
     def dense(self, kv: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        return dense.behind(kv, count, *self._shape, dtype)
+        return dense.behind(kv, count, *self.shape, dtype)
 
     def coarse(self) -> NoReturn:
         """Raises ValueError: a page that is not sealed can only be read dense."""

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from kernels.kv.codec import Affine, Codec
 from kernels.kv.paged import Paged
+from kernels.kv.sealed import Sealed
 from kernels.kv.table import Float8
 
 SMALLEST_RUN = 16  # dimensions: what a matrix product takes
+LARGEST_SEALED = 64  # positions of a page that one program encodes, and of a tile that is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,36 @@ def layout_constants(paged: Paged) -> dict[str, int | float]:
         "key_groups": keys.groups(head_dim),
         "value_bits": values.bits,
         "value_groups": values.groups(head_dim),
+    }
+
+
+def sealed_constants(sealed: Sealed) -> dict[str, int | float]:
+    """As `layout_constants`, of pages that are sealed, whose keys have no groups of dimensions; and
+    `sealed`, the positions that share a channel's scale. Raises ValueError as that does."""
+    kv_heads, page_size, head_dim = sealed.shape
+    group = sealed.page.codec.group
+    powers = all(size & (size - 1) == 0 for size in (page_size, head_dim, group))
+    runs, groups = 4, head_dim // group
+    if not powers or page_size > LARGEST_SEALED or group > LARGEST_SEALED:
+        raise ValueError(f"these kernels do not seal pages of {page_size} tokens of {head_dim}")
+    if head_dim // runs < SMALLEST_RUN or runs % groups:
+        raise ValueError(f"these kernels do not take groups of {group} of {head_dim} numbers")
+    value_start, norms_start, key_numbers, value_numbers = sealed.page.starts
+    return {
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "key_bits": 2,
+        "key_groups": 0,
+        "value_bits": 2,
+        "value_groups": groups,
+        "value_start": value_start,
+        "numbers_start": value_numbers,
+        "key_low_start": 0,
+        "value_low_start": 0,
+        "sealed": group,
+        "norms_start": norms_start,
+        "key_numbers_start": key_numbers,
     }
 
 

@@ -32,7 +32,7 @@ pytest.importorskip("triton")
 from kernels.attention import dense_triton
 from kernels.interpreter import mend
 from kernels.kv.rotation_triton import turn
-from kernels.triton_ops import DividedAttention, FloatPages, PackedPages, TritonOps
+from kernels.triton_ops import DividedAttention, FloatPages, PackedPages, SealedPages, TritonOps
 
 mend()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -237,11 +237,13 @@ def test_who_takes_which_pages() -> None:
     assert isinstance(ops.pages(near), PackedPages)
     floats = dataclasses.replace(dense, kv=layer_formats("fp8", 1, 1, 16, 64)[0])
     assert isinstance(ops.pages(floats), FloatPages)
-    for each in (dense, packed, near, floats):
+    sealed = dataclasses.replace(dense, kv=layer_formats("oscar2", 1, 1, 32, 64)[0])
+    assert isinstance(ops.pages(sealed), SealedPages)
+    for each in (dense, packed, near, floats, sealed):
         assert ops.captures(each)
     for other in (
         dataclasses.replace(dense, kv=layer_formats("turbo3", 1, 1, 16, 64)[0]),
-        dataclasses.replace(dense, kv=layer_formats("oscar2", 1, 1, 32, 64, window=32)[0]),
+        dataclasses.replace(dense, kv=layer_formats("oscar2", 1, 1, 96, 64)[0]),
         dataclasses.replace(narrow, head_dim=16),
         attention_layer(2, 1, 8),
     ):

@@ -135,15 +135,16 @@ class Case:
         torch.testing.assert_close(found, expected, atol=within, rtol=within)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("scaled", "dtype"), [(False, torch.float32), (True, torch.bfloat16), (True, torch.float16)]
+)
 def test_decoding_drafts_and_a_chunk(scaled: bool, dtype: torch.dtype) -> None:
     case = Case.make([33, 130, 17], head_dim=128, scaled=scaled, dtype=dtype)
     case.check(case.step([(0, 32, 33), (1, 126, 130), (2, 16, 17)]), 64)
-    case.check(case.step([(1, 100, 130), (0, 32, 33)]))
+    case.check(case.step([(1, 110, 130), (0, 32, 33)]))
 
 
-@pytest.mark.parametrize("seed", range(7))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_steps(seed: int) -> None:
     """Lengths about pages' ends, any groups, page sizes, heads and sliding windows."""
     rng = random.Random(seed)
@@ -168,7 +169,7 @@ def test_random_steps(seed: int) -> None:
     case.check(case.step(spans), rng.choice([64, 128, None]))
 
 
-@pytest.mark.parametrize("seed", range(7))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_windows(seed: int) -> None:
     """Sinks and blocks beside the floats, whose scales the dense copies have not. Where no row may
     read dense, the table names a page that holds no numbers."""
