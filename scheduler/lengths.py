@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from random import Random
 from typing import Any, Protocol
 
 import numpy as np
@@ -141,13 +140,13 @@ class PastFuture:
 
     def __init__(self, window: LengthWindow, seed: int = 0) -> None:
         self.window = window
-        self._rng = Random(seed)
-        self._next = self._rng.random()
+        self._rng = np.random.default_rng(seed)
+        self._next = float(self._rng.random())
 
     def begin(self, sequence: Sequence) -> None:
         if sequence.request.params.stop_token_ids:
             self._next = (self._next + GOLDEN) % 1.0
-            others = self._rng.sample(range(1, self.futures), self.futures - 1)
+            others = (self._rng.permutation(self.futures - 1) + 1).tolist()
             sequence.levels = tuple((self._next + i / self.futures) % 1.0 for i in (0, *others))
         # As with `ignore_eos`, nothing but the limit ends it.
         self.foresee([sequence], 1)

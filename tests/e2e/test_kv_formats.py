@@ -86,7 +86,7 @@ def test_small_chunks_and_drafts(how: str) -> None:
 
 @every_reading
 def test_preemption_and_drafts(how: str) -> None:
-    config = replace(CONFIG, num_pages=34, max_step_tokens=64)
+    config = replace(CONFIG, num_pages=26, max_step_tokens=64)
     crowded = make_policy("aggressive", watermark=0.0)
     found, scheduler = run(config, requests(SAMPLER), drafts=3, policy=crowded, **read_by(how))
     assert scheduler.load().preemptions > 0
